@@ -1,0 +1,2 @@
+training_type = 'joint'
+causal_ratio = 0.34

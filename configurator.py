@@ -1,0 +1,215 @@
+"""
+Poor Man's Configurator, checked. A script keeps its settings as plain globals above its first function
+
+    max_iters = 2000    # number of optimiser steps
+    length: int = None  # number of characters, None: the model decides
+
+and ends in configurator.run(globals()), after which these work:
+
+$ python train.py config/unmask.py --max_iters=500 --compile
+$ python train.py --help
+
+A config file is Python that assigns some of the settings. Files apply first, in order, then the --key=value
+overrides, in order. A name that is no setting, or a value of the wrong type, is an error: a typo must not train.
+"""
+
+import ast
+import difflib
+import io
+import itertools
+import math
+import os
+import sys
+import tokenize
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+TYPES = {t.__name__: t for t in (int, float, bool, str, tuple, list)}  # what a setting can be
+WORDS = {'true': True, 'false': False, 'none': None, 'nan': math.nan, 'inf': math.inf}  # beyond Python's literals
+
+
+class UserError(ValueError):
+    """something that the user can put right: its message is one line that says what to do"""
+
+
+class Setting(NamedTuple):
+    name: str
+    default: object
+    type: object  # None: any
+    comment: str
+    section: list  # the comment lines that head its group
+
+
+def settings(path):
+    """name -> Setting, for every global with a literal value above the script's first def or class"""
+    source = Path(path).read_bytes()
+    comments, headings = read_comments(source)
+    found, section, end = {}, [], 0
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            break
+        section = [headings[line] for line in range(end + 1, node.lineno) if line in headings] or section
+        end = node.end_lineno
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+            continue
+        target, *more = getattr(node, 'targets', None) or [node.target]
+        name, annotation = getattr(target, 'id', '_'), getattr(node, 'annotation', None)
+        try:
+            default = ast.literal_eval(node.value)
+        except (ValueError, TypeError):
+            continue  # computed, so not for the user to set
+        if more or not name.islower() or name.startswith('_') or type(default) not in (type(None), *TYPES.values()):
+            continue
+        kind = TYPES.get(getattr(annotation, 'id', None)) or (None if default is None else type(default))
+        found[name] = Setting(name, default, kind, comments.get(end, ''), section)
+    return found
+
+
+def read_comments(source):
+    """line -> text of the comments behind code, and of those that start a line; rules (# ---) are left out"""
+    comments, headings = {}, {}
+    for token in tokenize.tokenize(io.BytesIO(source).readline):
+        (line, column), text = token.start, token.string.lstrip('#').strip()
+        if token.type == tokenize.COMMENT and text.strip('-='):
+            (headings if column == 0 else comments)[line] = text
+    return comments, headings
+
+
+def lookup(known, name, dashes=''):
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    raise UserError(f'unknown key {dashes}{name}; ' + (f'did you mean {dashes}{near[0]}?' if near else 'see --help'))
+
+
+def expected(kind):
+    return 'a value' if kind is None else f'{"an" if kind is int else "a"} {kind.__name__}'
+
+
+def check(setting, value):
+    """the value in the setting's own type; only conversions that lose nothing are made"""
+    kind = setting.type
+    if value is None and setting.default is None:
+        return None
+    numbers = value if isinstance(value, (tuple, list)) else [value]
+    if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
+        raise UserError(f'{setting.name} expects a finite number, got {value!r}')
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
+        return float(value)
+    if kind is int and type(value) is float and value.is_integer():  # 1e6 is how one writes a million
+        return int(value)
+    if kind in (tuple, list) and type(value) in (tuple, list):
+        return kind(value)
+    if kind is not None and type(value) is not kind:  # isinstance would let True pass for 1
+        raise UserError(f'{setting.name} expects {expected(kind)}, got {value!r}')
+    return value
+
+
+def read(setting, text):
+    """the value that a word of the command line stands for"""
+    if setting.type is str:  # as it is, so that --prompt=12 asks for '12'
+        return None if text == 'None' and setting.default is None else text
+    try:
+        return WORDS[text] if text in WORDS else ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        return text  # fine for a setting of any type; check() refuses it for the others
+
+
+def parse(argv, known):
+    """split the command line into config files and checked (name, value) overrides"""
+    files, overrides, words = [], [], list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith('--'):
+            if not word.endswith('.py'):
+                raise UserError(f'{word}: config files end in .py and overrides are written --key=value')
+            files.append(word)
+            continue
+        key, equals, text = word[2:].partition('=')
+        setting = lookup(known, key.replace('-', '_'), '--')
+        if not equals and setting.type is bool:  # a bool's bare flag sets it
+            text = words.pop(0) if words and words[0] in ('True', 'False', 'true', 'false') else 'True'
+        elif not equals:
+            if not words or words[0].startswith('--'):
+                raise UserError(f'--{key}: the value is missing, write --{key}= and {expected(setting.type)}')
+            text = words.pop(0)
+        try:
+            overrides.append((setting.name, check(setting, read(setting, text))))
+        except UserError as error:
+            raise UserError(f'{error} (--{key}={text})') from None
+    return files, overrides
+
+
+def execute(file, values):
+    """the namespace that a config file leaves; it starts from the values so far, to compute with them"""
+    path, namespace = Path(file), {**values, '__file__': file, '__name__': '__config__'}
+    if not path.is_file():
+        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob('*.py')], 1, 0.5)
+        hint = f'; did you mean {path.with_name(near[0] + ".py")}?' if near else ''
+        raise UserError(f'{file}: no such config file{hint}')
+    try:
+        exec(compile(path.read_bytes(), file, 'exec'), namespace)
+    except Exception as error:  # say which of the file's own lines led to it; a syntax error carries its line itself
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        line = lines[-1] if lines else getattr(error, 'lineno', '?')
+        raise UserError(f'{file}, line {line}: {type(error).__name__}: {error}') from error
+    return namespace
+
+
+def apply_file(file, values, known):
+    for name, value in execute(file, values).items():
+        helper = isinstance(value, ModuleType) or callable(value)  # what the file imports or defines for its own use
+        if name.startswith('_') or (helper and name not in known):
+            continue
+        try:
+            setting = lookup(known, name)
+            if value is not values[name]:  # assigned by the file
+                values[name] = check(setting, value)
+        except UserError as error:
+            raise UserError(f'{file}: {error}') from None
+
+
+def print_help(scope, known):
+    if scope.get('__doc__'):
+        print(scope['__doc__'].strip().split('\n\n')[0] + '\n')
+    print(f'usage: python {os.path.basename(scope["__file__"])} [config/file.py ...] [--key=value ...]')
+    flags = {name: f'--{name}={setting.default!r}' for name, setting in known.items()}
+    width = min(max(map(len, flags.values()), default=0), 40)  # one long default must not push all comments away
+    for section, group in itertools.groupby(known.values(), lambda setting: setting.section):
+        print('', *(f'# {line}' for line in section), sep='\n')
+        for setting in group:
+            print(f'{flags[setting.name]:{width}}  {setting.comment}'.rstrip())
+
+
+def configure(scope, argv):
+    """set the script's globals (scope) from the words of the command line; returns the values of all its settings"""
+    known = settings(scope['__file__'])
+    if '--help' in argv or '-h' in argv:
+        print_help(scope, known)
+        raise SystemExit(0)
+    values = {name: scope.get(name, setting.default) for name, setting in known.items()}
+    files, overrides = parse(argv, known)
+    for file in files:
+        apply_file(file, values, known)
+        print(f'using {file}')
+    for name, value in overrides:
+        print(f'override: {name} = {value!r}')
+        values[name] = value
+    scope.update(values)  # last, so that an error leaves the script as it was
+    return values
+
+
+def run(scope):
+    """the last line of a script: configure it from the command line and call its main()"""
+    script = os.path.basename(scope['__file__'])
+    try:
+        configure(scope, sys.argv[1:])
+        scope['main']()
+    except UserError as error:  # the user's to mend, so a line and no traceback
+        print(f'{script}: {" ".join(str(error).splitlines())}', file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f'{script}: interrupted', file=sys.stderr)
+        sys.exit(130)

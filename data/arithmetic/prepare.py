@@ -1,0 +1,79 @@
+"""
+Make the arithmetic dataset: rows of 64 ids, <bos> text <eos> <pad> <pad> ..., one string to a row.
+
+$ python data/arithmetic/prepare.py
+$ python data/arithmetic/prepare.py --num_train=100000 --seed=7 --out=some/folder
+"""
+
+import argparse
+import os
+import random
+import sys
+
+import numpy as np
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [HERE, os.path.dirname(HERE)]
+from common import write_dataset  # noqa: E402
+from task import BLOCK_SIZE, CHARS, draw  # noqa: E402
+
+ITOS = list(CHARS) + ['<bos>', '<eos>', '<pad>']
+STOI = {s: i for i, s in enumerate(ITOS)}
+BOS, EOS, PAD = STOI['<bos>'], STOI['<eos>'], STOI['<pad>']
+
+
+def encode_rows(texts):
+    """The strings as an array of ids, (len(texts), BLOCK_SIZE)."""
+    rows = np.full((len(texts), BLOCK_SIZE), PAD, dtype=np.uint16)
+    for row, text in zip(rows, texts):
+        row[:len(text)+2] = [BOS, *(STOI[c] for c in text), EOS]
+    return rows
+
+
+def draw_splits(num_train, num_val, seed):
+    """(training strings, held-out strings, how many draws were held out in vain because they are training strings)."""
+    # seeded with names, because with seed and seed+1 one dataset's held-out set would be the next one's training set
+    train_rng, val_rng = random.Random(f'train {seed}'), random.Random(f'val {seed}')
+    train = [draw(train_rng)[0] for _ in range(num_train)]
+    seen = set(train)
+    val, rejected = [], 0
+    while len(val) < num_val:
+        text = draw(val_rng)[0]
+        if text in seen:
+            rejected += 1
+        else:
+            val.append(text)
+    return train, val, rejected
+
+
+def prepare(out_dir=HERE, num_train=20000, num_val=2000, seed=1337):
+    """Draw the dataset, write it into out_dir, say what it is, and return its meta."""
+    if num_train < 1 or num_val < 1:
+        raise ValueError(f'need at least one string in each split, not {num_train} and {num_val}')
+    train, val, rejected = draw_splits(num_train, num_val, seed)
+    meta = write_dataset(out_dir, encode_rows(train), encode_rows(val), {
+        'name': 'arithmetic', 'format': 'rows', 'block_size': BLOCK_SIZE,
+        'vocab_size': len(ITOS), 'tokenizer': 'char', 'itos': ITOS,
+        'bos': BOS, 'eos': EOS, 'pad': PAD, 'seed': seed,
+    })
+    for split, texts in (('train', train), ('val', val)):
+        print(f'{split}: {len(texts):,} strings ({len(set(texts)):,} distinct), '
+              f'mean length {sum(map(len, texts)) / len(texts):.1f}, {meta[f"{split}_tokens"]:,} tokens')
+    print(f'no string of val is in train: {rejected / (rejected + num_val):.1%} of its draws were, and were rejected')
+    print('for example', *train[:3], sep='\n  ')
+    print(f'wrote train.bin, val.bin and meta.json to {out_dir}')
+    return meta
+
+
+def main():
+    parser = argparse.ArgumentParser(description='Make the arithmetic dataset.')
+    parser.add_argument('--out', default=HERE, help='the folder to write to (default: the one of this script)')
+    parser.add_argument('--num_train', type=int, default=20000, help='strings to train on (default: %(default)s)')
+    parser.add_argument('--num_val', type=int, default=2000, help='held-out strings (default: %(default)s)')
+    parser.add_argument('--seed', type=int, default=1337, help='(default: %(default)s)')
+    args = parser.parse_args()
+    prepare(args.out, args.num_train, args.num_val, args.seed)
+
+
+if __name__ == '__main__':
+    main()

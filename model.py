@@ -1,0 +1,324 @@
+"""
+The network of nanoRemask: one transformer, two attentions, a vocabulary of V + 2.
+
+Notable features:
+- bidirectional or causal attention, chosen per call; one set of weights serves both
+- hidden[:, i] always predicts position i: the bidirectional pass sees the whole canvas,
+  the causal pass sees positions < i only (its input is shifted right by one)
+- two extra tokens: [MASK] = V (not yet decided) and [WRONG] = V + 1 (decided, and doubted)
+- the block stack may be applied n_recur times (the K of the universal denoiser seed)
+- rotary positions, QK-norm, ReLU^2, norms without parameters, no biases, a tied head
+- compute in bf16 where the device is fast at it; the parameters stay float32
+"""
+
+import os
+import pickle
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from configurator import UserError
+
+# -----------------------------------------------------------------------------
+# the network
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 64     # longest canvas
+    vocab_size: int = 18     # V, the dataset's own vocabulary; the network adds [MASK] and [WRONG]
+    n_layer: int = 2
+    n_head: int = 4
+    n_embd: int = 128
+    n_recur: int = 2         # how often the stack of n_layer blocks is applied, with the same weights
+    dropout: float = 0.0
+
+
+def norm(x):
+    """Layer norm without parameters: in eager mode its one fused kernel beats RMS norm's three."""
+    return F.layer_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias; its float32 weight is cast to the dtype of the input."""
+
+    def __init__(self, fan_in, fan_out, zero=False):
+        super().__init__(fan_in, fan_out, bias=False)
+        # output projections start at zero, so that every block starts as the identity
+        nn.init.normal_(self.weight, std=0.0 if zero else 0.5 * fan_in ** -0.5)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (Su et al. 2021): x (B, nh, T, hs), cos and sin (T, hs/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def plain_attention(q, k, v, causal):
+    """softmax(q k') v written out. On a CPU, at short T, its backward is several times faster than the fused kernel's."""
+    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)         # (B, nh, T, T)
+    if causal:
+        T = q.size(-2)
+        scores = scores + torch.full((T, T), float('-inf'), dtype=q.dtype, device=q.device).triu(1)
+    return scores.softmax(-1) @ v
+
+
+class Block(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.n_head = config.n_head
+        self.qkv = Linear(C, 3 * C)
+        self.attn_proj = Linear(C, C, zero=True)
+        self.fc = Linear(C, 4 * C)
+        self.proj = Linear(4 * C, C, zero=True)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def attention(self, x, cos, sin, causal, plain):
+        B, T, C = x.size()
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
+        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        y = plain_attention(q, k, v, causal) if plain else F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.attn_proj(y.transpose(1, 2).reshape(B, T, C))   # (B, nh, T, hs) -> (B, T, C)
+
+    def forward(self, x, cos, sin, causal, plain):
+        x = x + self.dropout(self.attention(norm(x), cos, sin, causal, plain))
+        return x + self.dropout(self.proj(F.relu(self.fc(norm(x))).square()))
+
+
+class GPT(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        check_config(config)
+        self.config = config
+        self.mask_token_id = config.vocab_size
+        self.wrong_token_id = config.vocab_size + 1
+        rows = -(-(config.vocab_size + 2) // 64) * 64   # padded for the hardware; the extra rows are never seen outside
+        self.wte = nn.Embedding(rows, config.n_embd)
+        nn.init.normal_(self.wte.weight, std=0.02)
+        self.causal_embd = nn.Parameter(torch.zeros(config.n_embd))  # tells the network which of its two jobs it is doing
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.register_buffer('mask_logit_bias', torch.zeros(()))     # set by the controller in train.py, saved with the model
+        half = config.n_embd // config.n_head // 2
+        angle = torch.outer(torch.arange(config.block_size), 10000.0 ** (-torch.arange(half) / half))
+        self.register_buffer('cos', angle.cos(), persistent=False)   # (block_size, hs/2)
+        self.register_buffer('sin', angle.sin(), persistent=False)
+        self.compute_dtype = torch.float32                           # see configure_compute
+        self.plain_attention = False
+
+    def forward(self, idx, causal=False):
+        """
+        ids (B, T) -> hidden states (B, T, C), where hidden[:, i] predicts position i.
+
+        causal=False: every position sees the whole canvas.
+        causal=True:  position i sees idx[:, :i] only; position 0 sees a start symbol (the mask token).
+        """
+        T = idx.size(1)
+        if causal:
+            idx = F.pad(idx[:, :-1], (1, 0), value=self.mask_token_id)
+        x = norm(self.wte(idx) + self.causal_embd if causal else self.wte(idx)).to(self.compute_dtype)
+        cos, sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
+        for _ in range(self.config.n_recur):
+            for block in self.blocks:
+                x = block(x, cos, sin, causal, self.plain_attention)
+        return norm(x)
+
+    def logits(self, hidden, real_only=False):
+        """
+        hidden states (N, C) -> float32 logits (N, V+2), only for the positions asked for.
+
+        real_only: [MASK] and [WRONG] get -inf, before anything is drawn or any confidence is computed.
+        """
+        V = self.config.vocab_size
+        logits = F.linear(hidden, self.wte.weight.to(hidden.dtype))[..., :V + 2].float()
+        if real_only:
+            specials = torch.arange(V + 2, device=logits.device) >= V
+            return logits.masked_fill(specials, float('-inf'))
+        return torch.cat((logits[..., :V], logits[..., V:V + 1] + self.mask_logit_bias, logits[..., V + 1:]), dim=-1)
+
+    def num_params(self):
+        """Number of parameters that the user asked for: the padding rows of the embedding do not count."""
+        padding = self.wte.weight.size(0) - self.config.vocab_size - 2
+        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
+
+
+def check_config(config):
+    """Raises UserError if a network of this GPTConfig cannot be built."""
+    for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_recur'):
+        if getattr(config, name) < 1:
+            raise UserError(f'{name} must be at least 1, got {getattr(config, name)}')
+    if config.n_embd % (2 * config.n_head):
+        raise UserError(f'n_embd must be a multiple of 2 * n_head (rotary positions pair the channels of a head), '
+                        f'got n_embd={config.n_embd}, n_head={config.n_head}')
+    if not 0 <= config.dropout < 1:
+        raise UserError(f'dropout must be in [0, 1), got {config.dropout}')
+
+
+# -----------------------------------------------------------------------------
+# choices by device, all in one place
+
+
+def configure_compute(model, device, dtype='auto', attention='auto', compile=False):
+    """
+    Moves the model to the device and chooses dtype and attention; 'auto' follows what was measured (EXPERIMENTS.md).
+
+    Returns (model, a line that says what was chosen and why). Raises UserError for a device or dtype that is not there.
+    """
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    kind = device.split(':')[0]
+    if kind not in ('cpu', 'cuda', 'mps'):
+        raise UserError(f"device expects auto, cpu, cuda, cuda:N or mps, got '{device}'")
+    if (kind == 'cuda' and not torch.cuda.is_available()) or (kind == 'mps' and not torch.backends.mps.is_available()):
+        raise UserError(f'this PyTorch sees no {kind} device; use --device=cpu')
+    dtypes = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
+    if dtype not in ('auto', *dtypes):
+        raise UserError(f"dtype expects auto, float32 or bfloat16, got '{dtype}'")
+    if attention not in ('auto', 'plain', 'sdpa'):
+        raise UserError(f"attention expects auto, plain or sdpa, got '{attention}'")
+    why = ''
+    if dtype == 'auto':
+        amx = kind == 'cpu' and getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()
+        fast = amx or (kind == 'cuda' and torch.cuda.is_bf16_supported())
+        dtype, why = ('bfloat16', ' (fast here)') if fast else ('float32', ' (no fast bf16 here)')
+    if attention == 'auto':
+        attention = 'plain' if kind == 'cpu' and model.config.block_size <= 512 else 'sdpa'
+    model.to(device)
+    model.compute_dtype = dtypes[dtype]
+    model.plain_attention = attention == 'plain'
+    if kind == 'cuda':
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if compile:
+        model.compile()   # in place: parameter names stay what they are
+    threads = f', {torch.get_num_threads()} threads' if kind == 'cpu' else ''
+    return model, f'{device}{threads}, {dtype}{why}, {attention} attention{", compiled" if compile else ""}'
+
+
+# -----------------------------------------------------------------------------
+# masks and likelihoods
+
+
+def stratified_k(n, generator=None):
+    """
+    How many positions to mask in each row: k (B,) uniform on 1..n, stratified over the batch.
+
+    n (B,): number of positions of each row that may be masked (>= 1). Every single k is uniform on 1..n; together
+    they cover the range evenly, which takes most of the variance out of the NELBO (LLaDA's evaluation does the same).
+    """
+    B = n.size(0)
+    strata = torch.randperm(B, generator=generator, device=n.device)
+    u = (strata + torch.rand(B, generator=generator, device=n.device)) / B    # in [0, 1), but float32 may round up
+    return (1 + (u * n).long()).minimum(n)
+
+
+def random_subset(candidates, k, generator=None):
+    """Of the True positions of candidates (B, T), k (B,) in each row at random: bool (B, T)."""
+    noise = torch.rand(candidates.shape, generator=generator, device=candidates.device)
+    order = noise.masked_fill(~candidates, 2.0).argsort(dim=1)
+    chosen = torch.zeros_like(candidates)
+    rank = torch.arange(candidates.size(1), device=candidates.device).expand_as(order)
+    return chosen.scatter(1, order, rank < k[:, None]) & candidates
+
+
+@torch.no_grad()
+def nelbo(model, x0, free, generator=None):
+    """
+    One unbiased estimate a row of the upper bound on -log p(x0): nats a row (B,).
+
+    x0 (B, T) clean ids; free (B, T) bool, the positions that are modelled (the rest is given). With k uniform on 1..n
+    and exactly k of n positions masked, n times the mean cross-entropy over the masked positions needs no 1/t weight.
+    Rows without a free position get 0.
+    """
+    n = free.sum(1)                                                           # (B,)
+    k = stratified_k(n.clamp(min=1), generator)
+    masked = random_subset(free, k, generator)                                # (B, T)
+    hidden = model(x0.masked_fill(masked, model.mask_token_id))[masked]       # (M, C)
+    ce = F.cross_entropy(model.logits(hidden, real_only=True), x0[masked], reduction='none')  # (M,)
+    total = torch.zeros(x0.shape, device=x0.device).masked_scatter(masked, ce).sum(1)
+    return total * n / k
+
+
+@torch.no_grad()
+def causal_nll(model, x0, free):
+    """-log p(x0) of the causal mode over the free positions, each given everything left of it: nats a row (B,)."""
+    hidden = model(x0, causal=True)[free]                                     # (M, C)
+    ce = F.cross_entropy(model.logits(hidden, real_only=True), x0[free], reduction='none')
+    return torch.zeros(x0.shape, device=x0.device).masked_scatter(free, ce).sum(1)
+
+
+# -----------------------------------------------------------------------------
+# checkpoints
+
+
+def save_checkpoint(path, checkpoint):
+    """Writes a checkpoint so that at every moment either the old file or the new one is whole."""
+    temporary = f'{path}.{os.getpid()}.tmp'
+    try:
+        with open(temporary, 'wb') as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+def load_checkpoint(path, device='cpu', ema=True):
+    """
+    Reads a checkpoint: (model in eval mode, the checkpoint as a dict).
+
+    ema: take the averaged weights where the checkpoint has them. Nothing in the file can run code (weights_only).
+    Raises UserError, naming the file and what is wrong with it.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f'{path}: no such checkpoint; train one with python train.py config/remask_all.py')
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f'{path}: refused, because it is no plain checkpoint: {str(error).splitlines()[0]}') from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f'{path}: truncated or damaged ({str(error).splitlines()[0] if str(error) else "empty"}); '
+                        f'take an older one or train again') from error
+    missing = [key for key in ('model', 'model_args', 'config', 'meta', 'iter_num')
+               if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing:
+        raise UserError(f"{path}: not a checkpoint of train.py: it has no '{missing[0]}'")
+    known = {field.name for field in fields(GPTConfig)}
+    if set(checkpoint['model_args']) != known:
+        odd = sorted(set(checkpoint['model_args']) ^ known)
+        raise UserError(f"{path}: made by another version of model.py: they differ in the field '{odd[0]}'")
+    model = GPT(GPTConfig(**checkpoint['model_args'])).to(device)
+    weights = checkpoint['ema'] if ema and checkpoint.get('ema') else checkpoint['model']
+    own = model.state_dict()
+    for name in sorted(set(own) | set(weights)):
+        if name not in own or name not in weights:
+            raise UserError(f"{path}: made by another version of model.py: they differ in the tensor '{name}'")
+        if own[name].shape != weights[name].shape:
+            raise UserError(f"{path}: tensor '{name}' has shape {tuple(weights[name].shape)}, "
+                            f"the network needs {tuple(own[name].shape)}")
+        if not torch.isfinite(weights[name]).all():
+            raise UserError(f"{path}: tensor '{name}' holds NaN or infinity; take an older checkpoint")
+    model.load_state_dict(weights)
+    return model.eval(), checkpoint
+
+
+def check_same_model(path, model_args, other_path, other_args, names=None):
+    """Raises UserError, naming the field, if two checkpoints' (or runs') model_args differ in one of names (None: any)."""
+    for name in names or model_args:
+        if model_args[name] != other_args[name]:
+            raise UserError(f'{path} and {other_path} do not fit together: '
+                            f'{name} is {model_args[name]} and {other_args[name]}')
+
+
+def model_args(config):
+    """A GPTConfig as the plain dict that a checkpoint holds."""
+    return asdict(config)
