@@ -11,6 +11,7 @@ Notable features:
 - compute in bf16 where the device is fast at it; the parameters stay float32
 """
 
+import ctypes
 import os
 import pickle
 from dataclasses import asdict, dataclass, fields
@@ -54,14 +55,21 @@ class Linear(nn.Linear):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021): x (B, nh, T, hs), cos and sin (T, hs/2)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    """Rotary positions (Su et al. 2021): x (..., T, hs), cos and sin (T, hs) from rotary_table."""
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
+
+
+def rotary_table(T, hs):
+    """
+    The cos and sin (T, hs) of rotate. Both carry a factor hs^-1/4, so that q k' of rotated q and k has its 1/sqrt(hs).
+    """
+    angle = torch.outer(torch.arange(T), 10000.0 ** (-torch.arange(hs // 2) / (hs // 2)))
+    return (torch.cat((angle.cos(), angle.cos()), 1) * hs ** -0.25, torch.cat((angle.sin(), -angle.sin()), 1) * hs ** -0.25)
 
 
 def plain_attention(q, k, v, causal):
     """softmax(q k') v written out. On a CPU, at short T, its backward is several times faster than the fused kernel's."""
-    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)         # (B, nh, T, T)
+    scores = q @ k.transpose(-2, -1)                                # (B, nh, T, T)
     if causal:
         T = q.size(-2)
         scores = scores + torch.full((T, T), float('-inf'), dtype=q.dtype, device=q.device).triu(1)
@@ -82,14 +90,18 @@ class Block(nn.Module):
 
     def attention(self, x, cos, sin, causal, plain):
         B, T, C = x.size()
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
-        y = plain_attention(q, k, v, causal) if plain else F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
+        q, k = rotate(norm(qkv[:2]), cos, sin)                      # one call for both: (B, nh, T, hs) each
+        if plain:
+            y = plain_attention(q, k, qkv[2], causal)
+        else:
+            y = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=causal, scale=1.0)
         return self.attn_proj(y.transpose(1, 2).reshape(B, T, C))   # (B, nh, T, hs) -> (B, T, C)
 
     def forward(self, x, cos, sin, causal, plain):
         x = x + self.dropout(self.attention(norm(x), cos, sin, causal, plain))
-        return x + self.dropout(self.proj(F.relu(self.fc(norm(x))).square()))
+        h = self.fc(norm(x))
+        return x + self.dropout(self.proj(F.relu(h) * h))           # ReLU^2, in the form whose backward is cheapest
 
 
 class GPT(nn.Module):
@@ -106,10 +118,9 @@ class GPT(nn.Module):
         self.causal_embd = nn.Parameter(torch.zeros(config.n_embd))  # tells the network which of its two jobs it is doing
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.register_buffer('mask_logit_bias', torch.zeros(()))     # set by the controller in train.py, saved with the model
-        half = config.n_embd // config.n_head // 2
-        angle = torch.outer(torch.arange(config.block_size), 10000.0 ** (-torch.arange(half) / half))
-        self.register_buffer('cos', angle.cos(), persistent=False)   # (block_size, hs/2)
-        self.register_buffer('sin', angle.sin(), persistent=False)
+        cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
+        self.register_buffer('cos', cos, persistent=False)           # (block_size, hs)
+        self.register_buffer('sin', sin, persistent=False)
         self.compute_dtype = torch.float32                           # see configure_compute
         self.plain_attention = False
 
@@ -165,6 +176,21 @@ def check_config(config):
 # choices by device, all in one place
 
 
+def keep_memory():
+    """
+    Asks glibc to keep freed memory instead of handing every large block back to the kernel.
+
+    A CPU step allocates the same megabytes again and again; without this each one is mapped and zeroed anew, page by
+    page. Does nothing where there is no glibc.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)              # M_MMAP_MAX: no block gets a mapping of its own
+        libc.mallopt(-1, 2 ** 31 - 1)    # M_TRIM_THRESHOLD: keep the top of the heap
+    except (OSError, AttributeError, TypeError):
+        pass
+
+
 def configure_compute(model, device, dtype='auto', attention='auto', compile=False):
     """
     Moves the model to the device and chooses dtype and attention; 'auto' follows what was measured (EXPERIMENTS.md).
@@ -193,6 +219,8 @@ def configure_compute(model, device, dtype='auto', attention='auto', compile=Fal
     model.to(device)
     model.compute_dtype = dtypes[dtype]
     model.plain_attention = attention == 'plain'
+    if kind == 'cpu':
+        keep_memory()
     if kind == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
     if compile:

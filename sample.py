@@ -351,6 +351,13 @@ def generate(model, meta, num, *, prompt=(), lengths=None, ar_prefix=0, batch_si
     return samples
 
 
+def supports(config):
+    """What a checkpoint of this config was trained for: (unmasking, the causal mode, finding wrong tokens)."""
+    kind = config['training_type']
+    return (kind in ('unmasking', 'joint'), kind == 'causal' or config['causal_ratio'] > 0,
+            kind in ('joint', 'remasking') and config['remask_target'] == 'wrong')
+
+
 def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=None):
     """
     The rules that were not chosen, by what the checkpoint was trained for: dict(commit, remask, ar_prefix).
@@ -358,8 +365,7 @@ def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=
     config: the checkpoint's. Raises UserError if a chosen rule needs something that the checkpoint was not trained for.
     """
     kind = config['training_type']
-    causal = kind == 'causal' or config['causal_ratio'] > 0
-    detects = kind in ('joint', 'remasking') and config['remask_target'] == 'wrong'
+    _, causal, detects = supports(config)
     if kind == 'remasking':
         raise UserError('this is a remasking checkpoint: it judges tokens but cannot write; '
                         'give it as --remask_from, and an unmasking or joint one as --init_from')

@@ -398,8 +398,9 @@ def training_step(model, x0, meta, config, step, generator):
     free, real = modelled(x0, meta)
     parts = {}
     if num_causal:
-        weight = real[:num_causal] * (num_causal / real[:num_causal].sum())
-        total, parts = loss(model, x0[:num_causal], x0[:num_causal], weight, causal=True)
+        width = int(real[:num_causal].any(0).nonzero()[-1]) + 1                # the causal pass needs no padding
+        rows, weight = x0[:num_causal, :width], real[:num_causal, :width] * (num_causal / real[:num_causal].sum())
+        total, parts = loss(model, rows, rows, weight, causal=True)
         (total / (num * accumulate)).backward()
     if num_causal < num:
         input, target, weight = corrupt(

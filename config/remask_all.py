@@ -1,2 +1,17 @@
+# the main job: ONE network that unmasks, finds its own mistakes, and has a causal mode that can verify what it drafts
+# about four minutes on two CPU cores; see README.md for what comes out
 training_type = 'joint'
-causal_ratio = 0.34
+causal_ratio = 0.5                     # half of each batch trains the causal mode: by default it has the last word when sampling
+remask_ratio = 0.5                     # half of the other rows carry wrong tokens, so the unmasking task keeps its share
+corruption = 'own'                     # errors the network really makes; uniformly random tokens are too easy to spot
+remasking_loss_type = 'all_positions'  # a correct token that is doubted counts as an error too
+remask_target = 'wrong'
+
+# curricula: learn to write before proofreading, and to find errors before being told off for false alarms
+proofreading_warmup_iters = 300
+masking_warmup_iters = 300
+
+dataset = 'arithmetic'
+batch_size = 64
+max_iters = 1200
+eval_interval = 300                    # four looks at the samples on the way

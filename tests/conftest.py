@@ -1,6 +1,110 @@
-"""The scripts lie in the root of the repository and import one another from there."""
+"""The scripts lie in the root of the repository and import one another from there; what several tests share."""
 
+import functools
+import importlib.util
 import os
+import runpy
+import signal
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import pytest
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import configurator  # noqa: E402
+import sample  # noqa: E402
+from model import GPT, GPTConfig, model_args  # noqa: E402
+
+# what data/arithmetic/prepare.py writes, without the token counts
+ARITHMETIC = dict(name='arithmetic', format='rows', block_size=64, vocab_size=18, tokenizer='char',
+                  itos=[*'0123456789()+*=', '<bos>', '<eos>', '<pad>'], bos=15, eos=16, pad=17)
+
+
+def tiny_gpt(V=3, T=4, seed=0, scale=3.0, **more):
+    """A small random network in eval mode that is far from uniform and uses all of its parts (a fresh one does not)."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**dict(dict(block_size=T, vocab_size=V, n_layer=1, n_head=2, n_embd=16, n_recur=2), **more)))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=scale * 0.1)
+    return model.eval()
+
+
+def all_sequences(V, T):
+    """Every sequence of T tokens out of V: (V^T, T)."""
+    return torch.cartesian_prod(*[torch.arange(V)] * T).view(-1, T)
+
+
+def chi_square(counts, expected):
+    """
+    (the statistic, a bound which it passes by chance once in 100,000 times), small cells pooled into one.
+
+    The bound is Wilson and Hilferty's approximation of the chi-square quantile; 4.265 is the normal one.
+    """
+    counts, expected = torch.as_tensor(counts).double().flatten(), torch.as_tensor(expected).double().flatten()
+    assert abs(counts.sum() - expected.sum()) < 1e-6 * expected.sum()
+    assert counts[expected < 1e-9].sum() == 0                      # what is impossible never happens
+    small = expected < 8
+    if small.any():
+        counts = torch.cat((counts[~small], counts[small].sum()[None]))
+        expected = torch.cat((expected[~small], expected[small].sum()[None]))
+    counts, expected = counts[expected > 1e-9], expected[expected > 1e-9]
+    df = len(expected) - 1
+    bound = df * (1 - 2 / (9 * df) + 4.265 * (2 / (9 * df)) ** 0.5) ** 3
+    return ((counts - expected) ** 2 / expected).sum().item(), bound
+
+
+def load_script(name):
+    """A script as a fresh module, so that a test may change its settings."""
+    spec = importlib.util.spec_from_file_location(f'{name}_under_test', os.path.join(ROOT, f'{name}.py'))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def default_config(**changes):
+    """The settings of train.py, with changes, as a checkpoint keeps them."""
+    known = configurator.settings(os.path.join(ROOT, 'train.py'))
+    assert set(changes) <= set(known)
+    return {**{name: setting.default for name, setting in known.items()}, **changes}
+
+
+def write_checkpoint(path, model=None, meta=ARITHMETIC, **config):
+    """A checkpoint of an untrained network, as train.py would have written it; returns its path as text."""
+    model = model or tiny_gpt(meta['vocab_size'], config.get('block_size', 64), n_recur=1)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    torch.save(dict(model=model.state_dict(), ema=None, iter_num=7, model_args=model_args(model.config),
+                    config=default_config(**config), meta=meta), path)
+    return str(path)
+
+
+cached_task = functools.lru_cache(sample.load_task)
+
+
+@pytest.fixture(autouse=True)
+def tidy(monkeypatch):
+    """A test leaves no signal handler behind, and the scorer's reference lengths are drawn once and not in every run."""
+    monkeypatch.setattr(sample, 'load_task', cached_task)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run('train', '--max_iters=3', ...) as from the command line: (exit status, stdout, stderr)."""
+    def run(script, *words, root=ROOT):
+        path = script if script.endswith('.py') else os.path.join(root, f'{script}.py')
+        monkeypatch.setattr(sys, 'argv', [path, *map(str, words)])
+        capsys.readouterr()
+        try:
+            runpy.run_path(path, run_name='__main__')
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        return status, out, err
+    return run

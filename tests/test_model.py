@@ -1,0 +1,453 @@
+"""The network and its likelihoods: who sees what, what the numbers mean, and what a damaged checkpoint says."""
+
+import itertools
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import all_sequences, chi_square, tiny_gpt
+
+import model as model_module
+from configurator import UserError
+from model import (GPT, GPTConfig, causal_nll, check_same_model, configure_compute, load_checkpoint, model_args, nelbo,
+                   random_subset, save_checkpoint, stratified_k)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def plain_and_sdpa(model):
+    """Runs the body of a test once for either attention."""
+    for model.plain_attention in (True, False):
+        yield model
+
+# -----------------------------------------------------------------------------
+# who sees what
+
+
+def test_causal_pass_sees_the_left_only():
+    torch.manual_seed(1)
+    for model in plain_and_sdpa(tiny_gpt(V=7, T=8, n_layer=2)):
+        x = torch.randint(7, (4, 8))
+        before = model(x, causal=True)
+        for i in range(8):
+            right = torch.cat((x[:, :i], (x[:, i:] + 1) % 7), 1)          # position i itself included
+            after = model(right, causal=True)
+            assert torch.equal(after[:, :i + 1], before[:, :i + 1])
+            if i < 7:                                                     # and all to the right of i do see it
+                one = x.clone()
+                one[:, i] = (one[:, i] + 1) % 7
+                change = (model(one, causal=True) - before).abs().amax(-1)
+                assert (change[:, :i + 1] == 0).all() and (change[:, i + 1:] > 1e-4).all()
+
+
+def test_bidirectional_pass_sees_everything():
+    torch.manual_seed(1)
+    for model in plain_and_sdpa(tiny_gpt(V=7, T=8)):
+        x = torch.randint(7, (4, 8))
+        for i in range(8):
+            one = x.clone()
+            one[:, i] = (one[:, i] + 1) % 7
+            assert ((model(one) - model(x)).abs().amax(-1) > 1e-5).all()
+
+
+def test_causal_start_symbol_and_mode_embedding():
+    model = tiny_gpt(V=5, T=6)
+    x = torch.randint(5, (3, 6), generator=seeded())
+    first = model(x, causal=True)[:, 0]
+    assert torch.equal(first, first[:1].expand(3, -1))                    # whatever the row holds
+    shifted = F.pad(x[:, :-1], (1, 0), value=model.mask_token_id)
+    wide = tiny_gpt(V=5, T=6)
+    with torch.no_grad():
+        wide.causal_embd.zero_()
+    # without attention to mix positions, the causal pass is the bidirectional one on the shifted row, plus its embedding
+    for m in (model, wide):
+        with torch.no_grad():
+            for block in m.blocks:
+                block.attn_proj.weight.zero_()
+    assert torch.allclose(wide(x, causal=True), wide(shifted), atol=1e-6)
+    assert (model(x, causal=True) - model(shifted)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize('causal', [False, True])
+def test_plain_and_sdpa_attention_agree(causal):
+    model = tiny_gpt(V=11, T=16, n_layer=2, n_embd=32, n_head=4)
+    x = torch.randint(13, (5, 16), generator=seeded())
+    plain, sdpa = [m(x, causal=causal) for m in plain_and_sdpa(model)]
+    assert (plain - sdpa).abs().max() < 1e-5 * plain.abs().max()
+    short = model(x[:, :5], causal=causal)                                # any length up to block_size
+    assert short.shape == (5, 5, 32)
+    assert torch.allclose(short, sdpa[:, :5], atol=1e-5) == causal
+
+
+def test_attention_is_scaled_softmax_of_normalised_rotated_heads():
+    """One block against the formulas, written head by head and position by position."""
+    model = tiny_gpt(V=5, T=6, n_recur=1, n_embd=8, n_head=2)
+    block, T, hs = model.blocks[0], 6, 4
+    x = torch.randn(1, T, 8, generator=seeded())
+    ln = lambda v: (v - v.mean(-1, keepdim=True)) / (v.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()  # noqa: E731
+
+    def rotated(v, t):
+        angle = t * 10000.0 ** (-torch.arange(hs // 2) / (hs // 2))
+        a, b = v[:hs // 2], v[hs // 2:]
+        return torch.cat((a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()))
+
+    h = ln(x[0])
+    q, k, v = (h @ block.qkv.weight.T).view(T, 3, 2, hs).unbind(1)
+    heads = torch.empty(T, 2, hs)
+    for head, t in itertools.product(range(2), range(T)):
+        scores = torch.stack([rotated(ln(q[t, head]), t) @ rotated(ln(k[s, head]), s) for s in range(T)]) / hs ** 0.5
+        heads[t, head] = scores.softmax(0) @ v[:, head]
+    y = x[0] + heads.view(T, 8) @ block.attn_proj.weight.T
+    y = y + (ln(y) @ block.fc.weight.T).relu().square() @ block.proj.weight.T
+    for plain in (True, False):
+        assert torch.allclose(block(x, model.cos, model.sin, False, plain)[0], y, atol=1e-5)
+
+
+def test_bf16_roughly_agrees():
+    model = tiny_gpt(V=11, T=16, n_embd=32)
+    x = torch.randint(11, (5, 16), generator=seeded())
+    for causal in (False, True):
+        model.compute_dtype = torch.float32
+        exact = model.logits(model(x, causal=causal))
+        model.compute_dtype = torch.bfloat16
+        hidden = model(x, causal=causal)
+        assert hidden.dtype == torch.bfloat16
+        logits = model.logits(hidden)
+        assert logits.dtype == torch.float32
+        assert 0 < (logits - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_blocks_start_as_the_identity_and_recur():
+    torch.manual_seed(0)
+    fresh = GPT(GPTConfig(block_size=4, vocab_size=3, n_layer=1, n_head=2, n_embd=16))
+    x = torch.randint(3, (2, 4))
+    assert torch.allclose(fresh(x), F.layer_norm(F.layer_norm(fresh.wte(x), (16,)), (16,)), atol=1e-5)
+    once, twice = tiny_gpt(n_recur=1), tiny_gpt(n_recur=2)
+    twice.load_state_dict(once.state_dict())                              # recurring adds no weights
+    assert (once(x) - twice(x)).abs().max() > 1e-3
+
+# -----------------------------------------------------------------------------
+# the head
+
+
+def test_logits_of_special_tokens():
+    model = tiny_gpt(V=5, T=4)
+    hidden = torch.randn(7, 16, generator=seeded())
+    plain, real = model.logits(hidden), model.logits(hidden, real_only=True)
+    assert plain.shape == real.shape == (7, 7) and plain.dtype == torch.float32
+    assert torch.allclose(plain, hidden @ model.wte.weight[:7].T, atol=1e-5)  # tied; the padding rows are not seen
+    assert plain.isfinite().all()
+    assert (real[:, 5:] == float('-inf')).all() and torch.equal(real[:, :5], plain[:, :5])
+    model.mask_logit_bias.fill_(2.5)
+    assert torch.allclose(model.logits(hidden) - plain, torch.tensor([0.0] * 5 + [2.5, 0]), atol=1e-5)
+    assert torch.equal(model.logits(hidden, real_only=True), real)
+    assert model.logits(hidden[:0]).shape == (0, 7)
+
+
+@pytest.mark.parametrize('V, rows', [(3, 64), (62, 64), (63, 128), (65, 128)])
+def test_vocabulary_is_padded_invisibly(V, rows):
+    model = tiny_gpt(V=V, n_recur=1)
+    assert model.wte.weight.shape == (rows, 16) and (model.mask_token_id, model.wrong_token_id) == (V, V + 1)
+    assert model.logits(torch.zeros(2, 16)).shape == (2, V + 2)
+    # an embedding of V + 2 rows, 3 + 1 + 4 + 4 square matrices, and the causal embedding
+    assert model.num_params() == 16 * (V + 2) + 12 * 16 * 16 + 16
+
+
+def test_padding_rows_get_no_gradient():
+    model = tiny_gpt(V=5, T=4)
+    x = torch.randint(5, (3, 4), generator=seeded())
+    model.logits(model(x)).logsumexp(-1).sum().backward()
+    grad = model.wte.weight.grad.abs().sum(1)
+    assert (grad[:7] > 0).all() and (grad[7:] == 0).all()
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(n_embd=18, n_head=4), r'n_embd must be a multiple of 2 \* n_head.*n_embd=18, n_head=4'),
+    (dict(n_embd=12, n_head=4), 'n_embd must be a multiple'),             # 3 channels a head cannot be paired
+    (dict(n_layer=0), 'n_layer must be at least 1, got 0'),
+    (dict(n_recur=0), 'n_recur must be at least 1'),
+    (dict(block_size=0), 'block_size must be at least 1'),
+    (dict(dropout=1.0), 'dropout must be in'),
+])
+def test_impossible_networks(changes, message):
+    with pytest.raises(UserError, match=message):
+        GPT(GPTConfig(**changes))
+
+
+def test_configure_compute():
+    model, line = configure_compute(tiny_gpt(), 'cpu', 'float32')
+    assert model.compute_dtype == torch.float32 and model.plain_attention
+    assert 'cpu' in line and 'float32' in line and 'plain attention' in line
+    model, line = configure_compute(tiny_gpt(), 'cpu', 'bfloat16', 'sdpa')
+    assert model.compute_dtype == torch.bfloat16 and not model.plain_attention and 'sdpa' in line
+    assert model(torch.zeros(1, 4, dtype=torch.long)).dtype == torch.bfloat16
+    assert next(model.parameters()).dtype == torch.float32                # only the compute changes
+    for arguments, message in ((('tpu',), 'device expects'), (('cpu', 'float8'), 'dtype expects'),
+                               (('cpu', 'float32', 'flash'), 'attention expects')):
+        with pytest.raises(UserError, match=message):
+            configure_compute(tiny_gpt(), *arguments)
+    for device in ('cuda', 'mps'):
+        if not getattr(torch.backends if device == 'mps' else torch, device).is_available():
+            with pytest.raises(UserError, match=f'no {device} device'):
+                configure_compute(tiny_gpt(), device)
+
+# -----------------------------------------------------------------------------
+# masks
+
+
+def test_stratified_k_is_uniform_and_spread():
+    n, generator = torch.full((10,), 7), seeded(1)
+    draws = torch.stack([stratified_k(n, generator) for _ in range(3000)])   # (3000, 10)
+    for row in range(10):                                                 # in every row, not only in all of them together
+        statistic, bound = chi_square(draws[:, row].bincount(minlength=8)[1:], torch.full((7,), 3000 / 7))
+        assert statistic < bound
+    # 10 strata over 7 values: each value gets 10/7 of a batch, give or take less than one
+    counts = F.one_hot(draws - 1, 7).sum(1)
+    assert counts.min() >= 1 - 1 and counts.max() <= 3 and (counts.sum(1) == 10).all()
+    many = stratified_k(torch.full((1000,), 4), generator).bincount(minlength=5)[1:]
+    assert (many - 250).abs().max() <= 1
+    # rows with n of their own: 1..n each, and a row is not tied to its stratum
+    mixed = torch.stack([stratified_k(torch.tensor([1, 2, 3, 50]), generator) for _ in range(500)])
+    assert (mixed.amin(0) == 1).all() and (mixed.amax(0)[:3] == torch.tensor([1, 2, 3])).all() and mixed.max() <= 50
+    assert (mixed[:, 3] > 25).float().mean() > 0.4 and (mixed[:, 3] < 26).float().mean() > 0.4
+
+
+def test_stratified_k_never_exceeds_n(monkeypatch):
+    """In float32 (strata + rand) / B may round up to 1, which must not give k = n + 1."""
+    n = torch.full((8,), 5)
+    monkeypatch.setattr(model_module.torch, 'rand', lambda *size, **more: torch.full(size, 1 - 2.0 ** -24))
+    assert stratified_k(n).max() == 5
+
+
+def test_random_subset_is_exact_and_uniform():
+    generator = seeded(2)
+    candidates = torch.tensor([[1, 0, 1, 1, 0, 1]] * 20000).bool()
+    chosen = random_subset(candidates, torch.full((20000,), 2), generator)
+    assert (chosen.sum(1) == 2).all() and not (chosen & ~candidates).any()
+    pairs = (chosen[:, [0, 2, 3, 5]] * torch.tensor([1, 2, 4, 8])).sum(1).bincount(minlength=16)
+    expected = torch.tensor([20000 / 6 if bin(i).count('1') == 2 else 0.0 for i in range(16)])
+    statistic, bound = chi_square(pairs, expected)
+    assert statistic < bound
+    k = torch.tensor([0, 1, 4, 9, -3])                                    # more than there are: all; fewer than none: none
+    assert random_subset(candidates[:5], k, generator).sum(1).tolist() == [0, 1, 4, 4, 0]
+
+# -----------------------------------------------------------------------------
+# likelihoods
+
+
+def any_order_nll(model, x, free):
+    """-log p of the row x, its free positions filled one at a time: one number for every order, by brute force."""
+    positions = free.nonzero()[:, 0].tolist()
+    totals = []
+    for order in itertools.permutations(positions):
+        canvas, total = x.masked_fill(free, model.mask_token_id), 0.0
+        for i in order:
+            logits = model.logits(model(canvas[None])[0, i:i + 1])[0, :model.config.vocab_size]
+            total -= logits.double().log_softmax(-1)[x[i]].item()
+            canvas[i] = x[i]
+        totals.append(total)
+    return np.array(totals)
+
+
+@torch.no_grad()
+def test_nelbo_is_the_average_over_all_orders():
+    """
+    n times the mean cross-entropy of k random masked positions, k uniform on 1..n, is the mean over all orders of the
+    sequence's own -log p, so its estimates must average to what the enumeration of the orders gives.
+    """
+    model = tiny_gpt(V=3, T=4)
+    rows = torch.tensor([[0, 2, 1, 1], [2, 2, 0, 1], [1, 0, 0, 2]])
+    free = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 0, 1]]).bool()
+    exact, orders = [], []
+    for x, f in zip(rows, free):
+        orders.append(any_order_nll(model, x, f))
+        exact.append(orders[-1].mean())
+        assert exact[-1] > -np.log(np.exp(-orders[-1]).mean()) + 1e-4     # Jensen: it is an upper bound, and a loose one
+    exact = torch.tensor(exact)
+    for B, calls in ((30000, 2), (6, 700)):                                 # unbiased for a small batch as well
+        generator, which = seeded(3), torch.arange(B) % 3
+        estimates = torch.stack([nelbo(model, rows[which], free[which], generator) for _ in range(calls)]).double()
+        for row in range(3):
+            mine = estimates[:, which == row]
+            error = (mine - exact[row]).std() / mine.numel() ** 0.5
+            assert 0.01 < mine.std() and abs(mine.mean() - exact[row]) < 4 * error < (0.12 if B > 6 else 0.4)
+
+
+@torch.no_grad()
+def test_nelbo_edges():
+    model, x = tiny_gpt(V=3, T=4), torch.tensor([[0, 2, 1, 1], [1, 1, 0, 2]])
+    free = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 0]]).bool()
+    bound = nelbo(model, x, free, seeded())
+    assert bound[0] == 0                                                  # nothing to model
+    assert bound[1] == pytest.approx(any_order_nll(model, x[1], free[1])[0], rel=1e-5)  # one position: exact
+    assert torch.equal(nelbo(model, x, ~free, seeded()), nelbo(model, x, ~free, seeded()))
+
+
+def test_stratification_lowers_the_variance():
+    model, generator = tiny_gpt(V=3, T=4), seeded(4)
+    x = torch.tensor([[0, 2, 1, 1]]).expand(16, 4)
+    free = torch.ones_like(x, dtype=torch.bool)
+    batches = torch.stack([nelbo(model, x, free, generator) for _ in range(300)])
+    assert batches.mean(1).var() < 0.9 * batches.var() / 16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('given', [[], [0], [1], [0, 3]])
+def test_causal_probabilities_sum_to_one(given):
+    model = tiny_gpt(V=3, T=4, scale=6)
+    x = all_sequences(3, 4)
+    free = torch.ones_like(x, dtype=torch.bool)
+    free[:, given] = False
+    x = x[(x[:, given] == 1).all(1)]                                      # given positions hold one and the same token
+    nll = causal_nll(model, x, free[:len(x)]).double()
+    assert (-nll).exp().sum() == pytest.approx(1, abs=1e-5)
+    assert (-nll).exp().std() > 1e-3                                      # and they are not all the same
+
+
+@torch.no_grad()
+def test_causal_nll_is_the_chain_rule():
+    model, x = tiny_gpt(V=3, T=4), all_sequences(3, 4)
+    free = torch.ones_like(x, dtype=torch.bool)
+    for row in (5, 40, 77):
+        total = 0.0
+        for i in range(4):
+            prefix = F.pad(x[row:row + 1, :i], (0, 4 - i), value=0)       # what is right of i - 1 is of no account
+            total -= model.logits(model(prefix, causal=True)[0, i])[:3].log_softmax(-1)[x[row, i]].item()
+        assert causal_nll(model, x, free)[row].item() == pytest.approx(total, rel=1e-5)
+
+# -----------------------------------------------------------------------------
+# checkpoints
+
+
+def checkpoint_of(network, **changes):
+    return dict(dict(model=network.state_dict(), ema=None, iter_num=3, model_args=model_args(network.config),
+                     config={'a': 1}, meta={'name': 'x'}), **changes)
+
+
+def test_checkpoint_round_trip(tmp_path):
+    path, x = str(tmp_path / 'ckpt.pt'), torch.randint(3, (2, 4), generator=seeded())
+    model, ema = tiny_gpt(seed=1), tiny_gpt(seed=2)
+    model.mask_logit_bias.fill_(-1.5)
+    save_checkpoint(path, checkpoint_of(model, ema=ema.state_dict()))
+    assert os.listdir(tmp_path) == ['ckpt.pt']
+    loaded, checkpoint = load_checkpoint(path, ema=False)
+    assert not loaded.training and checkpoint['iter_num'] == 3 and loaded.config == model.config
+    assert torch.equal(loaded.logits(loaded(x)), model.logits(model(x)))  # the controller's bias included
+    averaged, _ = load_checkpoint(path)
+    assert torch.equal(averaged(x), ema(x)) and not torch.equal(averaged(x), model(x))
+    save_checkpoint(path, checkpoint_of(model))                           # one without averaged weights
+    assert torch.equal(load_checkpoint(path)[0](x), model(x))
+
+
+@pytest.mark.parametrize('error', [OSError, KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize('where', ['save', 'fsync', 'replace'])
+def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch, error, where):
+    path = str(tmp_path / 'ckpt.pt')
+    save_checkpoint(path, checkpoint_of(tiny_gpt(seed=1)))
+    before = open(path, 'rb').read()
+
+    def failing(checkpoint, file, *more):
+        if where == 'save':
+            file.write(b'half a checkpoint')
+        raise error('interrupted')
+
+    with monkeypatch.context() as m:
+        if where == 'save':
+            m.setattr(torch, 'save', failing)
+        else:
+            m.setattr(os, where, lambda *args: failing(None, None))
+        with pytest.raises(error, match='interrupted'):
+            save_checkpoint(path, checkpoint_of(tiny_gpt(seed=2)))
+    assert os.listdir(tmp_path) == ['ckpt.pt'] and open(path, 'rb').read() == before
+
+
+def test_save_makes_the_file_durable_before_it_takes_the_name(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, 'fsync', lambda fd: (calls.append(('fsync', os.fstat(fd).st_size)), fsync(fd)))
+    monkeypatch.setattr(os, 'replace', lambda a, b: (calls.append(('replace', os.path.getsize(a))), replace(a, b)))
+    save_checkpoint(str(tmp_path / 'ckpt.pt'), checkpoint_of(tiny_gpt()))
+    size = os.path.getsize(tmp_path / 'ckpt.pt')
+    assert calls == [('fsync', size), ('replace', size)]
+
+
+class Evil:
+    """Unpickling this creates a file."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, 'w'))
+
+
+@pytest.mark.parametrize('how', ['torch', 'pickle'])
+def test_checkpoint_cannot_run_code(tmp_path, how):
+    path, marker = tmp_path / 'ckpt.pt', tmp_path / 'marker'
+    evil = checkpoint_of(tiny_gpt(), config=Evil(str(marker)))
+    if how == 'torch':
+        torch.save(evil, path)
+    else:
+        path.write_bytes(pickle.dumps(Evil(str(marker)), protocol=2))
+    with pytest.raises(UserError, match='ckpt.pt: refused') as error:
+        load_checkpoint(str(path))
+    assert not marker.exists() and '\n' not in str(error.value)
+    pickle.loads(pickle.dumps(Evil(str(marker))))                         # it would have
+    assert marker.exists()
+
+
+def test_damaged_files(tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    with pytest.raises(UserError, match='ckpt.pt: no such checkpoint'):
+        load_checkpoint(str(path))
+    with pytest.raises(UserError, match='no such checkpoint'):
+        load_checkpoint(str(tmp_path))                                    # a folder
+    save_checkpoint(str(path), checkpoint_of(tiny_gpt()))
+    whole = path.read_bytes()
+    for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match='ckpt.pt: (truncated or damaged|refused)') as error:
+            load_checkpoint(str(path))
+        assert '\n' not in str(error.value)
+    for junk in (b'hello, world\n', b'\x80\x02', b'\x00' * 1000, bytes(range(256)) * 20):
+        path.write_bytes(junk)
+        with pytest.raises(UserError, match='ckpt.pt: (truncated or damaged|refused)'):
+            load_checkpoint(str(path))
+
+
+@pytest.mark.parametrize('content', [[1, 2], {'model': {}}, {'a': torch.zeros(2)}, 3, None])
+def test_not_a_checkpoint(tmp_path, content):
+    torch.save(content, tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match='ckpt.pt: not a checkpoint of train.py'):
+        load_checkpoint(str(tmp_path / 'ckpt.pt'))
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    path, model = str(tmp_path / 'ckpt.pt'), tiny_gpt()
+    weights, args = model.state_dict(), model_args(model.config)
+    bad = {name: tensor.clone() for name, tensor in weights.items()}
+    bad['blocks.0.fc.weight'][3, 2] = float('nan')
+    fewer = {name: tensor for name, tensor in weights.items() if name != 'causal_embd'}
+    for changes, message in (
+            (dict(model=bad), "'blocks.0.fc.weight' holds NaN"),
+            (dict(ema=bad), "'blocks.0.fc.weight' holds NaN"),
+            (dict(model_args={**args, 'n_kv_head': 2}), "field 'n_kv_head'"),
+            (dict(model_args={k: v for k, v in args.items() if k != 'n_recur'}), "field 'n_recur'"),
+            (dict(model_args={**args, 'n_embd': 32}), r"has shape \(\d+.*the network needs \(\d+"),
+            (dict(model={**weights, 'head.weight': torch.zeros(1)}), "tensor 'head.weight'"),
+            (dict(model=fewer), "tensor 'causal_embd'")):
+        torch.save(checkpoint_of(model, **changes), path)
+        with pytest.raises(UserError, match=message) as error:
+            load_checkpoint(path)
+        assert str(error.value).startswith(path) and '\n' not in str(error.value)
+
+
+def test_check_same_model():
+    a = dict(vocab_size=5, block_size=8, dropout=0.0)
+    check_same_model('a.pt', a, 'b.pt', dict(a))
+    check_same_model('a.pt', a, 'b.pt', {**a, 'dropout': 0.1}, ('vocab_size', 'block_size'))
+    with pytest.raises(UserError, match='a.pt and b.pt do not fit together: block_size is 8 and 9'):
+        check_same_model('a.pt', a, 'b.pt', {**a, 'block_size': 9})
