@@ -13,5 +13,5 @@ masking_warmup_iters = 300
 
 dataset = 'arithmetic'
 batch_size = 64
-max_iters = 1200
-eval_interval = 300                    # four looks at the samples on the way
+max_iters = 1000
+eval_interval = 250          # four looks at the samples on the way

@@ -7,6 +7,6 @@ corruption = 'random'                  # it cannot unmask, so it has no guesses 
 
 dataset = 'arithmetic'
 batch_size = 64
-max_iters = 1200
-eval_interval = 300
+max_iters = 1000
+eval_interval = 250
 masking_warmup_iters = 300             # first learn to find errors, then what a false alarm costs

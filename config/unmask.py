@@ -5,5 +5,5 @@ causal_ratio = 0.0           # no causal mode: this checkpoint samples by commit
 # same network, data and number of rows as config/remask_all.py, so that the two can be compared
 dataset = 'arithmetic'
 batch_size = 64
-max_iters = 1200
-eval_interval = 300          # four looks at the samples on the way
+max_iters = 1000
+eval_interval = 250          # four looks at the samples on the way
