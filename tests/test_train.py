@@ -725,12 +725,37 @@ def test_averaged_weights(tmp_path):
     assert not torch.equal(before['wte.weight'], checkpoint['model']['wte.weight'])
 
 
+def test_rates_and_clipping_reach_the_optimisers(tmp_path, monkeypatch):
+    def changed(*words, patch=None):
+        start(str(tmp_path / 'out'), '--training_type=unmasking', '--ema_decay=0', '--max_iters=3', '--eval_samples=0',
+              '--eval_rows=2', *words, patch=patch)
+        now = read(str(tmp_path / 'out'))
+        torch.manual_seed(now['config']['seed'])
+        before = GPT(GPTConfig(**now['model_args'])).state_dict()
+        return {name.split('.')[0] for name in before if not torch.equal(before[name], now['model'][name])}
+
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', lambda p, norm: norms.append((norm, clip(p, norm))))
+    assert changed('--grad_clip=0.5') == {'wte', 'blocks'}
+    assert [norm for norm, _ in norms] == [0.5] * 3 and all(total > 0 for _, total in norms)
+    assert changed('--muon_lr=0', '--grad_clip=0') == {'wte'} and len(norms) == 3
+    assert changed('--learning_rate=0') == {'blocks'}
+    assert changed('--learning_rate=0', '--optimizer=adamw') == set()
+    steps = []
+
+    def silent(step, *schedule):
+        steps.append((step, *schedule))
+        return 0.0
+    assert changed('--warmup_iters=7', patch=lambda module: setattr(module, 'lr_scale', silent)) == set()
+    assert steps == [(step, 'wsd', 3, 7, 0.4) for step in range(3)]
+
+
 @pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
 def test_training_learns(tmp_path, optimizer):
     """Rows that count up from anywhere, modulo 4: one token tells all the others, so 8 tokens are worth log 4 nats."""
     write_dataset(tmp_path)
     start(str(tmp_path / 'out'), '--dataset=small', '--block_size=8', '--training_type=joint', '--causal_ratio=0.3',
-          '--batch_size=32', '--max_iters=150', '--eval_interval=150', '--eval_rows=64', '--eval_samples=0',
+          '--batch_size=32', '--max_iters=120', '--eval_interval=120', '--eval_rows=64', '--eval_samples=0',
           '--learning_rate=0.01', f'--optimizer={optimizer}', '--proofreading_warmup_iters=20', '--masking_warmup_iters=20',
           '--n_recur=2', '--n_embd=32', '--ema_decay=0.9', patch=lambda module: setattr(module, 'HERE', str(tmp_path)))
     result = read(str(tmp_path / 'out'))['result']
