@@ -19,7 +19,7 @@ from tqdm import tqdm
 import configurator
 from configurator import UserError
 from model import configure_compute, load_checkpoint
-from sample import decode, find_checkpoint, generate, load_task, supports, write_atomically
+from sample import check_folder, decode, find_checkpoint, generate, load_task, supports, write_atomically
 from train import load_data
 
 # -----------------------------------------------------------------------------
@@ -31,7 +31,7 @@ num_seeds = 3            # seeds a row; standard errors are over seeds (with one
 steps = 64               # passes that the diffusion samplers get
 only: str = None         # measure only the rows whose name contains this text
 seed = 1337              # the first seed
-batch_size = 500         # samples drawn at a time
+batch_size = 125         # samples drawn at a time
 json: str = None         # also write the table to this file
 device = 'auto'          # auto | cpu | cuda | cuda:1 | mps
 dtype = 'auto'           # auto | float32 | bfloat16
@@ -52,13 +52,15 @@ def sampler_rows(config, steps, block_size):
     if causal and can_unmask:
         rows += [('remask=causal: bidirectional draft, causal verdict', 'free', dict(remask='causal')),
                  ('hybrid: AR prefix of 16, then ancestral', 'free', dict(ar_prefix=16, steps=max(1, steps // 2)))]
+    if can_unmask:
+        rows += [('commit=left_to_right, remask=none', 'free', dict(steps=steps, commit='left_to_right')),
+                 ('commit=confidence, remask=none', 'free', dict(steps=steps, commit='confidence'))]
     for protocol in ('free', 'given') if can_unmask else ():
         rows += [('ancestral: commit=random, remask=none', protocol, dict(steps=steps)),
-                 ('commit=confidence, remask=none', protocol, dict(steps=steps, commit='confidence')),
-                 ('commit=left_to_right, remask=none', protocol, dict(steps=steps, commit='left_to_right')),
-                 ('commit=random, remask=random', protocol, dict(steps=steps, remask='random', remask_rate=0.03))]
+                 ('commit=random, remask=random, rate 0.1', protocol, dict(steps=steps, remask='random', remask_rate=0.1))]
         if detects:
-            rows.append(('commit=random, remask=wrong', protocol, dict(steps=steps, remask='wrong')))
+            rows += [(f'commit=random, remask=wrong, rate {rate}', protocol, dict(steps=steps, remask='wrong', remask_rate=rate))
+                     for rate in (0.3, 1.0)]
     return rows
 
 
@@ -139,6 +141,7 @@ def main():
     for name in ('num_samples', 'num_seeds', 'steps', 'batch_size'):
         if globals()[name] < 1:
             raise UserError(f'{name} must be at least 1, got {globals()[name]}')
+    check_folder(json)
     path = find_checkpoint(init_from, out_dir)
     model, checkpoint = load_checkpoint(path)
     model, choices = configure_compute(model, device, dtype, attention, compile)

@@ -185,7 +185,7 @@ def keep_memory():
     """
     try:
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)              # M_MMAP_MAX: no block gets a mapping of its own
+        libc.mallopt(-3, 2 ** 25)        # M_MMAP_THRESHOLD: only blocks over 32 MiB get a mapping of their own
         libc.mallopt(-1, 2 ** 31 - 1)    # M_TRIM_THRESHOLD: keep the top of the heap
     except (OSError, AttributeError, TypeError):
         pass
@@ -313,7 +313,7 @@ def load_checkpoint(path, device='cpu', ema=True):
         checkpoint = torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f'{path}: refused, because it is no plain checkpoint: {str(error).splitlines()[0]}') from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a reader of damaged bytes may raise
         raise UserError(f'{path}: truncated or damaged ({str(error).splitlines()[0] if str(error) else "empty"}); '
                         f'take an older one or train again') from error
     missing = [key for key in ('model', 'model_args', 'config', 'meta', 'iter_num')

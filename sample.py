@@ -9,6 +9,7 @@ All sampling is one loop with two rules: the commit rule says which masked posit
 the remask rule says which visible ones go back to [MASK]. See generate_diffusion.
 """
 
+import functools
 import glob
 import importlib.util
 import json
@@ -54,7 +55,7 @@ compile = False            # torch.compile the network
 
 COMMIT_RULES = ('random', 'confidence', 'left_to_right')
 REMASK_RULES = ('none', 'random', 'wrong', 'causal')
-DRAFT_WINDOW = 16  # remask=causal drafts this many tokens a round; more are almost never accepted
+DRAFT_WINDOW = 16  # remask=causal drafts this many tokens a round; EXPERIMENTS.md has 8 to 63
 
 
 # -----------------------------------------------------------------------------
@@ -100,14 +101,15 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     canvas (B, T) ids, model.mask_token_id where undecided; fixed (B, T) bool, positions that never change. The start
     decides the task: all masked (generate), prompt and suffix fixed (infill), visible but not fixed (repair).
 
-    steps: passes over the canvas (None: as many as the fullest row has masks); a finished row leaves the batch.
+    steps: passes over the canvas (None: as many as the fullest row has masks), but no row is filled in more steps than it
+    has tokens to fill; a finished row leaves the batch.
     commit: random (ancestral; exact when one token a step) | confidence (MaskGIT) | left_to_right.
     remask: none
       | random: each visible token with probability remask_rate
       | wrong: with probability remask_rate * p(WRONG), judged by the same pass, or by remask_model on the completed
         canvas; remask_random_ratio mixes random's probability in
       | causal: the causal pass verifies the draft, so the samples follow the law of the causal mode exactly, in fewer
-        passes than it needs (speculative sampling); it takes the steps it needs.
+        passes than it needs (speculative sampling, see speculate); steps, commit and schedule have no say.
     correct_share: the share of the steps, at the end, in which random and wrong only refill what they re-masked.
     draft='causal': candidates come from the causal pass, one a step from the left: plain AR sampling.
     end_id, pad_id: once everything left of an end token is decided, what is right of it is padding.
@@ -116,15 +118,18 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     from the first to the last if trace, else None. Raises UserError for rules that do not fit together or the canvas.
     """
     mask = model.mask_token_id
-    check_rules(canvas, mask, fixed, commit, remask, draft, schedule, temperature, choice_temperature)
+    check_rules(canvas, mask, fixed, commit, remask, draft, schedule, temperature, top_k, choice_temperature)
     canvas = canvas.clone()
     start = (canvas == mask).sum(1)                                            # (B,) tokens to fill
     corrects = remask in ('random', 'wrong')
     steps = steps or int(start.max()) or max(1, canvas.size(1) // 4)
     if remask == 'causal' or draft == 'causal':
         steps = canvas.size(1)                                                 # at least one token a step: always enough
-    fill_steps = max(1, steps - int(correct_share * steps) if corrects else min(steps, int(start.max())))
+    fill = start.clamp(min=1, max=max(1, steps - int(correct_share * steps) if corrects else steps))  # (B,) steps to fill
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    if remask == 'causal':
+        window = min(DRAFT_WINDOW, canvas.size(1))
+        drafts = torch.zeros(*canvas.shape[:1], window, mask + 2, device=canvas.device)  # (B, W, V+2), see speculate
     nfe = torch.zeros_like(start)
     history = [canvas.clone()] if trace else None
     rows = torch.arange(canvas.size(0), device=canvas.device) if corrects else start.nonzero()[:, 0]
@@ -135,10 +140,10 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
         x, last = canvas[rows], step == steps - 1                              # (R, T)
         masked = x == mask
         if remask == 'causal':
-            x, passes = speculate(model, x, masked, filters, generator), 2
+            x, drafts[rows], passes = speculate(model, x, masked, drafts[rows], filters, generator)
         else:
             hidden, passes = draft_pass(model, x, masked, draft), 1            # (R, T, C)
-            progress = min(1.0, (step + 1) / fill_steps)
+            progress = ((step + 1) / fill[rows]).clamp(max=1)                  # (R,)
             judged = remask_model is not None and corrects and not last
             if judged or commit == 'confidence':                               # these rules look at every candidate
                 proposed, confidence = propose(model, hidden, masked, filters, generator)
@@ -155,10 +160,10 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
             if draft == 'causal':
                 count = masked.sum(1).clamp(max=1)                             # (R,) tokens to commit
             else:
-                left = 1 - progress if schedule == 'linear' else math.cos(progress * math.pi / 2)
-                count = masked.sum(1) + doubted.sum(1) - (start[rows] * left + 1e-6).long()
+                left = 1 - progress if schedule == 'linear' else (progress * math.pi / 2).cos()
+                count = masked.sum(1) + doubted.sum(1) - (start[rows] * left + 1e-4).long()
             if commit == 'confidence':
-                chosen = most_confident(masked, confidence, count, choice_temperature * (1 - progress), generator)
+                chosen = most_confident(masked, confidence, count, choice_temperature * (1 - progress[:, None]), generator)
             elif commit == 'random':
                 chosen = random_subset(masked, count, generator)
             else:
@@ -176,7 +181,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     return canvas, nfe, history
 
 
-def check_rules(canvas, mask, fixed, commit, remask, draft, schedule, temperature, choice_temperature):
+def check_rules(canvas, mask, fixed, commit, remask, draft, schedule, temperature, top_k, choice_temperature):
     """Raises UserError where a rule does not exist or does not fit the canvas."""
     for name, value, known in (('commit', commit, COMMIT_RULES), ('remask', remask, REMASK_RULES),
                                ('schedule', schedule, ('linear', 'cosine')),
@@ -189,7 +194,7 @@ def check_rules(canvas, mask, fixed, commit, remask, draft, schedule, temperatur
     if 'causal' in (remask, draft) and (masked.cummax(1).values & ~masked).any():
         raise UserError('the causal pass cannot see what is right of a hole: with a fixed suffix or a given length '
                         'use --remask=wrong, random or none and --ar_prefix=0')
-    if commit == 'confidence' and 0 in (temperature, choice_temperature) and canvas.size(0) > 1 \
+    if commit == 'confidence' and (0 in (temperature, choice_temperature) or top_k == 1) and canvas.size(0) > 1 \
             and not (fixed.sum(1) > 1).any():
         raise UserError('commit=confidence without noise writes one sample again and again from an empty canvas: '
                         'use --temperature=1 and --choice_temperature=4.5, or another commit rule')
@@ -234,36 +239,49 @@ def close_rows(x, masked, mask, end_id, pad_id):
     return x.masked_fill(masked & (is_end.cumsum(1) > is_end), pad_id)
 
 
-def speculate(model, x, masked, filters, generator):
+def speculate(model, x, masked, drafts, filters, generator):
     """
-    One round of speculative sampling (Leviathan et al. 2023): the bidirectional pass drafts, the causal pass verifies.
+    One round of speculative sampling (Leviathan et al. 2023): a draft of each row's next tokens, a verdict on it.
 
-    The next DRAFT_WINDOW tokens of each row are drafted at once. From the left each is accepted with probability
-    min(1, p/q), p of the causal pass, q of the draft; the first rejected one is redrawn from the positive part of
-    p - q, and if none is rejected one more token comes from p. So a row gains at least one token, and every token is
-    distributed by p. x (R, T), whose masks are a suffix of each row -> x (R, T).
+    drafts (R, W, V+2): the distributions that the next W tokens of each row are drafted from; rows whose first one is all
+    0 have none yet and take a bidirectional pass. The causal pass then looks at the whole draft at once: from the left
+    each token is accepted with probability min(1, p/q), p of the causal pass, q of the draft; the first rejected one is
+    redrawn from the positive part of p - q, and if none is rejected one more comes from p. So a row gains at least one
+    token, and every token is distributed by p. What the causal pass said about the tokens behind, though in the light
+    of a rejected one, is the next draft for free (as in Jacobi decoding): no second bidirectional pass.
+
+    x (R, T), whose masks are a suffix of each row -> x (R, T), the next drafts, passes (R,).
     """
-    R, T = x.shape
-    at = masked.long().argmax(1)[:, None] + torch.arange(DRAFT_WINDOW + 1, device=x.device)  # (R, W+1) from the first hole
+    (R, T), W = x.shape, drafts.size(1)
+    V = model.mask_token_id
+    at = masked.long().argmax(1)[:, None] + torch.arange(W + 1, device=x.device)             # (R, W+1) from the first hole
     pick = at.clamp(max=T - 1)[..., None].expand(-1, -1, model.config.n_embd)
-    q = filtered(model.logits(model(x).gather(1, pick[:, :-1]), real_only=True), **filters)  # (R, W, V+2)
+    new = drafts[:, 0].sum(-1) == 0
+    q = drafts.clone()
+    if new.any():
+        hidden = model(x[new]).gather(1, pick[new, :W])                                      # (N, W, C)
+        q[new] = filtered(model.logits(hidden, real_only=True), **filters).to(q.dtype)
+    blank = F.pad(torch.full((V,), 1 / V, device=x.device), (0, 2))                          # no idea: any real token
+    q = torch.where(q.sum(-1, keepdim=True) == 0, blank, q)                                  # (R, W, V+2)
     drafted = draw(q, generator)                                                             # (R, W)
 
-    x = F.pad(x, (0, DRAFT_WINDOW + 1), value=model.mask_token_id)             # room for windows that stand out
+    x = F.pad(x, (0, W + 1), value=model.mask_token_id)                        # room for windows that stand out
     width = min(T, int(at.max()) + 1)
-    hidden = model(x.scatter(1, at[:, :-1], drafted)[:, :width], causal=True)  # (R, width, C)
+    hidden = model(x.scatter(1, at[:, :W], drafted)[:, :width], causal=True)   # (R, width, C)
     p = filtered(model.logits(hidden.gather(1, pick.clamp(max=width - 1)), real_only=True), **filters)  # (R, W+1, V+2)
 
-    ratio = (p[:, :-1] / q).gather(2, drafted[..., None])[..., 0]              # (R, W)
+    ratio = (p[:, :W] / q).gather(2, drafted[..., None])[..., 0]               # (R, W)
     accepted = torch.rand(ratio.shape, generator=generator, device=x.device) < ratio
     count = accepted.long().cumprod(1).sum(1, keepdim=True)                    # (R, 1) accepted from the left
-    p = p.gather(1, count[..., None].expand(-1, -1, p.size(2)))[:, 0]          # (R, V+2) where the row goes on
-    q = F.pad(q, (0, 0, 0, 1)).gather(1, count[..., None].expand(-1, -1, q.size(2)))[:, 0]   # 0 if none was rejected
-    rest = (p - q).clamp(min=0)
-    rest = torch.where(rest.sum(-1, keepdim=True) > 1e-9, rest, p)             # p = q up to rounding
+    here = count[..., None].expand(-1, -1, p.size(2))
+    goal, drawn_from = p.gather(1, here)[:, 0], F.pad(q, (0, 0, 0, 1)).gather(1, here)[:, 0]  # q: 0 if none was rejected
+    rest = (goal - drawn_from).clamp(min=0)                                    # (R, V+2)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 1e-9, rest, goal)          # p = q up to rounding
     tokens = F.pad(drafted, (0, 1)).scatter(1, count, draw(rest, generator)[:, None])        # (R, W+1)
-    kept = torch.arange(DRAFT_WINDOW + 1, device=x.device) <= count
-    return x.scatter(1, at, tokens.masked_fill(~kept, model.mask_token_id))[:, :T]
+    window = torch.arange(W + 1, device=x.device)
+    x = x.scatter(1, at, tokens.masked_fill(window > count, model.mask_token_id))[:, :T]
+    behind = (count + 1 + window[:W])[..., None].expand(-1, -1, p.size(2))     # (R, W, V+2); past the window: 0
+    return x, F.pad(p, (0, 0, 0, W)).gather(1, behind).to(drafts.dtype), 1 + new.long()
 
 
 # -----------------------------------------------------------------------------
@@ -308,10 +326,11 @@ def start_canvas(model, meta, num, prompt=(), lengths=None):
     longest = room if lengths is None else int(lengths.max())
     if longest > room:
         raise UserError(f'length {longest} does not fit: block_size {model.config.block_size} leaves room for {room}')
-    if len(prompt) > longest:
-        raise UserError(f'the prompt has {len(prompt)} tokens, there is room for {longest}')
-    if lengths is not None and int(lengths.min()) < 1:
-        raise UserError(f'length must be at least 1, got {int(lengths.min())}')
+    shortest = room if lengths is None else int(lengths.min())
+    if shortest < 1:
+        raise UserError(f'length must be at least 1, got {shortest}')
+    if len(prompt) > shortest:
+        raise UserError(f'the prompt has {len(prompt)} tokens, there is room for {shortest}')
     T = model.config.block_size if ends else len(bos) + longest
     canvas = torch.full((num, T), model.mask_token_id)
     canvas[:, :len(bos) + len(prompt)] = torch.tensor([*bos, *prompt], dtype=torch.long)
@@ -358,14 +377,19 @@ def supports(config):
             kind in ('joint', 'remasking') and config['remask_target'] == 'wrong')
 
 
-def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=None):
+def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=None, judge=False):
     """
     The rules that were not chosen, by what the checkpoint was trained for: dict(commit, remask, ar_prefix).
 
-    config: the checkpoint's. Raises UserError if a chosen rule needs something that the checkpoint was not trained for.
+    config: the checkpoint's; judge: whether a second checkpoint finds the wrong tokens. Raises UserError if a chosen rule
+    needs something that the checkpoint was not trained for.
     """
     kind = config['training_type']
     _, causal, detects = supports(config)
+    if judge and remask not in (None, 'wrong'):
+        raise UserError(f'--remask_from judges tokens for --remask=wrong, not for --remask={remask}')
+    if judge:
+        remask = 'wrong'
     if kind == 'remasking':
         raise UserError('this is a remasking checkpoint: it judges tokens but cannot write; '
                         'give it as --remask_from, and an unmasking or joint one as --init_from')
@@ -373,7 +397,10 @@ def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=
         raise UserError('this checkpoint has no trained causal mode: train with --causal_ratio=0.33, '
                         'or sample with --ar_prefix=0 and --remask=none, random or wrong')
     if kind == 'causal' and (commit or remask not in (None, 'none')):
-        raise UserError('this checkpoint was trained causally only: it samples left to right (no --commit, no --remask)')
+        raise UserError('this causal checkpoint cannot fill a hole: it samples left to right (no --commit, --remask, '
+                        '--remask_from)')
+    if remask == 'wrong' and not (detects or judge):
+        raise UserError('this checkpoint was not trained to find wrong tokens: give a remasking one as --remask_from=PATH')
     if remask is None:
         if kind != 'causal' and causal and not lengths_given and commit is None and not ar_prefix:
             remask = 'causal'
@@ -398,6 +425,7 @@ def find_checkpoint(name, out_dir):
     return max(found, key=os.path.getmtime)
 
 
+@functools.lru_cache
 def load_task(dataset):
     """The module data/<dataset>/task.py, which knows right from wrong there, or None."""
     path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', dataset, 'task.py')
@@ -423,6 +451,13 @@ def write_atomically(path, text):
             os.remove(temporary)
 
 
+def check_folder(path):
+    """Raises UserError if a file cannot be written to this path (None: nothing is to be written) for want of a folder."""
+    folder = os.path.dirname(path or '')
+    if folder and not os.path.isdir(folder):
+        raise UserError(f'{path}: there is no folder {folder}')
+
+
 def check_settings():
     """Raises UserError for a value that makes no sense, before anything is loaded."""
     for name, low, high in (('num_samples', 1, None), ('batch_size', 1, None), ('steps', 1, None), ('length', 1, None),
@@ -432,10 +467,11 @@ def check_settings():
         value = globals()[name]
         if value is not None and (value < low or (high is not None and value > high)):
             raise UserError(f'{name} must be {f"in {low}..{high}" if high is not None else f"at least {low}"}, got {value}')
+    if not 0 <= seed < 2 ** 63:
+        raise UserError(f'seed must be in 0..2^63 - 1, got {seed}')
     if top_p == 0:
         raise UserError('top_p=0 leaves no token to draw')
-    if save and os.path.dirname(save) and not os.path.isdir(os.path.dirname(save)):
-        raise UserError(f'{save}: there is no folder {os.path.dirname(save)}')
+    check_folder(save)
 
 
 def main():
@@ -444,20 +480,18 @@ def main():
     model, checkpoint = load_checkpoint(path)
     meta = checkpoint['meta']
     print(f"{path}: {checkpoint['config']['training_type']} on {meta['name']}, iteration {checkpoint['iter_num']}")
-    rules = best_rules(checkpoint['config'], length is not None and meta['eos'] is not None, commit, remask, ar_prefix)
+    given = length is not None and meta['eos'] is not None
+    rules = best_rules(checkpoint['config'], given, commit, remask, ar_prefix, judge=bool(remask_from))
     judge = None
     if remask_from:
         judge, other = load_checkpoint(remask_from)
-        check_same_model(path, {**checkpoint['model_args'], **meta}, remask_from, {**other['model_args'], **other['meta']},
+        check_same_model(path, {**checkpoint['model_args'], 'itos': meta['itos']},
+                         remask_from, {**other['model_args'], 'itos': other['meta']['itos']},
                          ('vocab_size', 'block_size', 'itos'))
-        if other['config']['training_type'] not in ('remasking', 'joint'):
-            raise UserError(f"{remask_from} was trained for {other['config']['training_type']}, not to find wrong tokens")
-        if remask not in (None, 'wrong'):
-            raise UserError(f'--remask_from judges tokens for --remask=wrong, not for --remask={remask}')
-        rules['remask'] = 'wrong'
+        if not supports(other['config'])[2]:
+            raise UserError(f'{remask_from} was not trained to find wrong tokens '
+                            f"(training_type={other['config']['training_type']}, remask_target={other['config']['remask_target']})")
         configure_compute(judge, device, dtype, attention, compile)
-    elif rules['remask'] == 'wrong' and checkpoint['config']['training_type'] != 'joint':
-        raise UserError('this checkpoint cannot find wrong tokens: give a remasking one as --remask_from=PATH')
     model, choices = configure_compute(model, device, dtype, attention, compile)
     print(f'{model.num_params():,} parameters, {choices}')
     print(', '.join(f'{name}={value}' for name, value in rules.items()) + (f', steps={steps}' if steps else ''))

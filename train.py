@@ -204,14 +204,14 @@ def corrupt(x0, free, *, training_type, mask_token_id, wrong_token_id, generator
 
 
 def own_guesses(model, generator):
-    """The guess of corrupt: draws tokens from the network's own distribution, with gradients and dropout off."""
+    """The guess of corrupt: draws tokens from the network's own distribution, without gradients or dropout."""
+    @torch.no_grad()
     def guess(input, where):
-        rows = where.any(1)
-        ids = torch.zeros_like(input)
+        rows, ids, training = where.any(1), torch.zeros_like(input), model.training
         if rows.any():
-            with torch.no_grad():
-                hidden = model(input[rows])[where[rows]]                       # (N, C)
-                ids[where] = draw(filtered(model.logits(hidden, real_only=True)), generator)
+            hidden = model.eval()(input[rows])[where[rows]]                    # (N, C)
+            model.train(training)
+            ids[where] = draw(filtered(model.logits(hidden, real_only=True)), generator)
         return ids
     return guess
 
@@ -347,11 +347,11 @@ def ramp(step, warmup_iters):
 def parse_mixture(text):
     """'own' or 'own:0.7,random:0.3' -> (('own', 0.7), ('random', 0.3)). Raises UserError."""
     try:
-        mixture = tuple((part.split(':')[0].strip(), float((part.split(':') + ['1'])[1])) for part in text.split(','))
+        mixture = tuple((kind.strip(), float(share or 1)) for kind, _, share in (part.partition(':') for part in text.split(',')))
     except ValueError:
         raise UserError(f"corruption expects a kind, or kind:share,kind:share; got '{text}'") from None
     for kind, share in mixture:
-        if kind not in ('own', 'random') or share < 0 or not sum(share for _, share in mixture):
+        if kind not in ('own', 'random') or not 0 <= share < math.inf or not sum(share for _, share in mixture):
             raise UserError(f"corruption knows own and random, with shares >= 0; got '{text}'")
     return mixture
 
@@ -381,6 +381,11 @@ def check_settings(config, meta):
     for name in ('causal_ratio', 'remask_ratio', 'reward_correct_unmask', 'decay_share', 'ema_decay'):
         if not 0 <= config[name] <= 1:
             raise UserError(f'{name} must be in 0..1, got {config[name]}')
+    for name in ('learning_rate', 'muon_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'proofreading_warmup_iters',
+                 'masking_warmup_iters', 'weight_unmask_task', 'weight_remask_task', 'penalty_mask_correct',
+                 'eval_samples', 'keep_every', 'seed'):
+        if config[name] < 0:
+            raise UserError(f'{name} must not be negative, got {config[name]}')
     if config['training_type'] == 'remasking' and 'own' in dict(parse_mixture(config['corruption'])):
         raise UserError("a remasking model cannot unmask, so it has no guesses of its own: use --corruption=random, "
                         "or --training_type=joint")
@@ -439,13 +444,14 @@ def evaluation_line(step, result):
     return f"step {step}  validation: " + ('  '.join(words) or 'nothing to measure for this training type')
 
 
-def check_finite(sums, step, path):
-    """Stops before anything is saved if a loss since the last line was not finite. Raises UserError."""
-    for name, part in sums.items():
-        if not torch.isfinite(part).all():
-            kept = f'; the last good checkpoint is {path}' if os.path.exists(path) else ''
-            raise UserError(f'the {name} loss is no longer finite at step {step}: lower --learning_rate or --muon_lr, '
-                            f'or set --dtype=float32{kept}')
+def check_finite(sums, step, path, model=None):
+    """Raises UserError if a loss since the last line, or a weight of the model, is not finite: nothing is saved then."""
+    bad = [f'{name} loss' for name, part in sums.items() if not torch.isfinite(part).all()]
+    bad += ['network'] if model and not all(torch.isfinite(p).all() for p in model.parameters()) else []
+    if bad:
+        kept = f'; the last good checkpoint is {path}' if os.path.exists(path) else ''
+        raise UserError(f'the {bad[0]} is no longer finite at step {step}: lower --learning_rate or --muon_lr, '
+                        f'or set --dtype=float32{kept}')
 
 
 def make_checkpoint(model, ema, optimizers, generator, noise, step, args, config, meta, result):
@@ -502,6 +508,10 @@ def main():
         check_same_model(path, {**checkpoint['model_args'], 'dropout': dropout, 'itos': checkpoint['meta']['itos']},
                          'this run', {**args, 'itos': meta['itos']})
         model.load_state_dict(source.state_dict())
+    if init_from == 'resume':
+        check_same_model(path, checkpoint['config'], 'this run', config, ('optimizer', 'dataset', 'training_type'))
+        if checkpoint['iter_num'] >= max_iters and not eval_only:
+            raise UserError(f"{path} has all of its {checkpoint['iter_num']} steps: to go on, set a higher --max_iters")
     model, choices = configure_compute(model, device, dtype, attention, compile)
     on = next(model.parameters()).device
     ema = copy.deepcopy(model) if ema_decay else model
@@ -522,14 +532,20 @@ def main():
         except ImportError:
             raise UserError('wandb_log needs Weights & Biases: pip install wandb') from None
         run = wandb.init(project=wandb_project, name=f'{wandb_run_name}_{training_type}', config=config)
-    os.makedirs(out_dir, exist_ok=True)
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{out_dir}: cannot be made a folder for checkpoints: {error.strerror}') from error
     val = spread_rows(data['val'], eval_rows, block_size)
     stop = stop_on_signal()
     sums, marks = {}, [(start, time.time())]
     for step in range(start, max_iters + 1):
         stopping = step == max_iters or stop['asked']
-        check_finite(sums, step, newest)
-        if stopping or eval_only or (step % eval_interval == 0 and (step > start or not start)):
+        due = stopping or eval_only or (step % eval_interval == 0 and (step > start or not start))
+        numbered = keep_every and step % keep_every == 0 and step > start
+        if due or numbered:
+            check_finite(sums, step, newest, model)
+        if due:
             t0 = time.time()
             result = evaluate(ema, val, meta, causal=training_type == 'causal' or causal_ratio > 0, seed=seed,
                               bidirectional=training_type in ('unmasking', 'joint'),
@@ -544,7 +560,7 @@ def main():
                 state = make_checkpoint(model, ema, optimizers, generator, noise, step, args, config, meta, result)
                 save_checkpoint(newest, state)
             marks = [(at, when + time.time() - t0) for at, when in marks]      # speed is the speed of training
-        if keep_every and step % keep_every == 0 and step > start:
+        if numbered:
             state = make_checkpoint(model, ema, optimizers, generator, noise, step, args, config, meta, {})
             save_checkpoint(os.path.join(out_dir, checkpoint_name(training_type, remasking_loss_type, step)), state)
         if stopping:

@@ -85,7 +85,7 @@ cached_task = functools.lru_cache(sample.load_task)
 
 @pytest.fixture(autouse=True)
 def tidy(monkeypatch):
-    """A test leaves no signal handler behind, and the scorer's reference lengths are drawn once and not in every run."""
+    """A test leaves no signal handler behind, and the scorer's reference lengths are drawn once, not in every run."""
     monkeypatch.setattr(sample, 'load_task', cached_task)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield

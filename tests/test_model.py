@@ -64,7 +64,7 @@ def test_causal_start_symbol_and_mode_embedding():
     wide = tiny_gpt(V=5, T=6)
     with torch.no_grad():
         wide.causal_embd.zero_()
-    # without attention to mix positions, the causal pass is the bidirectional one on the shifted row, plus its embedding
+    # without attention to mix positions, the causal pass is the bidirectional one on the shifted row, plus a vector
     for m in (model, wide):
         with torch.no_grad():
             for block in m.blocks:
@@ -89,7 +89,9 @@ def test_attention_is_scaled_softmax_of_normalised_rotated_heads():
     model = tiny_gpt(V=5, T=6, n_recur=1, n_embd=8, n_head=2)
     block, T, hs = model.blocks[0], 6, 4
     x = torch.randn(1, T, 8, generator=seeded())
-    ln = lambda v: (v - v.mean(-1, keepdim=True)) / (v.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()  # noqa: E731
+
+    def ln(v):
+        return (v - v.mean(-1, keepdim=True)) / (v.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
 
     def rotated(v, t):
         angle = t * 10000.0 ** (-torch.arange(hs // 2) / (hs // 2))
@@ -203,7 +205,7 @@ def test_configure_compute():
 def test_stratified_k_is_uniform_and_spread():
     n, generator = torch.full((10,), 7), seeded(1)
     draws = torch.stack([stratified_k(n, generator) for _ in range(3000)])   # (3000, 10)
-    for row in range(10):                                                 # in every row, not only in all of them together
+    for row in range(10):                                               # in every row, not only in all of them together
         statistic, bound = chi_square(draws[:, row].bincount(minlength=8)[1:], torch.full((7,), 3000 / 7))
         assert statistic < bound
     # 10 strata over 7 values: each value gets 10/7 of a batch, give or take less than one
@@ -233,7 +235,7 @@ def test_random_subset_is_exact_and_uniform():
     expected = torch.tensor([20000 / 6 if bin(i).count('1') == 2 else 0.0 for i in range(16)])
     statistic, bound = chi_square(pairs, expected)
     assert statistic < bound
-    k = torch.tensor([0, 1, 4, 9, -3])                                    # more than there are: all; fewer than none: none
+    k = torch.tensor([0, 1, 4, 9, -3])                                 # more than there are: all; fewer than none: none
     assert random_subset(candidates[:5], k, generator).sum(1).tolist() == [0, 1, 4, 4, 0]
 
 # -----------------------------------------------------------------------------
@@ -267,15 +269,15 @@ def test_nelbo_is_the_average_over_all_orders():
     for x, f in zip(rows, free):
         orders.append(any_order_nll(model, x, f))
         exact.append(orders[-1].mean())
-        assert exact[-1] > -np.log(np.exp(-orders[-1]).mean()) + 1e-4     # Jensen: it is an upper bound, and a loose one
+        assert exact[-1] > -np.log(np.exp(-orders[-1]).mean()) + 1e-4    # Jensen: it is an upper bound, and a loose one
     exact = torch.tensor(exact)
-    for B, calls in ((30000, 2), (6, 700)):                                 # unbiased for a small batch as well
+    for B, calls in ((12000, 1), (6, 300)):                         # unbiased for a small batch as well
         generator, which = seeded(3), torch.arange(B) % 3
         estimates = torch.stack([nelbo(model, rows[which], free[which], generator) for _ in range(calls)]).double()
         for row in range(3):
             mine = estimates[:, which == row]
             error = (mine - exact[row]).std() / mine.numel() ** 0.5
-            assert 0.01 < mine.std() and abs(mine.mean() - exact[row]) < 4 * error < (0.12 if B > 6 else 0.4)
+            assert 0.01 < mine.std() and abs(mine.mean() - exact[row]) < 4 * error < (0.3 if B > 6 else 0.6)
 
 
 @torch.no_grad()
@@ -419,7 +421,6 @@ def test_damaged_files(tmp_path):
 
 
 @pytest.mark.parametrize('error', [IndexError, TypeError, AttributeError])
-@pytest.mark.xfail(strict=True, reason='a flipped byte in the pickle may raise these as well: a traceback')
 def test_other_errors_of_a_damaged_file(tmp_path, monkeypatch, error):
     def load(*args, **more):
         raise error('pop from empty list')

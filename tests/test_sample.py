@@ -163,7 +163,8 @@ def filtered_law(law, V, T, temperature, top_k=None):
 
 
 @pytest.mark.parametrize('window', [1, 2, 16])
-@pytest.mark.parametrize('filters', [dict(), dict(temperature=0.7), dict(top_k=2), dict(temperature=1.5, top_k=2)], ids=str)
+@pytest.mark.parametrize('filters', [dict(), dict(temperature=0.7), dict(top_k=2), dict(temperature=1.5, top_k=2)],
+                         ids=str)
 def test_verified_drafts_follow_the_causal_law(monkeypatch, window, filters):
     """Whatever the draft is worth: here it comes from another law altogether."""
     monkeypatch.setattr(sample, 'DRAFT_WINDOW', window)
@@ -175,7 +176,8 @@ def test_verified_drafts_follow_the_causal_law(monkeypatch, window, filters):
     assert statistic < bound
     statistic, bound = distance(canvas, V, draft, B)
     assert statistic > 10 * bound
-    assert (nfe % 2 == 0).all() and nfe.min() >= 2 and nfe.max() <= 2 * T
+    assert nfe.min() >= 2 and nfe.max() <= 2 * T
+    assert all((idx <= V).all() for idx, _ in oracle.seen)                # no draft holds [WRONG]
 
 
 @pytest.mark.parametrize('window', [1, 16])
@@ -214,7 +216,9 @@ def test_good_drafts_save_passes(monkeypatch):
         assert (nfe == passes).all()
     monkeypatch.setattr(sample, 'DRAFT_WINDOW', 16)
     _, nfe, _ = generate_diffusion(bad, *empty(bad, B), remask='causal', generator=seeded())
-    assert 2.5 < nfe.double().mean() < 2 * T                              # a bad draft costs, but less than everything
+    # a bad draft costs one more pass: the tokens do not depend on one another here, so that what the causal pass says
+    # behind a rejected token is what it would say in the next round, and that draft is accepted as a whole
+    assert set(nfe.tolist()) == {2, 3}
 
 
 def text_law(law, V, T, end):
@@ -408,7 +412,8 @@ def test_remask_rules_have_the_probabilities_they_say():
     assert within_noise(share(oracle, remask='wrong', remask_rate=0.3), 0.3 * wrong)
     assert within_noise(share(oracle, remask='random', remask_rate=0.3), [0.3] * T)
     assert within_noise(share(oracle, remask='wrong', remask_rate=0.5, remask_random_ratio=1.0), [0.5] * T)
-    assert within_noise(share(oracle, remask='wrong', remask_rate=0.5, remask_random_ratio=0.4), 0.5 * (0.6 * wrong + 0.4))
+    assert within_noise(share(oracle, remask='wrong', remask_rate=0.5, remask_random_ratio=0.4),
+                        0.5 * (0.6 * wrong + 0.4))
     assert within_noise(share(oracle, judge=judge, remask='wrong', remask_rate=0.7), 0.7 * (1 - wrong))
     fixed = torch.tensor([0, 0, 1, 1]).bool().expand(4000, T)
     assert within_noise(share(oracle, fixed=fixed, remask='random', remask_rate=0.9), [0.9, 0.9, 0, 0])
@@ -429,7 +434,8 @@ def test_the_judge_sees_completed_canvases():
     law = random_law(3, 4, seed=1)
     oracle, judge = Oracle(3, 4, law), Oracle(3, 4, random_law(3, 4, seed=2), wrong=[0.5] * 4)
     canvas, fixed = empty(oracle, 50, [1])
-    _, nfe, trace = generate_diffusion(oracle, canvas, fixed, steps=6, remask='wrong', remask_model=judge, remask_rate=1.0,
+    _, nfe, trace = generate_diffusion(oracle, canvas, fixed, steps=6, remask='wrong', remask_model=judge,
+                                       remask_rate=1.0,
                                        trace=True, generator=seeded())
     assert len(judge.seen) == 5 and len(oracle.seen) == 6                 # the last step asks nobody
     for (idx, causal), x in zip(judge.seen, trace):
@@ -444,6 +450,17 @@ def test_committed_tokens_are_those_that_the_judge_saw():
     for (idx, _), before, after in zip(judge.seen, trace, trace[1:]):
         new = (before == 3) & (after != 3)
         assert new.sum() == 50 and torch.equal(after[new], idx[new])
+
+
+def test_remasking_does_not_slow_the_filling_down():
+    """What is re-masked is made up for by more commits: each step ends with the masks that the schedule asks for."""
+    oracle = Oracle(2, 8, random_law(2, 8, seed=1))
+    _, _, trace = generate_diffusion(oracle, *empty(oracle, 200), steps=8, remask='random', remask_rate=0.15,
+                                     correct_share=0.0, trace=True, generator=seeded())
+    doubted = [((a != 2) & (b == 2)).sum(1) for a, b in zip(trace, trace[1:])]
+    for step, count in enumerate(doubted):                           # a token is not written in the step that doubts it
+        assert torch.equal((trace[step + 1] == 2).sum(1), count.clamp(min=7 - step))
+    assert all((count > 0).any() for count in doubted[2:-1])
 
 
 def test_correct_share_ends_the_filling_early():
@@ -469,7 +486,8 @@ def test_repair_finds_the_errors_itself():
     oracle = Doubter(3, 4, law)
     canvas = torch.tensor([[1, 1, 1, 1], [0, 1, 2, 1], [2, 2, 2, 2], [0, 1, 1, 1]])
     fixed = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]).bool()
-    out, nfe, _ = generate_diffusion(oracle, canvas, fixed, steps=8, remask='wrong', remask_rate=1.0, generator=seeded())
+    out, nfe, _ = generate_diffusion(oracle, canvas, fixed, steps=8, remask='wrong', remask_rate=1.0,
+                                     generator=seeded())
     assert out.tolist() == [[1, 1, 1, 1]] * 3 + [[0, 1, 1, 1]]
     out, nfe, _ = generate_diffusion(oracle, canvas, fixed, remask='none', generator=seeded())
     assert torch.equal(out, canvas) and (nfe == 0).all()
@@ -510,7 +528,8 @@ def test_greedy_confidence_from_an_empty_canvas_is_refused():
 
 
 def test_filtered():
-    logits = torch.tensor([[2.0, 1.0, 0.0, 3.0, float('-inf'), float('-inf')], [0.0, 5.0, 1.0, 2.0, float('-inf'), float('-inf')]])
+    logits = torch.tensor([[2.0, 1.0, 0.0, 3.0, float('-inf'), float('-inf')],
+                           [0.0, 5.0, 1.0, 2.0, float('-inf'), float('-inf')]])
     p = logits.softmax(-1)
     assert torch.allclose(filtered(logits), p)
     assert torch.allclose(filtered(logits, temperature=0.5), (2 * logits).softmax(-1))
@@ -524,9 +543,10 @@ def test_filtered():
         q = filtered(flat, top_p=top_p)                                   # the token that crosses top_p stays in
         assert (q > 0).tolist() == [kept] and q.sum() == pytest.approx(1)
     assert filtered(flat, top_p=0.51)[0, 1].item() == pytest.approx(5 / 8)
-    both = filtered(logits, temperature=2.0, top_k=3, top_p=0.7)          # in this order, each on what the last one left
+    both = filtered(logits, temperature=2.0, top_k=3, top_p=0.7)         # in this order, each on what the last one left
     q = (logits[0] / 2)[[3, 0, 1]].softmax(0)
-    assert torch.allclose(both[0], torch.stack((q[1], *torch.zeros(2), q[0], *torch.zeros(2))) / (q[0] + q[1]), atol=1e-6)
+    assert torch.allclose(both[0], torch.stack((q[1], *torch.zeros(2), q[0], *torch.zeros(2))) / (q[0] + q[1]),
+                          atol=1e-6)
 
 
 def test_draw():
@@ -557,7 +577,8 @@ def test_close_rows():
 # -----------------------------------------------------------------------------
 # text in, text out
 
-STREAM = dict(ARITHMETIC, name='text', format='stream', vocab_size=3, itos=['a', 'b', '\n'], bos=None, eos=None, pad=None)
+STREAM = dict(ARITHMETIC, name='text', format='stream', vocab_size=3, itos=['a', 'b', '\n'], bos=None, eos=None,
+              pad=None)
 
 
 def test_encode_and_decode():
@@ -601,7 +622,6 @@ def test_starts_that_do_not_fit(meta, prompt, lengths, message):
         start_canvas(model, meta, 2, prompt, None if lengths is None else torch.tensor(lengths))
 
 
-@pytest.mark.xfail(strict=True, reason='start_canvas compares the prompt with the longest length, and pads over it')
 def test_a_prompt_is_never_cut():
     """One row's length is too short for the prompt, another's is not."""
     model = SimpleNamespace(config=SimpleNamespace(block_size=8), mask_token_id=18)
@@ -610,7 +630,8 @@ def test_a_prompt_is_never_cut():
 
 
 @pytest.mark.parametrize('rules', [
-    dict(), dict(commit='confidence', steps=5), dict(remask='causal'), dict(remask='wrong', steps=9), dict(ar_prefix=64),
+    dict(), dict(commit='confidence', steps=5), dict(remask='causal'), dict(remask='wrong', steps=9),
+    dict(ar_prefix=64),
     dict(ar_prefix=5, steps=6)], ids=str)
 def test_same_seed_same_samples(rules):
     model = tiny_gpt(18, 64, n_recur=1)
@@ -643,6 +664,7 @@ def test_generate_returns_whole_samples():
     lengths = torch.tensor([3, 9, 62])
     for n, s in zip((3, 9, 62), generate(model, ARITHMETIC, 3, lengths=lengths, batch_size=2, steps=70)):
         assert s['finished'] and s['tokens'][-1] == 16 and len(s['tokens']) <= n + 2
+        assert s['nfe'] <= n                                              # no row waits for a longer one
 
 
 def test_hybrid_counts_both_parts():
@@ -682,6 +704,7 @@ CAUSAL = dict(commit='random', remask='none', ar_prefix=64)
     ('joint', 0.3, dict(lengths_given=True), dict(commit='random', remask='wrong', ar_prefix=0)),
     ('joint', 0.3, dict(ar_prefix=8), dict(commit='random', remask='wrong', ar_prefix=8)),
     ('joint', 0.3, dict(remask='none'), dict(commit='random', remask='none', ar_prefix=0)),
+    ('unmasking', 0.3, dict(judge=True), dict(commit='random', remask='wrong', ar_prefix=0)),
     ('causal', 0.0, {}, CAUSAL),
     ('causal', 0.0, dict(remask='none'), CAUSAL),
     ('causal', 0.5, {}, CAUSAL),
@@ -701,9 +724,12 @@ def test_best_rules_without_a_detector():
     ('remasking', 0.5, {}, 'it judges tokens but cannot write'),
     ('unmasking', 0.0, dict(remask='causal'), 'no trained causal mode'),
     ('joint', 0.0, dict(ar_prefix=4), 'no trained causal mode'),
-    ('causal', 0.0, dict(commit='confidence'), 'trained causally only'),
-    ('causal', 0.0, dict(remask='wrong'), 'trained causally only'),
-    ('causal', 0.0, dict(remask='causal'), 'trained causally only'),
+    ('causal', 0.0, dict(commit='confidence'), 'samples left to right'),
+    ('causal', 0.0, dict(remask='wrong'), 'samples left to right'),
+    ('causal', 0.0, dict(remask='causal'), 'samples left to right'),
+    ('causal', 0.0, dict(judge=True), 'samples left to right'),
+    ('unmasking', 0.0, dict(remask='wrong'), 'not trained to find wrong tokens'),
+    ('joint', 0.0, dict(judge=True, remask='random'), 'not for --remask=random'),
 ])
 def test_best_rules_refuses(kind, ratio, chosen, message):
     with pytest.raises(UserError, match=message):
@@ -753,6 +779,8 @@ def test_find_checkpoint(tmp_path):
         (tmp_path / name).write_bytes(b'')
         os.utime(tmp_path / name, (10 ** 9 - age,) * 2)
     assert find_checkpoint('ckpt', str(tmp_path)) == str(tmp_path / 'run' / 'ckpt_joint_all_positions.pt')
+    os.utime(tmp_path / 'ckpt_unmasking.pt', (10 ** 9,) * 2)              # it is the age that counts, not the name
+    assert find_checkpoint('ckpt', str(tmp_path)) == str(tmp_path / 'ckpt_unmasking.pt')
     assert find_checkpoint('other.pt', str(tmp_path)) == 'other.pt'
 
 
