@@ -27,7 +27,7 @@ suite = 'arithmetic'     # what to measure: arithmetic
 init_from = 'ckpt'       # 'ckpt': the newest checkpoint under out_dir; or the path of one
 out_dir = 'out'          # where 'ckpt' looks
 num_samples = 1000       # samples a row and seed
-num_seeds = 3            # seeds a row; standard errors are over seeds (with one seed: binomial)
+num_seeds = 3            # seeds a row
 steps = 64               # passes that the diffusion samplers get
 only: str = None         # measure only the rows whose name contains this text
 seed = 1337              # the first seed
@@ -65,10 +65,16 @@ def sampler_rows(config, steps, block_size):
 
 
 def standard_error(values, name, n):
-    """Over seeds; of a share from one seed: binomial; otherwise unknown (None)."""
-    if len(values) > 1:
-        return statistics.stdev(values) / len(values) ** 0.5
-    return (values[0] * (1 - values[0]) / n) ** 0.5 if name in SHARES else None
+    """
+    Of the mean of a metric over seeds with n samples each; None if it cannot be told from a single seed.
+
+    A share of independent samples: binomial over all of them, which is surer than the spread of a few seeds. The others
+    (unique and length_tv are properties of the n samples together): from the spread over the seeds.
+    """
+    if name in SHARES and name != 'unique':
+        mean = statistics.mean(values)
+        return (mean * (1 - mean) / (n * len(values))) ** 0.5
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def summary(name, protocol, scores, n, seconds=None):

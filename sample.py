@@ -94,7 +94,7 @@ def draw(probs, generator=None):
 def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', remask='none', schedule='linear',
                        draft='bidirectional', remask_model=None, remask_rate=0.3, remask_random_ratio=0.0,
                        correct_share=0.25, temperature=1.0, top_k=None, top_p=None, choice_temperature=4.5,
-                       end_id=None, pad_id=None, generator=None, trace=False):
+                       end_id=None, pad_id=None, forbid=(), generator=None, trace=False):
     """
     The one sampling loop: canvas, fixed -> repeat: candidates at masked positions, commit some, re-mask some.
 
@@ -113,6 +113,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     correct_share: the share of the steps, at the end, in which random and wrong only refill what they re-masked.
     draft='causal': candidates come from the causal pass, one a step from the left: plain AR sampling.
     end_id, pad_id: once everything left of an end token is decided, what is right of it is padding.
+    forbid: ids that are never drawn, beside the special ones (all rules but causal).
 
     Returns canvas (B, T) without masks, nfe (B,) the passes that each row took part in, and the list of the canvases
     from the first to the last if trace, else None. Raises UserError for rules that do not fit together or the canvas.
@@ -146,7 +147,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
             progress = ((step + 1) / fill[rows]).clamp(max=1)                  # (R,)
             judged = remask_model is not None and corrects and not last
             if judged or commit == 'confidence':                               # these rules look at every candidate
-                proposed, confidence = propose(model, hidden, masked, filters, generator)
+                proposed, confidence = propose(model, hidden, masked, filters, generator, forbid)
             doubted = torch.zeros_like(masked)
             if corrects and not last:
                 doubt = 1.0
@@ -169,7 +170,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
             else:
                 chosen = masked & (masked.cumsum(1) <= count[:, None])
             if not (judged or commit == 'confidence'):                         # the others choose first, then draw
-                proposed, _ = propose(model, hidden, chosen, filters, generator)
+                proposed, _ = propose(model, hidden, chosen, filters, generator, forbid)
             x = torch.where(chosen, proposed, x).masked_fill(doubted, mask)
         x = close_rows(x, masked, mask, end_id, pad_id)
         canvas[rows] = x
@@ -208,9 +209,11 @@ def draft_pass(model, x, masked, draft):
     return F.pad(model(x[:, :width], causal=True), (0, 0, 0, x.size(1) - width))
 
 
-def propose(model, hidden, where, filters, generator):
+def propose(model, hidden, where, filters, generator, forbid=()):
     """Candidate ids (R, T) and their confidence (R, T), a float64 log-probability, at the True positions of where."""
     logits = model.logits(hidden[where], real_only=True)                       # (N, V+2)
+    if forbid:
+        logits[:, list(forbid)] = float('-inf')
     ids = draw(filtered(logits, **filters), generator)                         # (N,)
     logp = logits.double().log_softmax(-1).gather(1, ids[:, None])[:, 0]       # of the unfiltered distribution
     return (torch.zeros(where.shape, dtype=ids.dtype, device=ids.device).masked_scatter(where, ids),
@@ -350,6 +353,8 @@ def generate(model, meta, num, *, prompt=(), lengths=None, ar_prefix=0, batch_si
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     ends = dict(end_id=meta['eos'], pad_id=meta['pad'], generator=generator)
+    # where the length is given, nothing inside it may end the text
+    inside = [meta[name] for name in ('bos', 'eos', 'pad') if meta[name] is not None] if lengths is not None else []
     filters = {key: rules[key] for key in ('temperature', 'top_k', 'top_p') if key in rules}
     canvases, fixeds = start_canvas(model, meta, num, prompt, lengths)
     samples = []
@@ -362,7 +367,7 @@ def generate(model, meta, num, *, prompt=(), lengths=None, ar_prefix=0, batch_si
                                               draft='causal', **filters, **ends)
             canvas = close_rows(torch.cat((head, canvas[:, width:]), 1), canvas == model.mask_token_id,
                                 model.mask_token_id, meta['eos'], meta['pad'])
-        canvas, more, _ = generate_diffusion(model, canvas, fixed, **rules, **ends)
+        canvas, more, _ = generate_diffusion(model, canvas, fixed, forbid=inside, **rules, **ends)
         for ids, passes in zip(canvas.tolist(), (nfe + more).tolist()):
             text, finished = decode(meta, ids)
             tokens = ids[:ids.index(meta['eos']) + 1] if finished else ids

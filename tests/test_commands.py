@@ -145,8 +145,10 @@ def test_bench_measures_what_the_checkpoint_can_do():
 
 def test_bench_standard_errors():
     bench = load_script('bench')
-    assert bench.standard_error([0.2, 0.4, 0.6], 'valid', 100) == pytest.approx(0.2 / 3 ** 0.5)   # over seeds
     assert bench.standard_error([0.2], 'valid', 100) == pytest.approx(0.04)                       # binomial
+    assert bench.standard_error([0.1, 0.2, 0.3], 'valid', 100) == pytest.approx((0.16 / 300) ** 0.5)
+    assert bench.standard_error([0.2, 0.4, 0.6], 'unique', 100) == pytest.approx(0.2 / 3 ** 0.5)  # over seeds
+    assert bench.standard_error([0.2], 'unique', 100) is None
     assert bench.standard_error([12.0], 'nfe', 100) is None
 
 

@@ -788,3 +788,15 @@ def test_load_task():
     fresh = load_script('sample')
     assert fresh.load_task('shakespeare_char') is None and fresh.load_task('no such dataset') is None
     assert fresh.load_task('arithmetic').verdict('(+12)=3') == '✓'
+
+
+def test_a_given_length_is_the_length():
+    """Neither the end token nor padding is drawn inside a given length, and forbidden ids never are."""
+    model = tiny_gpt(V=18, T=16)
+    with torch.no_grad():
+        model.wte.weight[16:18] += 3 * model.wte.weight.std()                 # an untrained network in love with the end
+    lengths = torch.tensor([1, 5, 9, 14] * 8)
+    for rules in (dict(), dict(commit='confidence'), dict(remask='random', steps=8)):
+        samples = generate(model, dict(ARITHMETIC, block_size=16), len(lengths), lengths=lengths, **rules)
+        assert [len(sample['text']) for sample in samples] == lengths.tolist()
+        assert all(sample['finished'] for sample in samples)
