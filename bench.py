@@ -135,6 +135,7 @@ def arithmetic(model, checkpoint):
                 scores.append({**score, 'nfe': statistics.mean(sample['nfe'] for sample in samples)})
                 bar.update()
             rows.append(summary(name, protocol, scores, num_samples, time.time() - t0))
+            bar.write(f'{name}, {protocol}: ' + ', '.join(f'{metric} {cell(rows[-1], metric)}' for metric in METRICS))
     return rows
 
 

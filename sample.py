@@ -255,7 +255,7 @@ def speculate(model, x, masked, drafts, filters, generator):
 
     x (R, T), whose masks are a suffix of each row -> x (R, T), the next drafts, passes (R,).
     """
-    (R, T), W = x.shape, drafts.size(1)
+    T, W = x.size(1), drafts.size(1)
     V = model.mask_token_id
     at = masked.long().argmax(1)[:, None] + torch.arange(W + 1, device=x.device)             # (R, W+1) from the first hole
     pick = at.clamp(max=T - 1)[..., None].expand(-1, -1, model.config.n_embd)
