@@ -11,6 +11,7 @@ Notable features:
 - compute in bf16 where the device is fast at it; the parameters stay float32
 """
 
+import contextlib
 import ctypes
 import os
 import pickle
@@ -285,19 +286,24 @@ def causal_nll(model, x0, free):
 # checkpoints
 
 
-def save_checkpoint(path, checkpoint):
-    """Writes a checkpoint so that at every moment either the old file or the new one is whole."""
+@contextlib.contextmanager
+def atomically(path):
+    """with atomically(path) as temporary: write the file temporary. At every moment path is the old file or the new one, whole."""
     temporary = f'{path}.{os.getpid()}.tmp'
     try:
-        with open(temporary, 'wb') as file:
-            torch.save(checkpoint, file)
-            file.flush()
+        yield temporary
+        with open(temporary, 'rb+') as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise
+
+
+def save_checkpoint(path, checkpoint):
+    """Writes a checkpoint atomically."""
+    with atomically(path) as temporary:
+        torch.save(checkpoint, temporary)
 
 
 def load_checkpoint(path, device='cpu', ema=True):

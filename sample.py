@@ -23,16 +23,18 @@ from tqdm import tqdm
 
 import configurator
 from configurator import UserError
-from model import check_same_model, configure_compute, load_checkpoint, random_subset
+from model import atomically, check_same_model, configure_compute, load_checkpoint, random_subset
 
 # -----------------------------------------------------------------------------
 init_from = 'ckpt'         # 'ckpt': the newest checkpoint under out_dir; or the path of one
 remask_from: str = None    # path of a second, remasking checkpoint that judges the visible tokens
+merge_from: str = None     # path of a second checkpoint of the same architecture to merge with the first
+merge_weight = 0.5         # its share in the merged weights: 0 is the first checkpoint, 1 the second
 out_dir = 'out'            # where 'ckpt' looks
 num_samples = 10           # how many samples to draw
 steps: int = None          # passes over the canvas; None: one a token (remask=causal takes what it needs)
 schedule = 'linear'        # linear: equally many tokens a step; cosine: few early, many late
-commit: str = None         # random | confidence | left_to_right; None: the best that the checkpoint supports
+commit: str = None         # random | confidence | left_to_right | abstain; None: the best that the checkpoint supports
 remask: str = None         # none | random | wrong | causal; None: the best that the checkpoint supports
 remask_rate = 0.3          # a visible token is re-masked with this probability (times p(WRONG) for wrong)
 remask_random_ratio = 0.0  # 0: re-mask by p(WRONG) alone, 1: at random alone
@@ -53,7 +55,7 @@ attention = 'auto'         # auto | plain | sdpa
 compile = False            # torch.compile the network
 # -----------------------------------------------------------------------------
 
-COMMIT_RULES = ('random', 'confidence', 'left_to_right')
+COMMIT_RULES = ('random', 'confidence', 'left_to_right', 'abstain')
 REMASK_RULES = ('none', 'random', 'wrong', 'causal')
 DRAFT_WINDOW = 16  # remask=causal drafts this many tokens a round; EXPERIMENTS.md has 8 to 63
 
@@ -103,7 +105,8 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
 
     steps: passes over the canvas (None: as many as the fullest row has masks), but no row is filled in more steps than it
     has tokens to fill; a finished row leaves the batch.
-    commit: random (ancestral; exact when one token a step) | confidence (MaskGIT) | left_to_right.
+    commit: random (ancestral; exact when one token a step) | confidence (MaskGIT) | left_to_right | abstain (lowest p(MASK)
+      first; unlike confidence it does not look at the token drawn, so it prefers places, not tokens).
     remask: none
       | random: each visible token with probability remask_rate
       | wrong: with probability remask_rate * p(WRONG), judged by the same pass, or by remask_model on the completed
@@ -146,15 +149,16 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
             hidden, passes = draft_pass(model, x, masked, draft), 1            # (R, T, C)
             progress = ((step + 1) / fill[rows]).clamp(max=1)                  # (R,)
             judged = remask_model is not None and corrects and not last
-            if judged or commit == 'confidence':                               # these rules look at every candidate
+            if judged or commit == 'confidence':                               # these look at every candidate
                 proposed, confidence = propose(model, hidden, masked, filters, generator, forbid)
             doubted = torch.zeros_like(masked)
             if corrects and not last:
                 doubt = 1.0
                 if remask == 'wrong':
-                    doubt = p_wrong(model, hidden)
+                    doubt = p_wrong(model, hidden, x)
                     if judged:
-                        doubt, passes = p_wrong(remask_model, remask_model(torch.where(masked, proposed, x))), 2
+                        whole = torch.where(masked, proposed, x)
+                        doubt, passes = p_wrong(remask_model, remask_model(whole), whole), 2
                 rate = remask_rate * ((1 - remask_random_ratio) * doubt + remask_random_ratio)
                 noise = torch.rand(x.shape, generator=generator, device=x.device)
                 doubted = (noise < rate) & ~fixed[rows] & ~masked
@@ -165,6 +169,8 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
                 count = masked.sum(1) + doubted.sum(1) - (start[rows] * left + 1e-4).long()
             if commit == 'confidence':
                 chosen = most_confident(masked, confidence, count, choice_temperature * (1 - progress[:, None]), generator)
+            elif commit == 'abstain':
+                chosen = most_confident(masked, -p_mask(model, hidden, masked), count, 0.0, generator)
             elif commit == 'random':
                 chosen = random_subset(masked, count, generator)
             else:
@@ -195,10 +201,10 @@ def check_rules(canvas, mask, fixed, commit, remask, draft, schedule, temperatur
     if 'causal' in (remask, draft) and (masked.cummax(1).values & ~masked).any():
         raise UserError('the causal pass cannot see what is right of a hole: with a fixed suffix or a given length '
                         'use --remask=wrong, random or none and --ar_prefix=0')
-    if commit == 'confidence' and (0 in (temperature, choice_temperature) or top_k == 1) and canvas.size(0) > 1 \
-            and not (fixed.sum(1) > 1).any():
-        raise UserError('commit=confidence without noise writes one sample again and again from an empty canvas: '
-                        'use --temperature=1 and --choice_temperature=4.5, or another commit rule')
+    greedy = temperature == 0 or top_k == 1 or (commit == 'confidence' and choice_temperature == 0)
+    if commit in ('confidence', 'abstain') and greedy and canvas.size(0) > 1 and not (fixed.sum(1) > 1).any():
+        raise UserError(f'commit={commit} without noise writes one sample again and again from an empty canvas: '
+                        f'use --temperature=1 and --choice_temperature=4.5, or another commit rule')
 
 
 def draft_pass(model, x, masked, draft):
@@ -220,9 +226,21 @@ def propose(model, hidden, where, filters, generator, forbid=()):
             torch.zeros(where.shape, dtype=logp.dtype, device=ids.device).masked_scatter(where, logp))
 
 
-def p_wrong(model, hidden):
-    """The probability (R, T) that the token which is visible at a position is wrong."""
-    return model.logits(hidden).softmax(-1)[..., model.wrong_token_id]
+def p_wrong(model, hidden, ids):
+    """
+    p(WRONG), the probability that the token which stands at a position is not the right one: 1 - p(that token).
+
+    hidden (..., C), ids (...) -> (...). A network that learned the target [WRONG] gives what it takes from the right token
+    to [WRONG] (the two differ by 0.01 on average); one that learned the original gives it to the other tokens.
+    """
+    return 1 - model.logits(hidden).softmax(-1).gather(-1, ids[..., None])[..., 0]
+
+
+def p_mask(model, hidden, where):
+    """p(MASK) (R, T), how much a network trained with allow_abstain would rather leave a masked position open."""
+    logits = model.logits(hidden[where])[:, :model.mask_token_id + 1]          # (N, V+1), mask_logit_bias included
+    keep = logits.double().softmax(-1)[:, -1]
+    return torch.zeros(where.shape, dtype=keep.dtype, device=keep.device).masked_scatter(where, keep)
 
 
 def most_confident(masked, confidence, count, noise, generator):
@@ -307,6 +325,8 @@ def encode(meta, text):
 def decode(meta, ids):
     """ids, from the first position on -> (text up to the end token, whether there is one)."""
     ids = [i for i in ids if i != meta['bos']]
+    while ids[-2:] == [meta['pad']] * 2:                                       # one is enough to see that there is no end
+        ids.pop()
     finished = meta['eos'] is not None and meta['eos'] in ids
     if finished:
         ids = ids[:ids.index(meta['eos'])]
@@ -378,8 +398,8 @@ def generate(model, meta, num, *, prompt=(), lengths=None, ar_prefix=0, batch_si
 def supports(config):
     """What a checkpoint of this config was trained for: (unmasking, the causal mode, finding wrong tokens)."""
     kind = config['training_type']
-    return (kind in ('unmasking', 'joint'), kind == 'causal' or config['causal_ratio'] > 0,
-            kind in ('joint', 'remasking') and config['remask_target'] == 'wrong')
+    return (kind in ('unmasking', 'joint', 'denoising'), kind == 'causal' or config['causal_ratio'] > 0,
+            kind in ('joint', 'remasking', 'denoising'))
 
 
 def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=None, judge=False):
@@ -404,13 +424,16 @@ def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=
     if kind == 'causal' and (commit or remask not in (None, 'none')):
         raise UserError('this causal checkpoint cannot fill a hole: it samples left to right (no --commit, --remask, '
                         '--remask_from)')
+    if commit == 'abstain' and not config.get('allow_abstain'):
+        raise UserError('commit=abstain needs a checkpoint trained with --allow_abstain=True')
     if remask == 'wrong' and not (detects or judge):
         raise UserError('this checkpoint was not trained to find wrong tokens: give a remasking one as --remask_from=PATH')
     if remask is None:
         if kind != 'causal' and causal and not lengths_given and commit is None and not ar_prefix:
             remask = 'causal'
         else:
-            remask = 'wrong' if detects else 'none'
+            # whoever saw wrong tokens only calls every token wrong
+            remask = 'wrong' if judge or (detects and config['remasking_loss_type'] == 'all_positions') else 'none'
     if ar_prefix is None:
         ar_prefix = config['block_size'] if kind == 'causal' else 0
     return dict(commit=commit or 'random', remask=remask, ar_prefix=ar_prefix)
@@ -430,6 +453,27 @@ def find_checkpoint(name, out_dir):
     return max(found, key=os.path.getmtime)
 
 
+def load_merged(path, other_path, weight):
+    """
+    Two checkpoints of one architecture, weights interpolated: (model, checkpoint), weight 0 being the first (the plan's
+    merging). The result counts as trained for what either was. Raises UserError, naming the field in which they differ.
+    """
+    (model, checkpoint), (other, other_checkpoint) = load_checkpoint(path), load_checkpoint(other_path)
+    check_same_model(path, {**checkpoint['model_args'], 'itos': checkpoint['meta']['itos']},
+                     other_path, {**other_checkpoint['model_args'], 'itos': other_checkpoint['meta']['itos']})
+    with torch.no_grad():
+        mine = model.state_dict()
+        torch._foreach_lerp_(list(mine.values()), [other.state_dict()[name] for name in mine], weight)
+    config, other_config = checkpoint['config'], other_checkpoint['config']
+    unmasks, causal, detects = (a or b for a, b in zip(supports(config), supports(other_config)))
+    kind = ('joint' if detects else 'unmasking') if unmasks else 'remasking' if detects else 'causal'
+    judge = config if supports(config)[2] else other_config
+    checkpoint['config'] = {**config, 'training_type': kind, 'causal_ratio': float(causal),
+                            'remasking_loss_type': judge['remasking_loss_type'],
+                            'allow_abstain': config.get('allow_abstain') and other_config.get('allow_abstain')}
+    return model, checkpoint
+
+
 @functools.lru_cache
 def load_task(dataset):
     """The module data/<dataset>/task.py, which knows right from wrong there, or None."""
@@ -444,16 +488,11 @@ def load_task(dataset):
 
 def write_atomically(path, text):
     """Writes a text file so that it is there whole or not at all."""
-    temporary = f'{path}.{os.getpid()}.tmp'
     try:
-        with open(temporary, 'w', encoding='utf-8') as file:
+        with atomically(path) as temporary, open(temporary, 'w', encoding='utf-8') as file:
             file.write(text)
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f'{path}: cannot be written: {error.strerror}') from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def check_folder(path):
@@ -468,7 +507,7 @@ def check_settings():
     for name, low, high in (('num_samples', 1, None), ('batch_size', 1, None), ('steps', 1, None), ('length', 1, None),
                             ('top_k', 1, None), ('top_p', 0, 1), ('temperature', 0, None), ('ar_prefix', 0, None),
                             ('choice_temperature', 0, None), ('remask_rate', 0, 1), ('remask_random_ratio', 0, 1),
-                            ('correct_share', 0, 1)):
+                            ('correct_share', 0, 1), ('merge_weight', 0, 1)):
         value = globals()[name]
         if value is not None and (value < low or (high is not None and value > high)):
             raise UserError(f'{name} must be {f"in {low}..{high}" if high is not None else f"at least {low}"}, got {value}')
@@ -482,9 +521,10 @@ def check_settings():
 def main():
     check_settings()
     path = find_checkpoint(init_from, out_dir)
-    model, checkpoint = load_checkpoint(path)
+    model, checkpoint = load_merged(path, merge_from, merge_weight) if merge_from else load_checkpoint(path)
     meta = checkpoint['meta']
-    print(f"{path}: {checkpoint['config']['training_type']} on {meta['name']}, iteration {checkpoint['iter_num']}")
+    print(f"{path}: {checkpoint['config']['training_type']} on {meta['name']}, iteration {checkpoint['iter_num']}"
+          + (f', merged with {merge_weight:g} of {merge_from}' if merge_from else ''))
     given = length is not None and meta['eos'] is not None
     rules = best_rules(checkpoint['config'], given, commit, remask, ar_prefix, judge=bool(remask_from))
     judge = None
@@ -495,7 +535,7 @@ def main():
                          ('vocab_size', 'block_size', 'itos'))
         if not supports(other['config'])[2]:
             raise UserError(f'{remask_from} was not trained to find wrong tokens '
-                            f"(training_type={other['config']['training_type']}, remask_target={other['config']['remask_target']})")
+                            f"(training_type={other['config']['training_type']})")
         configure_compute(judge, device, dtype, attention, compile)
     model, choices = configure_compute(model, device, dtype, attention, compile)
     print(f'{model.num_params():,} parameters, {choices}')

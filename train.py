@@ -6,28 +6,26 @@ Train a masked-diffusion language model that can find and fix its own mistakes.
     python train.py config/remask_all.py --init_from=resume  go on where the last checkpoint stands
 
 Training is one weighted cross-entropy: every training type, corruption and curriculum only decides (input, target,
-weight). See corrupt and loss.
+weight). See corrupt in corruption.py, and loss. Beside the checkpoint out_dir holds log.jsonl and curves.png.
 """
 
 import copy
-import difflib
 import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
 import configurator
 from configurator import UserError
-from model import (GPT, GPTConfig, causal_nll, check_same_model, configure_compute, load_checkpoint, model_args, nelbo,
-                   random_subset, save_checkpoint, stratified_k)
-from sample import best_rules, draw, filtered, generate, load_task, p_wrong
+from corruption import KINDS, NOISE, corrupt, modelled, own_guesses, parse_mixture
+from data.loader import load_data, random_rows, spread_rows
+from model import (GPT, GPTConfig, atomically, causal_nll, check_same_model, configure_compute, load_checkpoint, model_args, nelbo,
+                   save_checkpoint)
+from sample import best_rules, generate, load_task, p_wrong, supports, write_atomically
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -48,10 +46,15 @@ batch_size = 64                  # rows a step
 gradient_accumulation_steps = 1  # batches summed up into one step
 block_size = 64                  # length of a row
 # the task: what becomes (input, target, weight)
-training_type = 'joint'          # unmasking | remasking | joint | causal
+training_type = 'joint'          # unmasking | remasking | joint | denoising | causal
 causal_ratio = 0.0               # share of every batch that trains the causal mode (next token, causal attention)
-remask_ratio = 0.5               # joint: share of the other rows in which some visible tokens are wrong
-corruption = 'own'               # where wrong tokens come from: own (the network's guesses) | random, or own:0.7,random:0.3
+remask_ratio = 0.5               # joint, denoising: share of the other rows in which visible tokens may be wrong
+corruption = 'own'               # own (the network's guesses) | random | fragment | sticky, or own:0.7,random:0.3
+guess_from: str = None           # corruption=own: the checkpoint whose guesses they are; None: the network itself
+sigma_min = 0.1                  # denoising: least noise level, the share of the tokens that are hit
+sigma_max = 0.9                  # denoising: highest noise level
+high_noise_bias = 0.0            # denoising: share of the rows with a level from the upper fifth
+noise_mix = 'mask:0.5,replace:0.2,swap:0.15,delete:0.075,insert:0.075'  # denoising: what happens to a token
 remasking_loss_type = 'all_positions'  # all_positions: clean visible tokens count too | corrupted_only
 remask_target = 'wrong'          # at a wrong token the target is [WRONG] | original: the clean token
 weight_unmask_task = 1.0         # weight of the masked positions
@@ -60,6 +63,13 @@ penalty_mask_correct = 1.0       # weight of a clean visible token, times weight
 reward_correct_unmask = 1.0      # r: a masked position weighs r + (1 - r)(1 - p(x0)); 1: plain cross-entropy
 proofreading_warmup_iters = 500  # curriculum: steps until remask_ratio is reached, linearly from 0
 masking_warmup_iters = 500       # curriculum: steps until penalty_mask_correct is reached, linearly from 0
+# abstention: [MASK] as an answer, for positions that are not ready yet
+allow_abstain = False            # a masked position costs -log(p(x0) + price * p(MASK)) instead of -log p(x0)
+penalty_keep_mask = 0.1          # that price, in 0..1: what p(MASK) is worth; 0: nothing. The controller starts from it
+target_mask_prob = 0.0           # the controller holds the mean p(MASK) of masked positions here; 0: no controller
+mask_logit_bias = 0.0            # added to the logit of [MASK]; the controller starts from it (a checkpoint has its own)
+mask_control_rate = 0.2          # how far one step of the controller moves bias and price, a unit of error
+mask_bias_limit = 20.0           # the controller never takes the bias beyond this
 # model
 n_layer = 2                      # blocks in the stack
 n_head = 4                       # attention heads
@@ -87,158 +97,76 @@ attention = 'auto'               # auto | plain | sdpa
 compile = False                  # torch.compile the network; a minute of waiting, then faster
 # -----------------------------------------------------------------------------
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 
 # -----------------------------------------------------------------------------
-# data
+# the loss
 
 
-def load_data(dataset):
-    """
-    The dataset as (meta, {'train': ids, 'val': ids}), int64 (N, T) for rows, uint16 (N,) for a stream of text.
-
-    A dataset that is not there yet is made by its prepare.py. Raises UserError with what to do if that fails.
-    """
-    folder = os.path.join(HERE, 'data', dataset)
-    script = os.path.join(folder, 'prepare.py')
-    if not os.path.exists(script):
-        known = sorted(name for name in os.listdir(os.path.join(HERE, 'data'))
-                       if os.path.exists(os.path.join(HERE, 'data', name, 'prepare.py')))
-        near = difflib.get_close_matches(dataset, known, 1)
-        raise UserError(f"there is no data/{dataset}/prepare.py; {f'did you mean {near[0]}' if near else f'known: {known}'}?")
-    if not os.path.exists(os.path.join(folder, 'meta.json')):
-        print(f'preparing the dataset: python data/{dataset}/prepare.py')
-        if subprocess.run([sys.executable, script]).returncode:
-            raise UserError(f'the dataset {dataset} is not there; make it with python data/{dataset}/prepare.py')
-    try:
-        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
-            meta = json.load(file)
-        data = {split: np.memmap(os.path.join(folder, f'{split}.bin'), dtype=np.uint16, mode='r') for split in ('train', 'val')}
-        for split, ids in data.items():
-            if len(ids) != meta[f'{split}_tokens']:
-                raise ValueError(f"{split}.bin has {len(ids)} tokens, meta.json says {meta[f'{split}_tokens']}")
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f'the dataset in data/{dataset} is damaged ({error}); make it again: '
-                        f'python data/{dataset}/prepare.py') from error
-    if meta['format'] == 'rows':
-        data = {split: torch.from_numpy(ids.astype(np.int64)).view(-1, meta['block_size']) for split, ids in data.items()}
-    return meta, data
-
-
-def rows_at(ids, index, block_size):
-    """Rows of a dataset (see load_data): ids, index (B,) -> x0 (B, T). For a stream the index is a first position."""
-    if isinstance(ids, torch.Tensor):
-        return ids[index]
-    window = index[:, None].numpy() + np.arange(block_size)
-    return torch.from_numpy(ids[window].astype(np.int64))
-
-
-def random_rows(ids, num, block_size, generator):
-    """num rows at random places of the dataset: x0 (num, T)."""
-    high = len(ids) if isinstance(ids, torch.Tensor) else len(ids) - block_size + 1
-    return rows_at(ids, torch.randint(high, (num,), generator=generator), block_size)
-
-
-def spread_rows(ids, num, block_size):
-    """At most num rows spread evenly over the dataset, the same every time: x0 (num, T). For evaluation."""
-    high = len(ids) if isinstance(ids, torch.Tensor) else len(ids) - block_size + 1
-    num = min(num, high if isinstance(ids, torch.Tensor) else len(ids) // block_size)
-    return rows_at(ids, torch.arange(num) * (high - 1) // max(1, num - 1), block_size)
-
-
-def modelled(x0, meta):
-    """Which positions of x0 (B, T) are modelled: (free: all but the start symbol, real: those without the padding)."""
-    free = torch.ones_like(x0, dtype=torch.bool) if meta['bos'] is None else x0 != meta['bos']
-    return free, free if meta['pad'] is None else free & (x0 != meta['pad'])
-
-
-# -----------------------------------------------------------------------------
-# the task: (input, target, weight)
-
-
-def corrupt(x0, free, *, training_type, mask_token_id, wrong_token_id, generator, remask_ratio=0.5,
-            corruption=(('own', 1.0),), guess=None, remasking_loss_type='all_positions', remask_target='wrong', weight_unmask_task=1.0,
-            weight_remask_task=1.0, penalty_mask_correct=1.0):
-    """
-    Clean rows -> (input, target, weight), (B, T) each: all that distinguishes one training type from another.
-
-    x0 (B, T) clean ids; free (B, T) bool, positions that may be masked or corrupted. In every row k of its n free
-    positions are chosen, k uniform on 1..n and stratified over the batch.
-      unmasking: they become [MASK]; each weighs 1/k, so that the loss is the NELBO a position, without any 1/t.
-      remasking: they are replaced by wrong tokens; nothing is masked.
-      joint:     a share remask_ratio of the rows has 1..k of them replaced by wrong tokens, the others masked.
-    A replacement that equals the original is no error. Visible positions share weight_remask_task equally in a row,
-    clean ones times penalty_mask_correct, or 0 if remasking_loss_type is 'corrupted_only'.
-    corruption: ((kind, share), ...); kind 'random' draws another token uniformly, 'own' calls
-    guess(input (R, T), where (R, T) bool) -> ids (R, T), the network's own guesses.
-    """
-    B = x0.size(0)
-    n = free.sum(1)
-    k = stratified_k(n, generator)
-    chosen = random_subset(free, k, generator)
-    input = x0.masked_fill(chosen, mask_token_id)
-    proofread = torch.zeros_like(free)                                         # rows in which tokens are replaced
-    proofread[:{'unmasking': 0, 'joint': round(B * remask_ratio), 'remasking': B}[training_type]] = True
-    if proofread.any():
-        count = k if training_type == 'remasking' else stratified_k(k, generator)
-        filled = random_subset(chosen & proofread, count, generator)
-        edges = torch.tensor([share for _, share in corruption], device=x0.device).cumsum(0)
-        kinds = torch.bucketize(torch.rand(B, generator=generator, device=x0.device) * edges[-1], edges)
-        for number, (kind, _) in enumerate(corruption):
-            where = filled & (kinds == number)[:, None]
-            if kind == 'own':
-                replacement = guess(input, where)
-            else:                                                              # any token but the original
-                replacement = torch.randint(mask_token_id - 1, x0.shape, generator=generator, device=x0.device)
-                replacement += replacement >= x0
-            input = torch.where(where, replacement, input)
-
-    masked = input == mask_token_id
-    wrong = ~masked & (input != x0)
-    target = x0.masked_fill(wrong, wrong_token_id) if remask_target == 'wrong' else x0
-    visible = free & ~masked & proofread
-    keep = penalty_mask_correct if remasking_loss_type == 'all_positions' else 0.0
-    unmask = weight_unmask_task * masked / masked.sum(1, keepdim=True).clamp(min=1)
-    remask = weight_remask_task * (wrong + keep * (visible & ~wrong)) / visible.sum(1, keepdim=True).clamp(min=1)
-    return input, target, unmask + remask
-
-
-def own_guesses(model, generator):
-    """The guess of corrupt: draws tokens from the network's own distribution, without gradients or dropout."""
-    @torch.no_grad()
-    def guess(input, where):
-        rows, ids, training = where.any(1), torch.zeros_like(input), model.training
-        if rows.any():
-            hidden = model.eval()(input[rows])[where[rows]]                    # (N, C)
-            model.train(training)
-            ids[where] = draw(filtered(model.logits(hidden, real_only=True)), generator)
-        return ids
-    return guess
-
-
-def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0):
+def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, keep_mask_price=None, pad_id=None):
     """
     The one weighted cross-entropy: (sum of weight * CE, {task: (sum of weight * CE, sum of weight)}).
 
     input, target, weight (B, T). Only positions that carry weight are projected to the vocabulary. At masked positions
     and in the causal mode the softmax runs over the V real tokens. A masked position's weight is scaled by
     r + (1 - r)(1 - p(x0)), r = reward_correct_unmask: what is known already teaches less, but never nothing.
+    keep_mask_price: not None lets a masked position abstain: its softmax has [MASK] too, and it costs
+    -log(p(x0) + price * p(MASK)), price in [0, 1): unsure is cheaper than wrong and dearer than right. The parts then
+    hold 'p(MASK)', its sum and count over masked tokens that are not padding. (diffusion_lm_report, without the argmax.)
     """
     at = weight > 0                                                            # (B, T)
     hidden = model(input, causal=causal)[at]                                   # (N, C)
     input, target, weight = input[at], target[at], weight[at]                  # (N,)
     masked = (input == model.mask_token_id) | causal
+    abstains = keep_mask_price is not None and not causal
     logits = model.logits(hidden)                                              # (N, V+2)
-    specials = torch.arange(logits.size(-1), device=logits.device) >= model.mask_token_id
-    ce = F.cross_entropy(logits.masked_fill(masked[:, None] & specials, float('-inf')), target, reduction='none')
+    closed = torch.arange(logits.size(-1), device=logits.device) >= model.mask_token_id + abstains
+    logp = logits.masked_fill(masked[:, None] & closed, float('-inf')).log_softmax(-1)
+    ce = -logp.gather(1, target[:, None])[:, 0]                                # (N,)
+    if abstains:
+        keep = logp[:, model.mask_token_id]
+        price = torch.tensor(keep_mask_price, device=keep.device).log()
+        ce = torch.where(masked, -torch.logaddexp(-ce, keep + price), ce)
     if reward_correct_unmask != 1.0:
-        known = (-ce.detach()).exp()
+        known = logp.detach().gather(1, target[:, None])[:, 0].exp()           # p(x0), whatever abstaining is worth
         weight = torch.where(masked, weight * (1 - (1 - reward_correct_unmask) * known), weight)
     weighted = weight * ce
-    wrong = target == model.wrong_token_id
+    wrong = ~masked & (target != input)
     tasks = {'causal': masked} if causal else {'unmask': masked, 'detect': wrong, 'keep': ~masked & ~wrong}
     parts = {name: torch.stack((weighted.detach()[which].sum(), weight[which].sum())) for name, which in tasks.items()}
+    if abstains:
+        counted = masked if pad_id is None else masked & (target != pad_id)
+        parts['p(MASK)'] = torch.stack((keep.detach().exp()[counted].sum(), counted.sum()))
     return weighted.sum(), parts
+
+
+def steer(control, p_mask, target_mask_prob, rate, bias_limit):
+    """
+    One step of the controller that holds the mean p(MASK) over masked inputs at target_mask_prob: the new control.
+
+    control: dict(p_mask, the moving average of what is measured; bias, on the logit of [MASK]; price, of abstaining, see
+    loss); p_mask: (sum, count) of this step, summed over all ranks here. Bias and log-odds of the price make the same
+    moves, those of a PI controller. The optimiser undoes any constant bias, because the best p(MASK) depends on the price
+    alone; so the price is what holds the set point in the end, and the bias only makes the loop quick. Since the two move
+    together, the bias is bounded by what the price needs. With a price of 0, as in the report, the price cannot move and
+    the bias has to grow for ever. Where one of the two is at its limit and the error pushes further, both wait
+    (anti-windup).
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(p_mask)
+    total, count = p_mask.tolist()
+    if not count:
+        return control
+    now = total / count
+    average = now if control['p_mask'] is None else 0.8 * control['p_mask'] + 0.2 * now
+    before = average if control['p_mask'] is None else control['p_mask']
+    move = rate * (target_mask_prob - average + 20 * (before - average))       # PI, 20 steps: about how fast p(MASK) follows
+    bias, price = control['bias'] + move, control['price']
+    if price:
+        odds = price / (1 - price) * math.exp(move)
+        price = odds / (1 + odds)
+    if abs(bias) > bias_limit or (price and not 1e-6 < price < 1 - 1e-6):
+        bias, price = control['bias'], control['price']
+    return dict(p_mask=average, bias=bias, price=price)
 
 
 # -----------------------------------------------------------------------------
@@ -263,17 +191,20 @@ def per_token(nats, tokens):
 
 
 @torch.no_grad()
-def evaluate(model, x0, meta, *, causal, bidirectional, detects, batch_size=256, seed=0):
+def evaluate(model, x0, meta, *, causal, bidirectional, detects, guesser=None, batch_size=256, seed=0):
     """
     What the model is worth on clean rows x0 (N, T), by a fixed seed: dict of nats a (real) token, with standard errors.
 
-    nelbo, nelbo_se: the bound of the diffusion mode, padding paid for but not counted as tokens; causal, causal_se:
-    -log p of the causal mode; auc: how well p(WRONG) tells the model's own errors from correct visible tokens.
+    nelbo, nelbo_se: the bound of the diffusion mode, padding paid for but not counted as tokens; causal_nll, causal_nll_se:
+    -log p of the causal mode. On wrong tokens that are the guesser's own (None: the model's) -- auc: how well the model's
+    p(WRONG) tells them from correct visible ones; fixed: the share where the likeliest other token, read off directly, is
+    the right one; refilled: the share that is right after what has p(WRONG) > 1/2 was masked and filled by the guesser.
     """
     model.eval()
+    guesser = guesser or model
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    bound, exact, tokens, scores, labels = [], [], [], [], []
+    bound, exact, tokens, scores, labels, fixed, refilled = [], [], [], [], [], [], []
     for rows in x0.split(batch_size):
         rows = rows.to(device)
         free, real = modelled(rows, meta)
@@ -283,19 +214,29 @@ def evaluate(model, x0, meta, *, causal, bidirectional, detects, batch_size=256,
         if causal:
             exact.append(causal_nll(model, rows, real))
         if detects:
-            input, _, _ = corrupt(rows, free, training_type='joint', mask_token_id=model.mask_token_id, remask_ratio=1.0,
-                                  wrong_token_id=model.wrong_token_id, generator=generator,
-                                  guess=own_guesses(model, generator))
+            input, _, _ = corrupt(rows, free, real, training_type='joint', remask_ratio=1.0, generator=generator,
+                                  mask_token_id=model.mask_token_id, wrong_token_id=model.wrong_token_id,
+                                  guess=own_guesses(guesser, generator))
             judged = real & (input != model.mask_token_id)
-            scores.append(p_wrong(model, model(input)[judged]))
-            labels.append((input != rows)[judged])
+            wrong = judged & (input != rows)
+            hidden = model(input)
+            doubt = p_wrong(model, hidden, input)                              # (B, T)
+            scores.append(doubt[judged])
+            labels.append(wrong[judged])
+            other = model.logits(hidden[wrong], real_only=True).scatter(1, input[wrong][:, None], float('-inf'))
+            fixed.append(other.argmax(1) == rows[wrong])
+            holes = input.masked_fill(judged & (doubt > 0.5), model.mask_token_id)
+            filled = guesser.logits(guesser(holes)[wrong], real_only=True).argmax(1)
+            refilled.append(torch.where(holes[wrong] == model.mask_token_id, filled, input[wrong]) == rows[wrong])
     result, tokens = {}, torch.cat(tokens)
     if bidirectional:
         result['nelbo'], result['nelbo_se'] = per_token(torch.cat(bound), tokens)
     if causal:
-        result['causal'], result['causal_se'] = per_token(torch.cat(exact), tokens)
+        result['causal_nll'], result['causal_nll_se'] = per_token(torch.cat(exact), tokens)
     if detects:
         result['auc'] = roc_auc(torch.cat(scores), torch.cat(labels))
+        result['fixed'] = torch.cat(fixed).double().mean().item()
+        result['refilled'] = torch.cat(refilled).double().mean().item()
     return result
 
 
@@ -344,18 +285,6 @@ def ramp(step, warmup_iters):
     return min(1.0, step / warmup_iters) if warmup_iters else 1.0
 
 
-def parse_mixture(text):
-    """'own' or 'own:0.7,random:0.3' -> (('own', 0.7), ('random', 0.3)). Raises UserError."""
-    try:
-        mixture = tuple((kind.strip(), float(share or 1)) for kind, _, share in (part.partition(':') for part in text.split(',')))
-    except ValueError:
-        raise UserError(f"corruption expects a kind, or kind:share,kind:share; got '{text}'") from None
-    for kind, share in mixture:
-        if kind not in ('own', 'random') or not 0 <= share < math.inf or not sum(share for _, share in mixture):
-            raise UserError(f"corruption knows own and random, with shares >= 0; got '{text}'")
-    return mixture
-
-
 # -----------------------------------------------------------------------------
 # the run
 
@@ -366,9 +295,9 @@ def checkpoint_name(training_type, remasking_loss_type, step=None):
     return f"ckpt_{training_type}{kind}{'' if step is None else f'_{step}'}.pt"
 
 
-def check_settings(config, meta):
-    """Raises UserError for settings that do not go together, before any work is done."""
-    for name, known in (('training_type', ('unmasking', 'remasking', 'joint', 'causal')),
+def check_settings(config):
+    """Raises UserError for settings that make no sense or do not go together."""
+    for name, known in (('training_type', ('unmasking', 'remasking', 'joint', 'denoising', 'causal')),
                         ('remasking_loss_type', ('all_positions', 'corrupted_only')),
                         ('remask_target', ('wrong', 'original')), ('optimizer', ('muon', 'adamw')),
                         ('lr_schedule', ('wsd', 'cosine'))):
@@ -378,17 +307,40 @@ def check_settings(config, meta):
                  'gradient_accumulation_steps'):
         if config[name] < 1:
             raise UserError(f'{name} must be at least 1, got {config[name]}')
-    for name in ('causal_ratio', 'remask_ratio', 'reward_correct_unmask', 'decay_share', 'ema_decay'):
+    for name in ('causal_ratio', 'remask_ratio', 'reward_correct_unmask', 'decay_share', 'ema_decay', 'sigma_min',
+                 'sigma_max', 'high_noise_bias', 'target_mask_prob'):
         if not 0 <= config[name] <= 1:
             raise UserError(f'{name} must be in 0..1, got {config[name]}')
     for name in ('learning_rate', 'muon_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'proofreading_warmup_iters',
                  'masking_warmup_iters', 'weight_unmask_task', 'weight_remask_task', 'penalty_mask_correct',
-                 'eval_samples', 'keep_every', 'seed'):
+                 'eval_samples', 'keep_every', 'seed', 'mask_control_rate', 'mask_bias_limit'):
         if config[name] < 0:
             raise UserError(f'{name} must not be negative, got {config[name]}')
-    if config['training_type'] == 'remasking' and 'own' in dict(parse_mixture(config['corruption'])):
-        raise UserError("a remasking model cannot unmask, so it has no guesses of its own: use --corruption=random, "
-                        "or --training_type=joint")
+    kind, kinds = config['training_type'], dict(parse_mixture('corruption', config['corruption'], KINDS))
+    parse_mixture('noise_mix', config['noise_mix'], NOISE)
+    if kind == 'remasking' and 'own' in kinds and not config['guess_from']:
+        raise UserError('a remasking model cannot unmask, so it has no guesses of its own: name the unmasking checkpoint '
+                        'whose guesses it shall judge as --guess_from=PATH, or use --corruption=random or --training_type=joint')
+    if config['guess_from'] and ('own' not in kinds or kind not in ('joint', 'remasking')):
+        raise UserError('guess_from makes the wrong tokens of --corruption=own, with training_type joint or remasking')
+    if kind == 'denoising' and config['remask_target'] != 'original':
+        raise UserError('a denoiser learns the clean token everywhere: set --remask_target=original')
+    if config['sigma_min'] > config['sigma_max']:
+        raise UserError(f"sigma_min={config['sigma_min']} is above sigma_max={config['sigma_max']}")
+    if config['penalty_keep_mask'] and not 1e-5 <= config['penalty_keep_mask'] <= 1 - 1e-5:
+        raise UserError(f"penalty_keep_mask must be 0, or in 0.00001..0.99999, got {config['penalty_keep_mask']}")
+    if config['target_mask_prob'] and not config['allow_abstain']:
+        raise UserError('target_mask_prob steers how often the network abstains: set --allow_abstain=True')
+    if config['allow_abstain'] and kind in ('remasking', 'causal'):
+        raise UserError(f'allow_abstain is about masked positions, training_type={kind} has none')
+    if config['mask_logit_bias'] and not config['allow_abstain']:
+        raise UserError('mask_logit_bias is for an answer [MASK]: set --allow_abstain=True')
+    if abs(config['mask_logit_bias']) > config['mask_bias_limit']:
+        raise UserError(f"mask_logit_bias={config['mask_logit_bias']} is beyond mask_bias_limit={config['mask_bias_limit']}")
+
+
+def check_fits(config, meta):
+    """Raises UserError if the settings do not fit the dataset."""
     if meta['format'] == 'rows' and config['block_size'] != meta['block_size']:
         raise UserError(f"the rows of {meta['name']} have {meta['block_size']} tokens: set --block_size={meta['block_size']}")
     if meta['format'] == 'stream' and config['block_size'] >= min(meta['train_tokens'], meta['val_tokens']):
@@ -396,8 +348,18 @@ def check_settings(config, meta):
                         f"({meta['val_tokens']} tokens)")
 
 
-def training_step(model, x0, meta, config, step, generator):
-    """One batch, forward and backward: adds to the gradients, returns the parts of the loss by task (see loss)."""
+def curricula(step, config):
+    """What changes while training goes on: dict of remask_ratio and penalty_mask_correct at this step."""
+    return dict(remask_ratio=config['remask_ratio'] * ramp(step, config['proofreading_warmup_iters']),
+                penalty_mask_correct=config['penalty_mask_correct'] * ramp(step, config['masking_warmup_iters']))
+
+
+def training_step(model, x0, meta, config, step, generator, price=None, guesser=None):
+    """
+    One batch, forward and backward: adds to the gradients, returns the parts of the loss by task.
+
+    price: see loss; guesser: the network that makes the wrong tokens of corruption='own' (None: the model itself).
+    """
     num, accumulate = x0.size(0), config['gradient_accumulation_steps']
     num_causal = num if config['training_type'] == 'causal' else round(num * config['causal_ratio'])
     free, real = modelled(x0, meta)
@@ -409,27 +371,30 @@ def training_step(model, x0, meta, config, step, generator):
         (total / (num * accumulate)).backward()
     if num_causal < num:
         input, target, weight = corrupt(
-            x0[num_causal:], free[num_causal:], mask_token_id=model.mask_token_id, wrong_token_id=model.wrong_token_id,
-            generator=generator, guess=own_guesses(model, generator), corruption=parse_mixture(config['corruption']),
-            remask_ratio=config['remask_ratio'] * ramp(step, config['proofreading_warmup_iters']),
-            penalty_mask_correct=config['penalty_mask_correct'] * ramp(step, config['masking_warmup_iters']),
+            x0[num_causal:], free[num_causal:], real[num_causal:], mask_token_id=model.mask_token_id,
+            wrong_token_id=model.wrong_token_id, pad_id=meta['pad'], generator=generator,
+            guess=own_guesses(guesser or model, generator), corruption=parse_mixture('corruption', config['corruption'], KINDS),
+            sigma=(config['sigma_min'], config['sigma_max'], config['high_noise_bias']),
+            noise_mix=parse_mixture('noise_mix', config['noise_mix'], NOISE), **curricula(step, config),
             **{name: config[name] for name in ('training_type', 'remasking_loss_type', 'remask_target',
                                                'weight_unmask_task', 'weight_remask_task')})
-        total, more = loss(model, input, target, weight, reward_correct_unmask=config['reward_correct_unmask'])
+        total, more = loss(model, input, target, weight, reward_correct_unmask=config['reward_correct_unmask'],
+                           keep_mask_price=price, pad_id=meta['pad'])
         (total / (num * accumulate)).backward()
         parts.update(more)
     return parts
 
 
-def progress_line(step, config, sums, speed):
-    """The line on screen: losses by task since the last one, curricula, speed and time left."""
-    losses = '  '.join(f'{name} {(total / max(weight, 1e-9)):.3f}' for name, (total, weight) in sums.items() if weight > 0)
-    curricula = ''
-    if config['training_type'] in ('joint', 'remasking'):
-        curricula = (f"  proofreading {ramp(step, config['proofreading_warmup_iters']):.0%}"
+def progress_line(step, config, record, speed):
+    """The line on screen: losses by task since the last one, curricula, controller, speed and time left."""
+    words = [f'{name} {record[name]:.3f}' for name in ('causal', 'unmask', 'detect', 'keep', 'p(MASK)') if name in record]
+    if config['target_mask_prob']:
+        words.append(f"bias {record['mask_logit_bias']:+.2f}  price {record['penalty_keep_mask']:.2f}")
+    if config['training_type'] in ('joint', 'remasking', 'denoising'):
+        words.append(f"proofreading {ramp(step, config['proofreading_warmup_iters']):.0%}"
                      f"  masking penalty {ramp(step, config['masking_warmup_iters']):.0%}")
     left = int((config['max_iters'] - step) / speed)
-    return f"step {step}/{config['max_iters']}  {losses}{curricula}  {speed:.1f} it/s  {left // 60}:{left % 60:02d} left"
+    return f"step {step}/{config['max_iters']}  {'  '.join(words)}  {speed:.1f} it/s  {left // 60}:{left % 60:02d} left"
 
 
 def evaluation_line(step, result):
@@ -437,10 +402,10 @@ def evaluation_line(step, result):
     words = []
     if 'nelbo' in result:
         words.append(f"NELBO {result['nelbo']:.3f} ± {result['nelbo_se']:.3f} nats/token")
-    if 'causal' in result:
-        words.append(f"causal NLL {result['causal']:.3f} ± {result['causal_se']:.3f}")
+    if 'causal_nll' in result:
+        words.append(f"causal NLL {result['causal_nll']:.3f} ± {result['causal_nll_se']:.3f}")
     if 'auc' in result:
-        words.append(f"own errors found: AUC {result['auc']:.3f}")
+        words.append(f"own errors found: AUC {result['auc']:.3f}, put right {result['refilled']:.0%}")
     return f"step {step}  validation: " + ('  '.join(words) or 'nothing to measure for this training type')
 
 
@@ -454,18 +419,18 @@ def check_finite(sums, step, path, model=None):
                         f'or set --dtype=float32{kept}')
 
 
-def make_checkpoint(model, ema, optimizers, generator, noise, step, args, config, meta, result):
+def make_checkpoint(model, ema, optimizers, generator, noise, step, sums, control, args, config, meta, result):
     """Everything that sampling needs, and everything that a bit-identical resume needs."""
     rng = dict(rows=generator.get_state(), noise=noise.get_state(), torch=torch.get_rng_state())
     if torch.cuda.is_available():
         rng['cuda'] = torch.cuda.get_rng_state()
     return dict(model=model.state_dict(), ema=ema.state_dict() if ema is not model else None, iter_num=step,
-                optimizers=[optim.state_dict() for optim in optimizers], rng=rng, model_args=args, config=config,
-                meta=meta, result=result)
+                optimizers=[optim.state_dict() for optim in optimizers], rng=rng, sums=sums, control=control,
+                model_args=args, config=config, meta=meta, result=result)
 
 
 def restore(checkpoint, ema, optimizers, generator, noise):
-    """The counterpart of make_checkpoint, the weights of the model excepted: returns the step to go on from."""
+    """The counterpart of make_checkpoint, the model's weights excepted: returns the step to go on from, sums and control."""
     if ema is not None and checkpoint['ema']:
         ema.load_state_dict(checkpoint['ema'])
     for optim, state in zip(optimizers, checkpoint['optimizers']):
@@ -475,7 +440,74 @@ def restore(checkpoint, ema, optimizers, generator, noise):
     torch.set_rng_state(checkpoint['rng']['torch'].cpu())
     if 'cuda' in checkpoint['rng'] and torch.cuda.is_available():
         torch.cuda.set_rng_state(checkpoint['rng']['cuda'].cpu())
-    return checkpoint['iter_num']
+    return checkpoint['iter_num'], checkpoint['sums'], checkpoint['control']
+
+
+def load_start(path, config, args, meta):
+    """
+    What a run starts from: (weights, checkpoint), the averaged weights unless it resumes.
+
+    args: the model_args of this run. Raises UserError, naming the field in which the checkpoint and this run differ.
+    """
+    resume = config['init_from'] == 'resume'
+    source, checkpoint = load_checkpoint(path, ema=not resume)
+    check_same_model(path, {**checkpoint['model_args'], 'dropout': args['dropout'], 'itos': checkpoint['meta']['itos']},
+                     'this run', {**args, 'itos': meta['itos']})
+    if resume:
+        check_same_model(path, checkpoint['config'], 'this run', config, ('optimizer', 'dataset', 'training_type'))
+        if checkpoint['iter_num'] >= config['max_iters'] and not config['eval_only']:
+            raise UserError(f"{path} has all of its {checkpoint['iter_num']} steps: to go on, set a higher --max_iters")
+    return source.state_dict(), checkpoint
+
+
+def load_guesser(path, args, meta):
+    """The network of guess_from. Raises UserError if it has no guesses to make, or not for this run."""
+    guesser, checkpoint = load_checkpoint(path)
+    check_same_model(path, {**checkpoint['model_args'], 'itos': checkpoint['meta']['itos']}, 'this run',
+                     {**args, 'itos': meta['itos']}, ('vocab_size', 'block_size', 'itos'))
+    if not supports(checkpoint['config'])[0]:
+        raise UserError(f"guess_from={path} cannot unmask (training_type={checkpoint['config']['training_type']}), "
+                        f'so it has no guesses')
+    return guesser
+
+
+def start_log(path, start):
+    """An empty log; if a run is resumed at step start, the log up to there."""
+    lines = []
+    if start and os.path.exists(path):
+        with open(path, encoding='utf-8') as file:
+            for line in file:
+                if not line.endswith('}\n') or json.loads(line)['step'] > start:   # torn, or to be written again
+                    break
+                lines.append(line)
+    write_atomically(path, ''.join(lines))
+
+
+def draw_curves(log, path):
+    """log.jsonl as curves, one panel for what belongs together, if matplotlib is there; returns whether it is."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    with open(log, encoding='utf-8') as file:
+        records = [json.loads(line) for line in file]
+    groups = {'nats, training': ('causal', 'unmask', 'detect', 'keep'), 'nats a token, validation': ('nelbo', 'causal_nll'),
+              'share': ('auc', 'fixed', 'refilled', 'valid', 'correct'), 'abstention': ('p(MASK)', 'penalty_keep_mask'),
+              'bias on the logit of [MASK]': ('mask_logit_bias',), 'curricula': ('remask_ratio', 'penalty_mask_correct'),
+              'learning rate': ('learning_rate',)}
+    groups = {title: [name for name in names if any(name in record for record in records)] for title, names in groups.items()}
+    groups = {title: names for title, names in groups.items() if names}
+    figure = Figure(figsize=(10, 2.6 * -(-len(groups) // 2)), layout='constrained')
+    for number, (title, names) in enumerate(groups.items(), 1):
+        axes = figure.add_subplot(-(-len(groups) // 2), 2, number, title=title)
+        for name in names:
+            points = [(record['step'], record[name]) for record in records if name in record]
+            axes.plot(*zip(*points), label=name, marker='.' if len(points) < 20 else None)
+        axes.legend(fontsize='small')
+        axes.grid(alpha=0.3)
+    with atomically(path) as temporary:
+        figure.savefig(temporary, format='png', dpi=110)
+    return True
 
 
 def stop_on_signal():
@@ -494,32 +526,35 @@ def stop_on_signal():
 
 def main():
     config = {name: globals()[name] for name in configurator.settings(__file__)}
-    parse_mixture(corruption)                                                  # what needs no data is checked without it
+    check_settings(config)                                                     # before any work
     meta, data = load_data(dataset)
-    check_settings(config, meta)
+    check_fits(config, meta)
     torch.manual_seed(seed)
     args = model_args(GPTConfig(block_size, meta['vocab_size'], n_layer, n_head, n_embd, n_recur, dropout))
     model = GPT(GPTConfig(**args))
     newest = os.path.join(out_dir, checkpoint_name(training_type, remasking_loss_type))
-    start, checkpoint = 0, None
+    path = newest if init_from == 'resume' else init_from
     if init_from != 'scratch':
-        path = newest if init_from == 'resume' else init_from
-        source, checkpoint = load_checkpoint(path, ema=init_from != 'resume')
-        check_same_model(path, {**checkpoint['model_args'], 'dropout': dropout, 'itos': checkpoint['meta']['itos']},
-                         'this run', {**args, 'itos': meta['itos']})
-        model.load_state_dict(source.state_dict())
-    if init_from == 'resume':
-        check_same_model(path, checkpoint['config'], 'this run', config, ('optimizer', 'dataset', 'training_type'))
-        if checkpoint['iter_num'] >= max_iters and not eval_only:
-            raise UserError(f"{path} has all of its {checkpoint['iter_num']} steps: to go on, set a higher --max_iters")
+        weights, checkpoint = load_start(path, config, args, meta)
+        model.load_state_dict(weights)
+    guesser = load_guesser(guess_from, args, meta) if guess_from else None
+    if guesser:
+        configure_compute(guesser, device, dtype, attention, compile)
     model, choices = configure_compute(model, device, dtype, attention, compile)
     on = next(model.parameters()).device
     ema = copy.deepcopy(model) if ema_decay else model
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, (beta1, beta2))
     generator = torch.Generator().manual_seed(seed)                            # which rows
     noise = torch.Generator(on).manual_seed(seed + 1)                          # how they are corrupted
+    start, sums = 0, {}
     if init_from == 'resume':
-        start = restore(checkpoint, ema if ema_decay else None, optimizers, generator, noise)
+        start, sums, control = restore(checkpoint, ema if ema_decay else None, optimizers, generator, noise)
+        sums = {name: part.to(on) for name, part in sums.items()}
+    else:
+        if init_from == 'scratch':
+            for network in (model, ema):
+                network.mask_logit_bias.fill_(mask_logit_bias)
+        control = dict(p_mask=None, bias=model.mask_logit_bias.item(), price=penalty_keep_mask)
     print(f"{choices}\n{model.num_params():,} parameters; {training_type} on {dataset}: "
           f"{meta['train_tokens']:,} training tokens, vocabulary {meta['vocab_size']} + [MASK] + [WRONG]")
     if init_from != 'scratch':
@@ -536,33 +571,45 @@ def main():
         os.makedirs(out_dir, exist_ok=True)
     except OSError as error:
         raise UserError(f'{out_dir}: cannot be made a folder for checkpoints: {error.strerror}') from error
+    log = os.path.join(out_dir, 'log.jsonl')
+    if not eval_only:
+        start_log(log, start)
     val = spread_rows(data['val'], eval_rows, block_size)
+    can_unmask, causal, detects = supports(config)
     stop = stop_on_signal()
-    sums, marks = {}, [(start, time.time())]
+    marks = [(start, time.time())]
+
+    def write(record):
+        with open(log, 'a', encoding='utf-8') as file:
+            file.write(json.dumps(record) + '\n')
+        if run:
+            run.log(record)
+
+    def save(path, result):
+        save_checkpoint(path, make_checkpoint(model, ema, optimizers, generator, noise, step, sums, control, args, config,
+                                              meta, result))
+
     for step in range(start, max_iters + 1):
         stopping = step == max_iters or stop['asked']
-        due = stopping or eval_only or (step % eval_interval == 0 and (step > start or not start))
+        due = eval_only or step == max_iters or (step % eval_interval == 0 and (step > start or not start))
         numbered = keep_every and step % keep_every == 0 and step > start
-        if due or numbered:
+        if due or numbered or stopping:
             check_finite(sums, step, newest, model)
         if due:
             t0 = time.time()
-            result = evaluate(ema, val, meta, causal=training_type == 'causal' or causal_ratio > 0, seed=seed,
-                              bidirectional=training_type in ('unmasking', 'joint'),
-                              detects=training_type == 'joint' and remask_target == 'wrong')
+            result = evaluate(ema, val, meta, causal=causal, bidirectional=can_unmask,
+                              detects=detects and (can_unmask or guesser is not None), guesser=guesser, seed=seed)
             print(evaluation_line(step, result))
             result.update(show_samples(ema, meta, config, eval_samples if step else 0))
-            if run:
-                run.log({'step': step, **result})
             if eval_only:
                 break
-            if step > start:
-                state = make_checkpoint(model, ema, optimizers, generator, noise, step, args, config, meta, result)
-                save_checkpoint(newest, state)
+            write({'step': step, **result})
             marks = [(at, when + time.time() - t0) for at, when in marks]      # speed is the speed of training
+        if step > start and (due or stopping):
+            save(newest, result if due else {})
+            plotted = draw_curves(log, os.path.join(out_dir, 'curves.png'))
         if numbered:
-            state = make_checkpoint(model, ema, optimizers, generator, noise, step, args, config, meta, {})
-            save_checkpoint(os.path.join(out_dir, checkpoint_name(training_type, remasking_loss_type, step)), state)
+            save(os.path.join(out_dir, checkpoint_name(training_type, remasking_loss_type, step)), {})
         if stopping:
             break
 
@@ -571,10 +618,15 @@ def main():
             for group in optim.param_groups:
                 group['lr'] = peak * scale
         model.train()
+        parts = {}
         for _ in range(gradient_accumulation_steps):
             x0 = random_rows(data['train'], batch_size, block_size, generator).to(on)
-            for name, part in training_step(model, x0, meta, config, step, noise).items():
-                sums[name] = sums.get(name, 0) + part
+            more = training_step(model, x0, meta, config, step, noise, control['price'] if allow_abstain else None, guesser)
+            parts = {name: parts.get(name, 0) + more.get(name, 0) for name in {**parts, **more}}
+        sums = {name: sums.get(name, 0) + parts.get(name, 0) for name in {**sums, **parts}}
+        if target_mask_prob and 'p(MASK)' in parts:
+            control = steer(control, parts['p(MASK)'], target_mask_prob, mask_control_rate, mask_bias_limit)
+            model.mask_logit_bias.fill_(control['bias'])
         if grad_clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
         for optim in optimizers:
@@ -583,20 +635,24 @@ def main():
         if ema_decay:
             decay = min(ema_decay, (1 + step) / (10 + step))                   # a young average forgets its start
             with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+                torch._foreach_lerp_([*ema.parameters(), ema.mask_logit_bias], [*model.parameters(), model.mask_logit_bias],
+                                     1 - decay)
 
         if (step + 1) % log_interval == 0:
             check_finite(sums, step, newest)
             marks = marks[-20:] + [(step + 1, time.time())]
             speed = (marks[-1][0] - marks[0][0]) / max(1e-9, marks[-1][1] - marks[0][1])
-            sums = {name: part.tolist() for name, part in sums.items()}
-            print(progress_line(step + 1, config, sums, speed), flush=True)
-            if run:
-                run.log({'step': step + 1, 'lr_scale': scale, **{name: a / max(b, 1e-9) for name, (a, b) in sums.items()}})
+            losses = {name: part.tolist() for name, part in sums.items()}
+            record = {'step': step + 1, **{name: total / weight for name, (total, weight) in losses.items() if weight > 0},
+                      'learning_rate': scale * learning_rate, **(curricula(step + 1, config) if detects else {}),
+                      **(dict(mask_logit_bias=control['bias'], penalty_keep_mask=control['price']) if allow_abstain else {})}
+            print(progress_line(step + 1, config, record, speed), flush=True)
+            write(record)
             sums = {}
     if stop['asked']:
         print(f'stopped; go on with: python train.py {" ".join(sys.argv[1:])} --init_from=resume')
     elif not eval_only:
+        print(f'losses and validation: {log}' + (', curves.png' if plotted else ' (pip install matplotlib for curves.png)'))
         print(f'saved {newest}; sample from it: python sample.py --init_from=' + ('ckpt' if out_dir == 'out' else newest))
 
 

@@ -64,9 +64,12 @@ def load_script(name):
     return module
 
 
+cached_settings = functools.lru_cache(configurator.settings)
+
+
 def default_config(**changes):
     """The settings of train.py, with changes, as a checkpoint keeps them."""
-    known = configurator.settings(os.path.join(ROOT, 'train.py'))
+    known = cached_settings(os.path.join(ROOT, 'train.py'))
     assert set(changes) <= set(known)
     return {**{name: setting.default for name, setting in known.items()}, **changes}
 
@@ -85,8 +88,12 @@ cached_task = functools.lru_cache(sample.load_task)
 
 @pytest.fixture(autouse=True)
 def tidy(monkeypatch):
-    """A test leaves no signal handler behind, and the scorer's reference lengths are drawn once, not in every run."""
+    """
+    A test leaves no signal handler behind; the scorer's reference lengths are drawn once, not in every run; and there is
+    no matplotlib, because the curves would take longer than all the rest.
+    """
     monkeypatch.setattr(sample, 'load_task', cached_task)
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():

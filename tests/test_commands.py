@@ -1,6 +1,7 @@
 """The commands as a user types them: what works end to end, and that a mistake is one line and leaves no trace."""
 
 import glob
+import importlib.util
 import json
 import os
 import shutil
@@ -13,7 +14,8 @@ from conftest import ARITHMETIC, ROOT, default_config, load_script, tiny_gpt, wr
 
 import configurator
 import train
-from model import GPTConfig, check_config
+from data import loader
+from model import GPTConfig, check_config, load_checkpoint
 
 TINY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--n_recur=1', '--batch_size=4', '--max_iters=4',
         '--eval_interval=4',
@@ -48,7 +50,8 @@ def refused(result, script, *words):
 
 def test_training_prints_where_it_stands(trained):
     out, path, text = trained
-    assert os.listdir(out) == [os.path.basename(path)]
+    curves = ['curves.png'] if importlib.util.find_spec('matplotlib') else []
+    assert sorted(os.listdir(out)) == [os.path.basename(path), *curves, 'log.jsonl']
     for words in ('override: n_embd = 16', 'step 4/4', 'step 4  validation: NELBO', 'causal NLL', 'AUC',
                   f'saved {path}',
                   f'python sample.py --init_from={path}'):
@@ -101,6 +104,34 @@ def test_sampling_ar(run, tmp_path):
     status, out, err = run('sample', f'--init_from={path}', '--num_samples=2', f'--save={tmp_path}/s.jsonl', *CPU)
     assert status == 0, err
     assert all(s['nfe'] == len(s['tokens']) - 1 for s in read_samples(tmp_path / 's.jsonl'))
+
+
+def test_sampling_from_a_checkpoint_that_abstains(run, tmp_path):
+    path = write_checkpoint(tmp_path / 'a' / 'ckpt_unmasking.pt', training_type='unmasking', allow_abstain=True)
+    status, out, err = run('sample', f'--init_from={path}', '--num_samples=2', '--commit=abstain', '--steps=5', *CPU)
+    assert status == 0 and 'commit=abstain, remask=none' in out and '2 samples' in out, err
+
+
+def test_sampling_from_merged_checkpoints(run, tmp_path):
+    """What is drawn from is the merged network: each share another one, and one that either could be used for."""
+    networks = [tiny_gpt(18, 64, seed=seed, n_recur=1) for seed in (1, 2)]
+    first = write_checkpoint(tmp_path / 'ckpt_unmasking.pt', networks[0], training_type='unmasking')
+    second = write_checkpoint(tmp_path / 'ckpt_remasking.pt', networks[1], training_type='remasking')
+    middle = tiny_gpt(18, 64, n_recur=1)
+    middle.load_state_dict({name: a.lerp(networks[1].state_dict()[name], 0.25) for name, a in networks[0].state_dict().items()})
+    middle = write_checkpoint(tmp_path / 'middle.pt', middle, training_type='joint')
+
+    def drawn(*words):
+        path = tmp_path / 's.jsonl'
+        status, out, err = run('sample', '--num_samples=2', '--steps=6', *CPU, *words, f'--save={path}')
+        assert status == 0, err
+        return path.read_text(), out
+    merged, out = drawn(f'--init_from={first}', f'--merge_from={second}', '--merge_weight=0.25', '--remask=wrong')
+    assert f'merged with 0.25 of {second}' in out
+    assert merged == drawn(f'--init_from={middle}', '--remask=wrong')[0]
+    alone = drawn(f'--init_from={first}', '--remask=none')[0]
+    assert drawn(f'--init_from={first}', f'--merge_from={second}', '--merge_weight=0', '--remask=none')[0] == alone
+    assert drawn(f'--init_from={first}', f'--merge_from={second}', '--remask=none')[0] != alone
 
 
 def test_settings_reach_the_sampler(trained):
@@ -158,8 +189,9 @@ def test_bench(run, trained, tmp_path):
     status, out, err = run('bench', *words, f'--json={path}')
     assert status == 0, err
     table = json.loads(path.read_text())
-    assert table['checkpoint'] == trained[1] and '--num_samples=20' in table['command']
-    assert table['config']['training_type'] == 'joint' and table['result']['nelbo'] > 0
+    assert set(table) == {'command', 'rows'}
+    assert table['command'] == ' '.join(['python bench.py', *words, f'--json={path}'])
+    assert f'{trained[1]}: joint on arithmetic, iteration 4' in out
     rows = {(row['name'].split(':')[0], row['protocol']): row for row in table['rows']}
     grammar = rows['the grammar itself', 'free']
     assert grammar['valid'] == grammar['correct'] == 1 and grammar['nfe'] == 0
@@ -177,6 +209,82 @@ def test_bench(run, trained, tmp_path):
     assert len(rows) == 4 and all(row['valid_se'] is not None and row['seeds'] == 2 for row in rows)
 
 
+def fresh_bench(*words):
+    bench = load_script('bench')
+    configurator.configure(vars(bench), [*CPU, *words])
+    return bench
+
+
+def test_bench_compares_runs(run, trained, tmp_path):
+    """Seeds of one configuration share a row, with the standard error over them; the others are named by what they change."""
+    paths = [write_checkpoint(tmp_path / f'{name}.pt', tiny_gpt(18, 64, seed=number, n_recur=1), causal_ratio=0.3, seed=number,
+                              out_dir=name, **more)
+             for number, (name, more) in enumerate((('a', {}), ('b', dict(remask_ratio=0.25, allow_abstain=True)), ('c', {})))]
+    status, out, err = run('bench', '--suite=checkpoints', f'--init_from={tmp_path}/[ab].pt,{paths[2]}', '--num_samples=4',
+                           '--steps=3', '--eval_rows=6', *CPU, f'--json={tmp_path}/table.json')
+    assert status == 0, err
+    rows = json.loads((tmp_path / 'table.json').read_text())['rows']
+    samplers = ['', 'remask=none', 'remask=wrong', 'remask=causal']
+    assert [(row['name'], row['sampler'], row['seeds']) for row in rows] == [
+        *[('the first', name, 2) for name in samplers],
+        *[('remask_ratio=0.25, allow_abstain=True', name, 1) for name in samplers[:3] + ['commit=abstain'] + samplers[3:]]]
+    for row in rows:
+        metrics = ('nelbo', 'causal_nll', 'auc', 'fixed', 'refilled') if not row['sampler'] else (
+            'valid', 'correct', 'length_tv', 'unique', 'nfe')
+        for metric in metrics:
+            assert row[metric] is not None and (row[f'{metric}_se'] is None) == (row['seeds'] == 1)
+        assert row['sampler'] in ('', 'remask=causal') or 0 < row['nfe'] <= 3
+    val, nelbos = loader.spread_rows(loader.load_data('arithmetic')[1]['val'], 6, 64), []
+    for path in (paths[0], paths[2]):
+        result = train.evaluate(load_checkpoint(path)[0], val, ARITHMETIC, causal=False, bidirectional=True, detects=False)
+        nelbos.append(result['nelbo'])
+    assert rows[0]['nelbo'] == pytest.approx(sum(nelbos) / 2) and rows[0]['nelbo_se'] == pytest.approx(
+        abs(nelbos[0] - nelbos[1]) / 2)
+    assert '| the first ' in out and '| remask_ratio=0.25, allow_abstain=True ' in out and 'nelbo' in out and 'valid %' in out
+
+
+def test_bench_knows_what_makes_two_runs_alike():
+    """Not the seed, nor where it ran; of another checkpoint that it started from or learned from only that there is one."""
+    recipe = load_script('bench').recipe
+    same = [dict(seed=1, guess_from='a.pt', init_from='x.pt', dtype='float32'), dict(seed=2, guess_from='b.pt', init_from='y.pt')]
+    assert recipe(default_config(**same[0])) == recipe(default_config(**same[1]))
+    plain = recipe(default_config())
+    for changes in (same[0], dict(guess_from='a.pt'), dict(init_from='a.pt'), dict(learning_rate=0.1), dict(allow_abstain=True),
+                    dict(remask_target='original'), dict(noise_mix='mask'), dict(max_iters=3), dict(n_embd=64)):
+        assert recipe(default_config(**changes)) != plain, changes
+
+
+def test_bench_merges_pair_by_pair(tmp_path):
+    bench, seen = fresh_bench(), []
+    for name in ('a1', 'a2', 'b1', 'b2'):
+        write_checkpoint(tmp_path / f'{name}.pt', seed=int(name[1]))
+    bench.init_from, bench.merge_from = f'{tmp_path}/a*.pt', f'{tmp_path}/b*.pt'
+    score = dict.fromkeys(('valid', 'correct', 'length_tv', 'unique', 'nfe'), 1.0)
+    bench.checkpoint_scores = lambda path, other: seen.append((path[-5:], other[-5:])) or ({'nelbo': 1.0}, {'x': score})
+    rows, _ = bench.checkpoints()
+    assert seen == [('a1.pt', 'b1.pt'), ('a2.pt', 'b2.pt')]
+    assert [row['seeds'] for row in rows] == [2, 2] and rows[0]['auc'] is None
+
+
+def test_bench_scores_a_judge_beside_the_writer_it_learned_from(tmp_path):
+    """Both take a pass, so that each of the two gets half of the steps."""
+    writer = write_checkpoint(tmp_path / 'w.pt', training_type='unmasking')
+    judge = write_checkpoint(tmp_path / 'j.pt', tiny_gpt(18, 64, seed=1, n_recur=1), training_type='remasking', guess_from=writer)
+    bench, calls = fresh_bench('--num_samples=3', '--steps=10', '--eval_rows=6', '--remask_rate=0.7'), []
+    generate = bench.generate
+    bench.generate = lambda model, *args, **more: calls.append((model, more)) or generate(model, *args, **more)
+    validation, scores = bench.checkpoint_scores(judge)
+    assert set(validation) == {'auc', 'fixed', 'refilled'} and set(scores) == {'remask=none', 'remask=wrong'}
+    networks = [load_checkpoint(path)[0].wte.weight for path in (writer, judge)]
+    assert all(torch.equal(model.wte.weight, networks[0]) for model, _ in calls)
+    (_, none), (_, wrong) = calls
+    assert none['steps'] == 10 and none['remask'] == 'none'
+    assert (wrong['steps'], wrong['remask'], wrong['remask_rate']) == (5, 'wrong', 0.7)
+    assert torch.equal(wrong['remask_model'].wte.weight, networks[1]) and scores['remask=wrong']['nfe'] == 9
+    bench.only = 'none'
+    assert set(bench.checkpoint_scores(judge)[1]) == {'remask=none'}
+
+
 @pytest.mark.parametrize('path', sorted(glob.glob(os.path.join(ROOT, 'config', '*.py'))), ids=os.path.basename)
 def test_configs(path):
     """Every recipe sets only what train.py has, and what it sets goes together."""
@@ -187,8 +295,8 @@ def test_configs(path):
     meta = dict(train_tokens=10 ** 6, val_tokens=10 ** 5, name=config['dataset'])
     meta = {**ARITHMETIC, **meta} if config['dataset'] == 'arithmetic' else {**STREAM, **meta}
     assert os.path.exists(os.path.join(ROOT, 'data', config['dataset'], 'prepare.py'))
-    train.parse_mixture(config['corruption'])
-    train.check_settings(config, meta)
+    train.check_settings(config)
+    train.check_fits(config, meta)
     check_config(GPTConfig(vocab_size=meta['vocab_size'], **{name: config[name] for name in (
         'block_size', 'n_layer', 'n_head', 'n_embd', 'n_recur', 'dropout')}))
 
@@ -216,6 +324,11 @@ def test_configs(path):
     (['--training_type=remasking'], ['--corruption=random']),
     (['--corruption=onw'], ['corruption knows', "'onw'"]),
     (['--causal_ratio=2'], ['causal_ratio must be in 0..1']),
+    (['--training_type=denoising'], ['--remask_target=original']),
+    (['--noise_mix=mask:1,drop:1'], ['noise_mix knows', "'mask:1,drop:1'"]),
+    (['--target_mask_prob=0.2'], ['--allow_abstain=True']),
+    (['--guess_from=nowhere.pt'], ['nowhere.pt', 'no such checkpoint']),
+    (['--guess_from=nowhere.pt', '--corruption=sticky'], ['guess_from makes the wrong tokens of --corruption=own']),
     (['--dropout=1'], ['dropout must be in']),
 ], ids=lambda value: ' '.join(value) if value[0].startswith(('--', 'config')) else '')
 def test_train_refuses(run, tmp_path, words, message):
@@ -265,9 +378,10 @@ def test_out_dir_that_is_a_file(run, tmp_path):
 
 
 @pytest.fixture
-def copy(tmp_path):
+def copy(tmp_path, monkeypatch):
     """A copy of the scripts and of the arithmetic dataset that a test may damage."""
-    train.load_data('arithmetic')
+    loader.load_data('arithmetic')
+    monkeypatch.setattr(loader, 'HERE', str(tmp_path / 'data'))
     for path in glob.glob(os.path.join(ROOT, '*.py')):
         shutil.copy(path, tmp_path)
     shutil.copytree(os.path.join(ROOT, 'data'), tmp_path / 'data', ignore=shutil.ignore_patterns('__pycache__'))
@@ -304,7 +418,7 @@ def test_dataset_is_prepared_on_first_use(run, copy):
         (copy / 'data' / 'arithmetic' / name).unlink()
     status, out, err = run('train', *TINY, '--max_iters=1', f'--out_dir={copy}/out', root=copy)
     assert status == 0, err
-    assert 'preparing the dataset' in out and len(os.listdir(copy / 'out')) == 1
+    assert 'preparing the dataset' in out and sorted(os.listdir(copy / 'out')) == ['ckpt_joint_all_positions.pt', 'log.jsonl']
 
 # -----------------------------------------------------------------------------
 # mistakes in sample.py and bench.py
@@ -317,7 +431,7 @@ def test_dataset_is_prepared_on_first_use(run, copy):
     (['--prompt=' + '1' * 63], ['the prompt has 63 tokens']),
     (['--remask=causal', '--length=9'], ['the causal pass cannot see']),
     (['--ar_prefix=12', '--length=9'], ['the causal pass cannot see']),
-    (['--commit=best'], ["commit expects one of random, confidence, left_to_right; got 'best'"]),
+    (['--commit=best'], ["commit expects one of random, confidence, left_to_right, abstain; got 'best'"]),
     (['--remask=all'], ["remask expects one of", "'all'"]),
     (['--schedule=step', '--remask=none'], ['schedule expects one of']),
     (['--commit=confidence', '--temperature=0'], ['one sample again and again', '--choice_temperature=4.5']),
@@ -327,6 +441,9 @@ def test_dataset_is_prepared_on_first_use(run, copy):
     (['--length=0'], ['length must be at least 1']),
     (['--top_p=0'], ['top_p']), (['--top_p=1.5'], ['top_p must be in 0..1']),
     (['--top_k=0'], ['top_k must be at least 1']),
+    (['--merge_from=nowhere.pt'], ['nowhere.pt', 'no such checkpoint']),
+    (['--merge_weight=2'], ['merge_weight must be in 0..1, got 2']), (['--merge_weight=-0.1'], ['merge_weight must be']),
+    (['--commit=abstain'], ['commit=abstain needs a checkpoint trained with --allow_abstain=True']),
     (['--temperature=-1'], ['temperature must be at least 0']), (['--remask_rate=2'], ['remask_rate must be in 0..1']),
     (['--device=tpu'], ['device expects']), (['--dtype=int8'], ['dtype expects']),
     (['--num_sample=3'], ['did you mean --num_samples?']), (['--steps=1.5'], ['steps expects an int']),
@@ -374,12 +491,13 @@ def test_sample_refuses_a_judge_of_another_length(run, tmp_path):
     refused(run('sample', f'--init_from={writer}', f'--remask_from={judge}', *CPU), 'sample', 'block_size is 16 and 8')
 
 
-def test_sample_refuses_a_judge_that_never_learned_to_say_wrong(run, tmp_path):
-    for kind in ('remasking', 'joint'):
+def test_a_judge_that_learned_the_original_tokens(run, tmp_path):
+    """p(WRONG) is what the token that stands there lacks, so no checkpoint has to have learned the label [WRONG]."""
+    writer = write_checkpoint(tmp_path / 'w.pt', training_type='unmasking')
+    for kind in ('remasking', 'joint', 'denoising'):
         judge = write_checkpoint(tmp_path / 'j.pt', training_type=kind, remask_target='original')
-        writer = write_checkpoint(tmp_path / 'w.pt', training_type='unmasking')
-        refused(run('sample', f'--init_from={writer}', f'--remask_from={judge}', '--steps=2', *CPU), 'sample', judge)
-    refused(run('sample', f'--init_from={tmp_path}/j.pt', '--remask=wrong', '--steps=2', *CPU), 'sample', 'wrong')
+        status, out, err = run('sample', f'--init_from={writer}', f'--remask_from={judge}', '--steps=2', '--num_samples=1', *CPU)
+        assert status == 0 and 'remask=wrong' in out, err
 
 
 def test_sample_refuses_to_judge_what_a_causal_checkpoint_writes(run, tmp_path):
@@ -405,8 +523,17 @@ def test_bench_refuses(run, trained, tmp_path):
                            ([f'--init_from={trained[1]}', '--only=nothing'], "no row's name contains 'nothing'"),
                            ([f'--out_dir={tmp_path}/empty'], 'train one first'),
                            ([f'--init_from={judge}'], 'cannot write'),
-                           ([f'--init_from={text}'], 'trained on arithmetic')):
+                           ([f'--init_from={text}'], 'trained on arithmetic'),
+                           ([f'--init_from={trained[1]}', '--merge_weight=1.5'], 'merge_weight must be in 0..1, got 1.5'),
+                           ([f'--init_from={trained[1]}', '--remask_rate=2'], 'remask_rate must be in 0..1, got 2'),
+                           ([f'--init_from={trained[1]}', '--eval_rows=0'], 'eval_rows must be at least 1'),
+                           ([f'--init_from={trained[1]}', f'--merge_from={text}'], 'do not fit together'),
+                           (['--suite=checkpoints', f'--init_from={tmp_path}/x*.pt'], f"no checkpoint matches '{tmp_path}/x*.pt'"),
+                           (['--suite=checkpoints', f'--init_from={judge},{text}', f'--merge_from={tmp_path}/j*.pt'],
+                            'matches 1 checkpoints, init_from 2')):
         refused(run('bench', '--num_samples=5', *CPU, *words), 'bench', message)
+    status, out, err = run('bench', '--suite=checkpoints', f'--init_from={text}', *CPU)
+    refused((status, out, err.split('\r')[-1]), 'bench', 'trained on arithmetic')    # what stands there when the bar is gone
 
 
 def test_bench_into_a_folder_that_is_not_there(run, trained, tmp_path):

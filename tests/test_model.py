@@ -3,6 +3,7 @@
 import itertools
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -355,7 +356,7 @@ def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch, error, where
 
     def failing(checkpoint, file, *more):
         if where == 'save':
-            file.write(b'half a checkpoint')
+            Path(file).write_bytes(b'half a checkpoint')
         raise error('interrupted')
 
     with monkeypatch.context() as m:

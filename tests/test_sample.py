@@ -12,12 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ARITHMETIC, all_sequences, chi_square, default_config, load_script, tiny_gpt
+from conftest import ARITHMETIC, all_sequences, chi_square, default_config, load_script, tiny_gpt, write_checkpoint
 
 import sample
 from configurator import UserError
 from sample import (best_rules, close_rows, decode, draw, encode, filtered, find_checkpoint, generate,
-                    generate_diffusion, most_confident, propose, start_canvas, write_atomically)
+                    generate_diffusion, load_merged, most_confident, p_mask, p_wrong, propose, start_canvas, supports,
+                    write_atomically)
 
 
 def seeded(seed=0):
@@ -283,7 +284,7 @@ def starting_canvas(V, T, causal, B=8, seed=0):
 @pytest.mark.parametrize('schedule', ['linear', 'cosine'])
 @pytest.mark.parametrize('judged', [False, True])
 @pytest.mark.parametrize('remask', ['none', 'random', 'wrong', 'causal'])
-@pytest.mark.parametrize('commit', ['random', 'confidence', 'left_to_right'])
+@pytest.mark.parametrize('commit', ['random', 'confidence', 'left_to_right', 'abstain'])
 def test_rules_that_no_sampler_breaks(commit, remask, judged, schedule):
     V, T = 5, 8
     model = stubborn_gpt(V, T)
@@ -419,15 +420,77 @@ def test_remask_rules_have_the_probabilities_they_say():
     assert within_noise(share(oracle, fixed=fixed, remask='random', remask_rate=0.9), [0.9, 0.9, 0, 0])
 
 
-def test_p_wrong_is_a_probability_over_the_whole_vocabulary():
-    """Here [MASK] takes half of the probability, which p(WRONG) must leave it."""
-    model = tiny_gpt(3, 4)
-    model.mask_logit_bias.fill_(100.0)
-    assert sample.p_wrong(model, model(torch.zeros(2, 4, dtype=torch.long))).max() < 1e-6
-    model.mask_logit_bias.fill_(-100.0)
-    x = torch.zeros(2, 4, dtype=torch.long)
-    expected = (F.linear(model(x), model.wte.weight)[..., [0, 1, 2, 4]]).softmax(-1)[..., 3]
-    assert torch.allclose(sample.p_wrong(model, model(x)), expected, atol=1e-6)
+@torch.no_grad()
+def test_p_wrong_is_what_the_token_that_stands_there_lacks():
+    """1 - p(that token), in the softmax over the whole vocabulary, [WRONG] and [MASK] with its bias."""
+    model, ids = tiny_gpt(3, 4), torch.tensor([[0, 1, 2, 1], [2, 2, 0, 1]])
+    for bias in (0.0, 2.0):
+        model.mask_logit_bias.fill_(bias)
+        logits = F.linear(model(ids), model.wte.weight)[..., :5]
+        logits[..., 3] += bias
+        p = logits.softmax(-1)
+        got = p_wrong(model, model(ids), ids)
+        assert got.shape == ids.shape
+        for b, t in ((b, t) for b in range(2) for t in range(4)):
+            assert got[b, t].item() == pytest.approx(1 - p[b, t, ids[b, t]].item(), abs=1e-6)
+
+
+@torch.no_grad()
+def test_p_mask():
+    """At masked positions: of the softmax over the real tokens and [MASK], whose logit has the bias; elsewhere 0."""
+    model, ids = tiny_gpt(3, 4), torch.tensor([[3, 1, 3, 1], [2, 3, 3, 3]])
+    for bias in (0.0, -1.5, 3.0):
+        model.mask_logit_bias.fill_(bias)
+        logits = F.linear(model(ids), model.wte.weight)[..., :4]
+        logits[..., 3] += bias
+        expected = torch.where(ids == 3, logits.softmax(-1)[..., 3], 0.0)
+        assert torch.allclose(p_mask(model, model(ids), ids == 3).float(), expected, atol=1e-6)
+    assert p_mask(model, model(ids), torch.zeros_like(ids).bool()).sum() == 0
+
+
+def reluctant(keep, V=3):
+    """An oracle that would rather leave some positions open: keep (T,), its log-odds of [MASK] there."""
+    oracle = Oracle(V, len(keep), random_law(V, len(keep), seed=1))
+    answer = oracle.__call__
+
+    class Reluctant(Oracle):
+        def __init__(self):
+            vars(self).update(vars(oracle))
+
+        def __call__(self, idx, causal=False):
+            hidden = answer(idx, causal)
+            hidden[..., V] = torch.as_tensor(keep, dtype=hidden.dtype)[:idx.size(1)]
+            return hidden
+    return Reluctant()
+
+
+@pytest.mark.parametrize('remask', ['none', 'wrong'])
+def test_commit_abstain_fills_what_the_network_is_readiest_for(remask):
+    keep = [0.3, -2.0, 1.5, -1.0, -3.0]
+    model = reluctant(keep)
+    canvas, fixed = empty(model, 50)
+    canvas[:10, 1], fixed[:10, 1] = 2, True                               # the readiest but one is given
+    filled, nfe, trace = generate_diffusion(model, canvas, fixed, commit='abstain', remask=remask, correct_share=0.0,
+                                            trace=True, generator=seeded())
+    for before, after in zip(trace, trace[1:]):
+        for row, now in zip(before, after):
+            masked = [t for t in range(5) if row[t] == 3]
+            chosen = {t for t in masked if now[t] != 3}
+            assert chosen == set(sorted(masked, key=lambda t: keep[t])[:len(chosen)])
+            assert bool(chosen) == bool(masked)
+    assert (filled < 3).all() and torch.equal(filled[fixed], canvas[fixed])
+    if remask == 'none':
+        assert (nfe[:10] == 4).all() and (nfe[10:] == 5).all()
+    _, nfe, trace = generate_diffusion(model, *empty(model, 50), commit='abstain', steps=2, trace=True, generator=seeded())
+    assert (trace[1] != 3).tolist() == [[False, True, False, True, True]] * 50 and (nfe == 2).all()
+
+
+def test_commit_abstain_draws_from_the_law():
+    """The order depends on the place alone here, so that one token a step is as exact as any other order."""
+    law, model = random_law(3, 3, seed=1), reluctant([1.0, -1.0, 0.0])
+    canvas, _, _ = generate_diffusion(model, *empty(model, 20000), commit='abstain', generator=seeded())
+    statistic, bound = distance(canvas, 3, law, 20000)
+    assert statistic < bound
 
 
 def test_the_judge_sees_completed_canvases():
@@ -519,6 +582,10 @@ def test_greedy_confidence_from_an_empty_canvas_is_refused():
         for noise in (dict(temperature=0.0), dict(choice_temperature=0.0)):
             with pytest.raises(UserError, match='one sample again and again'):
                 generate_diffusion(oracle, canvas, fixed, commit='confidence', **noise)
+        for greedy in (dict(temperature=0.0), dict(top_k=1)):
+            with pytest.raises(UserError, match='commit=abstain without noise writes one sample again and again'):
+                generate_diffusion(oracle, canvas, fixed, commit='abstain', **greedy)
+    generate_diffusion(oracle, *empty(oracle, 3), commit='abstain', choice_temperature=0.0)   # this one has no say here
     generate_diffusion(oracle, *empty(oracle, 3, [1, 2]), commit='confidence', temperature=0.0)
     generate_diffusion(oracle, *empty(oracle, 1), commit='confidence', temperature=0.0)
     generate_diffusion(oracle, *empty(oracle, 3), commit='random', temperature=0.0)
@@ -587,6 +654,8 @@ def test_encode_and_decode():
     assert decode(ARITHMETIC, [15, *ids, 16, 17, 4]) == ('(+12)=3', True)
     assert decode(ARITHMETIC, [15, *ids]) == ('(+12)=3', False)
     assert decode(ARITHMETIC, [15, 1, 17, 2]) == ('1<pad>2', False)       # scored as wrong, not hidden
+    assert decode(ARITHMETIC, [15, 1, 17, 17, 17]) == ('1<pad>', False)   # one is enough to see it
+    assert decode(ARITHMETIC, [15, 1, 17]) == ('1<pad>', False) and decode(ARITHMETIC, [15, 17, 17, 2]) == ('<pad><pad>2', False)
     assert decode(ARITHMETIC, [15, 16, 16]) == ('', True)
     assert encode(STREAM, 'ab\n') == [0, 1, 2] and decode(STREAM, [0, 2, 1]) == ('a\nb', False)
     with pytest.raises(UserError, match="'x' in '1x2' is not in the vocabulary of arithmetic: '0123"):
@@ -714,9 +783,94 @@ def test_best_rules(kind, ratio, chosen, expected):
     assert best_rules(default_config(training_type=kind, causal_ratio=ratio), **chosen) == expected
 
 
-def test_best_rules_without_a_detector():
-    config = default_config(training_type='joint', remask_target='original')
-    assert best_rules(config)['remask'] == 'none'                         # it never learned to say [WRONG]
+def test_best_rules_of_other_checkpoints():
+    """Whatever the target was, it learned to tell right from wrong; if it saw wrong tokens only, it calls each one wrong."""
+    for kind, target in (('joint', 'original'), ('denoising', 'original'), ('joint', 'wrong')):
+        config = default_config(training_type=kind, remask_target=target)
+        assert best_rules(config) == dict(commit='random', remask='wrong', ar_prefix=0)
+        config['remasking_loss_type'] = 'corrupted_only'
+        assert best_rules(config)['remask'] == 'none' and best_rules(config, remask='wrong')['remask'] == 'wrong'
+        assert best_rules(config, judge=True)['remask'] == 'wrong'
+
+
+def test_supports():
+    for kind, expected in (('unmasking', (True, False)), ('joint', (True, True)), ('denoising', (True, True)),
+                           ('remasking', (False, True)), ('causal', (False, False))):
+        for ratio in (0.0, 0.3):
+            for target in ('wrong', 'original'):
+                config = default_config(training_type=kind, causal_ratio=ratio, remask_target=target)
+                assert supports(config) == (expected[0], kind == 'causal' or ratio > 0, expected[1])
+
+
+def test_best_rules_of_a_checkpoint_that_abstains():
+    for kind in ('unmasking', 'joint'):
+        config = default_config(training_type=kind, allow_abstain=True)
+        assert best_rules(config, commit='abstain')['commit'] == 'abstain' and best_rules(config)['commit'] == 'random'
+        for other in (dict(config, allow_abstain=False), {k: v for k, v in config.items() if k != 'allow_abstain'}):
+            with pytest.raises(UserError, match='commit=abstain needs a checkpoint trained with --allow_abstain=True'):
+                best_rules(other, commit='abstain')
+
+
+# -----------------------------------------------------------------------------
+# merging
+
+
+def two_checkpoints(tmp_path, first=None, second=None, **more):
+    """The paths of two checkpoints with different weights, and the two networks."""
+    a, b = tiny_gpt(18, 64, seed=1, n_recur=1), tiny_gpt(18, 64, seed=2, n_recur=1, **more)
+    a.mask_logit_bias.fill_(1.0), b.mask_logit_bias.fill_(3.0)
+    return (write_checkpoint(tmp_path / 'a.pt', a, **(first or {})), write_checkpoint(tmp_path / 'b.pt', b, **(second or {})),
+            a, b)
+
+
+def test_merging_interpolates_the_weights(tmp_path):
+    path, other, a, b = two_checkpoints(tmp_path)
+    for weight in (0.0, 0.25, 1.0):
+        merged, checkpoint = load_merged(path, other, weight)
+        assert not merged.training and checkpoint['meta'] == ARITHMETIC
+        for (name, now), x, y in zip(merged.state_dict().items(), a.state_dict().values(), b.state_dict().values()):
+            if weight in (0, 1):
+                assert torch.equal(now, y if weight else x), name
+            else:
+                assert torch.allclose(now, 0.75 * x + 0.25 * y, atol=1e-6), name
+        assert merged.mask_logit_bias.item() == pytest.approx(1 + 2 * weight)
+
+
+def test_merging_what_does_not_fit(tmp_path):
+    path, other, _, _ = two_checkpoints(tmp_path, n_embd=32)
+    with pytest.raises(UserError, match=f'{path} and {other} do not fit together: n_embd is 16 and 32'):
+        load_merged(path, other, 0.5)
+    other = write_checkpoint(tmp_path / 'b.pt', meta=dict(ARITHMETIC, itos=[*'9876543210()+*=', '<bos>', '<eos>', '<pad>']))
+    with pytest.raises(UserError, match='do not fit together: itos is'):
+        load_merged(path, other, 0.5)
+
+
+@pytest.mark.parametrize('first, second, expected', [
+    (dict(training_type='unmasking'), dict(training_type='remasking'), (True, False, True)),
+    (dict(training_type='remasking'), dict(training_type='unmasking'), (True, False, True)),
+    (dict(training_type='unmasking', causal_ratio=0.3), dict(training_type='unmasking'), (True, True, False)),
+    (dict(training_type='causal'), dict(training_type='unmasking'), (True, True, False)),
+    (dict(training_type='causal'), dict(training_type='causal'), (False, True, False)),
+    (dict(training_type='remasking'), dict(training_type='remasking'), (False, False, True)),
+    (dict(training_type='causal'), dict(training_type='denoising'), (True, True, True)),
+], ids=lambda value: '-'.join(map(str, value.values())) if isinstance(value, dict) else '')
+def test_merged_networks_support_what_either_did(tmp_path, first, second, expected):
+    path, other, _, _ = two_checkpoints(tmp_path, first, second)
+    _, checkpoint = load_merged(path, other, 0.5)
+    assert supports(checkpoint['config']) == expected
+    if expected[0] and expected[2]:
+        assert best_rules(checkpoint['config'], remask='wrong', commit='random')['remask'] == 'wrong'
+
+
+def test_merged_networks_keep_what_is_known_of_the_judge(tmp_path):
+    """The loss type counts of the one that judges; abstaining needs both."""
+    unmasking, judge = dict(training_type='unmasking'), dict(training_type='remasking', remasking_loss_type='corrupted_only')
+    for first, second in ((unmasking, judge), (judge, unmasking)):
+        path, other, _, _ = two_checkpoints(tmp_path, first, second)
+        assert load_merged(path, other, 0.5)[1]['config']['remasking_loss_type'] == 'corrupted_only'
+    for a, b in ((True, True), (True, False), (False, True)):
+        path, other, _, _ = two_checkpoints(tmp_path, dict(unmasking, allow_abstain=a), dict(unmasking, allow_abstain=b))
+        assert bool(load_merged(path, other, 0.5)[1]['config']['allow_abstain']) == (a and b)
 
 
 @pytest.mark.parametrize('kind, ratio, chosen, message', [

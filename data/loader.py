@@ -1,0 +1,67 @@
+"""Reading a prepared dataset, and rows of it."""
+
+import difflib
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+from configurator import UserError
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def load_data(dataset):
+    """
+    The dataset as (meta, {'train': ids, 'val': ids}), int64 (N, T) for rows, uint16 (N,) for a stream of text.
+
+    A dataset that is not there yet is made by its prepare.py. Raises UserError with what to do if that fails.
+    """
+    folder = os.path.join(HERE, dataset)
+    script = os.path.join(folder, 'prepare.py')
+    if not os.path.exists(script):
+        known = sorted(name for name in os.listdir(HERE)
+                       if os.path.exists(os.path.join(HERE, name, 'prepare.py')))
+        near = difflib.get_close_matches(dataset, known, 1)
+        raise UserError(f"there is no data/{dataset}/prepare.py; {f'did you mean {near[0]}' if near else f'known: {known}'}?")
+    if not os.path.exists(os.path.join(folder, 'meta.json')):
+        print(f'preparing the dataset: python data/{dataset}/prepare.py')
+        if subprocess.run([sys.executable, script]).returncode:
+            raise UserError(f'the dataset {dataset} is not there; make it with python data/{dataset}/prepare.py')
+    try:
+        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
+            meta = json.load(file)
+        data = {split: np.memmap(os.path.join(folder, f'{split}.bin'), dtype=np.uint16, mode='r') for split in ('train', 'val')}
+        for split, ids in data.items():
+            if len(ids) != meta[f'{split}_tokens']:
+                raise ValueError(f"{split}.bin has {len(ids)} tokens, meta.json says {meta[f'{split}_tokens']}")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f'the dataset in data/{dataset} is damaged ({error}); make it again: '
+                        f'python data/{dataset}/prepare.py') from error
+    if meta['format'] == 'rows':
+        data = {split: torch.from_numpy(ids.astype(np.int64)).view(-1, meta['block_size']) for split, ids in data.items()}
+    return meta, data
+
+
+def rows_at(ids, index, block_size):
+    """Rows of a dataset (see load_data): ids, index (B,) -> x0 (B, T). For a stream the index is a first position."""
+    if isinstance(ids, torch.Tensor):
+        return ids[index]
+    window = index[:, None].numpy() + np.arange(block_size)
+    return torch.from_numpy(ids[window].astype(np.int64))
+
+
+def random_rows(ids, num, block_size, generator):
+    """num rows at random places of the dataset: x0 (num, T)."""
+    high = len(ids) if isinstance(ids, torch.Tensor) else len(ids) - block_size + 1
+    return rows_at(ids, torch.randint(high, (num,), generator=generator), block_size)
+
+
+def spread_rows(ids, num, block_size):
+    """At most num rows spread evenly over the dataset, the same every time: x0 (num, T). For evaluation."""
+    high = len(ids) if isinstance(ids, torch.Tensor) else len(ids) - block_size + 1
+    num = min(num, high if isinstance(ids, torch.Tensor) else len(ids) // block_size)
+    return rows_at(ids, torch.arange(num) * (high - 1) // max(1, num - 1), block_size)
