@@ -68,7 +68,7 @@ allow_abstain = False            # a masked position costs -log(p(x0) + price * 
 penalty_keep_mask = 0.1          # that price, in 0..1: what p(MASK) is worth; 0: nothing. The controller starts from it
 target_mask_prob = 0.0           # the controller holds the mean p(MASK) of masked positions here; 0: no controller
 mask_logit_bias = 0.0            # added to the logit of [MASK]; the controller starts from it (a checkpoint has its own)
-mask_control_rate = 0.2          # how far one step of the controller moves bias and price, a unit of error
+mask_control_rate = 0.4          # how far one step of the controller moves bias and price, a unit of error
 mask_bias_limit = 20.0           # the controller never takes the bias beyond this
 # model
 n_layer = 2                      # blocks in the stack
