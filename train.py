@@ -454,6 +454,10 @@ def load_start(path, config, args, meta):
     check_same_model(path, {**checkpoint['model_args'], 'dropout': args['dropout'], 'itos': checkpoint['meta']['itos']},
                      'this run', {**args, 'itos': meta['itos']})
     if resume:
+        missing = [key for key in ('optimizers', 'rng', 'sums', 'control') if key not in checkpoint]
+        if missing:
+            raise UserError(f"{path}: made by another version of train.py, it has no '{missing[0]}' to resume with; start a new "
+                            f'run from its weights with --init_from={path}')
         check_same_model(path, checkpoint['config'], 'this run', config, ('optimizer', 'dataset', 'training_type'))
         if checkpoint['iter_num'] >= config['max_iters'] and not config['eval_only']:
             raise UserError(f"{path} has all of its {checkpoint['iter_num']} steps: to go on, set a higher --max_iters")

@@ -1069,6 +1069,15 @@ def test_init_from_takes_the_averaged_weights_and_starts_anew(tmp_path):
     assert checkpoint['iter_num'] == 1 and open(source, 'rb').read() == before
 
 
+def test_a_checkpoint_without_all_that_a_resume_needs_is_refused(tmp_path):
+    start(str(tmp_path), *PLAIN, '--max_iters=2')
+    path = newest(str(tmp_path))
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save({key: value for key, value in checkpoint.items() if key != 'control'}, path)
+    with pytest.raises(UserError, match="no 'control' to resume with.*--init_from="):
+        start(str(tmp_path), *PLAIN, '--max_iters=3', '--init_from=resume')
+
+
 def test_init_from_keeps_the_bias_that_the_weights_were_trained_with(tmp_path):
     start(str(tmp_path / 'a'), *ABSTAIN, '--eval_samples=0')
     source = newest(str(tmp_path / 'a'))
