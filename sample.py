@@ -462,8 +462,8 @@ def load_merged(path, other_path, weight):
     check_same_model(path, {**checkpoint['model_args'], 'itos': checkpoint['meta']['itos']},
                      other_path, {**other_checkpoint['model_args'], 'itos': other_checkpoint['meta']['itos']})
     with torch.no_grad():
-        mine = model.state_dict()
-        torch._foreach_lerp_(list(mine.values()), [other.state_dict()[name] for name in mine], weight)
+        mine, theirs = model.state_dict(), other.state_dict()
+        torch._foreach_lerp_(list(mine.values()), [theirs[name] for name in mine], weight)
     config, other_config = checkpoint['config'], other_checkpoint['config']
     unmasks, causal, detects = (a or b for a, b in zip(supports(config), supports(other_config)))
     kind = ('joint' if detects else 'unmasking') if unmasks else 'remasking' if detects else 'causal'
