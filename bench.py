@@ -19,10 +19,11 @@ import torch
 from tqdm import tqdm
 
 import configurator
+from canvas import decode, load_task
 from configurator import UserError
 from data.loader import load_data, spread_rows
 from model import configure_compute, load_checkpoint
-from sample import check_folder, decode, find_checkpoint, generate, load_merged, load_task, supports, write_atomically
+from sample import check_folder, find_checkpoint, generate, load_merged, supports, write_atomically
 from train import evaluate
 
 # -----------------------------------------------------------------------------

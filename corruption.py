@@ -11,7 +11,7 @@ import torch
 
 from configurator import UserError
 from model import random_subset, stratified_k
-from sample import draw, filtered
+from rules import draw, filtered
 
 KINDS = ('own', 'random', 'fragment', 'sticky')             # of wrong tokens, see corrupt
 NOISE = ('mask', 'replace', 'swap', 'delete', 'insert')     # what mixed_noise may do to a token

@@ -36,6 +36,7 @@ class GPTConfig:
     n_embd: int = 128
     n_recur: int = 2         # how often the stack of n_layer blocks is applied, with the same weights
     dropout: float = 0.0
+    draft_head: bool = False # a head that guesses what the causal pass will say next, see Drafter
 
 
 def norm(x):
@@ -105,6 +106,25 @@ class Block(nn.Module):
         return x + self.dropout(self.proj(F.relu(h) * h))           # ReLU^2, in the form whose backward is cheapest
 
 
+class Drafter(nn.Module):
+    """
+    A recurrent head that guesses, far cheaper than by a pass, what the causal pass will say next (Zhang et al. 2024, ReDrafter).
+
+    Its first state is the causal hidden state of a position; fed the token that was written there, it becomes that of the
+    next position, and so on. The guesses are drafts for speculative sampling, which never depends on them being right.
+    """
+
+    def __init__(self, C):
+        super().__init__()
+        self.fc = Linear(2 * C, C)
+        self.proj = Linear(C, C, zero=True)
+
+    def forward(self, state, embedded):
+        """state (N, C), the token's embedding (N, C) -> the next state (N, C)."""
+        h = self.fc(torch.cat((norm(state), norm(embedded)), dim=-1))
+        return state + self.proj(F.relu(h) * h)
+
+
 class GPT(nn.Module):
 
     def __init__(self, config):
@@ -118,6 +138,7 @@ class GPT(nn.Module):
         nn.init.normal_(self.wte.weight, std=0.02)
         self.causal_embd = nn.Parameter(torch.zeros(config.n_embd))  # tells the network which of its two jobs it is doing
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.drafter = Drafter(config.n_embd) if config.draft_head else None
         self.register_buffer('mask_logit_bias', torch.zeros(()))     # set by the controller in train.py, saved with the model
         cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
         self.register_buffer('cos', cos, persistent=False)           # (block_size, hs)
@@ -141,6 +162,10 @@ class GPT(nn.Module):
             for block in self.blocks:
                 x = block(x, cos, sin, causal, self.plain_attention)
         return norm(x)
+
+    def draft(self, state, ids):
+        """The draft head's state (N, C), fed the tokens ids (N,) -> its next state (N, C), for logits(norm(state))."""
+        return self.drafter(state, self.wte(ids).detach().to(state.dtype))
 
     def logits(self, hidden, real_only=False):
         """
@@ -351,6 +376,11 @@ def check_same_model(path, model_args, other_path, other_args, names=None):
         if model_args[name] != other_args[name]:
             raise UserError(f'{path} and {other_path} do not fit together: '
                             f'{name} is {model_args[name]} and {other_args[name]}')
+
+
+def identity(checkpoint):
+    """What two checkpoints must have in common to work together: the model_args, and the tokens that the ids stand for."""
+    return {**checkpoint['model_args'], 'itos': checkpoint['meta']['itos']}
 
 
 def model_args(config):

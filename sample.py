@@ -1,91 +1,99 @@
 """
-Sample from a trained nanoRemask checkpoint.
+Sample from a trained nanoRemask checkpoint: generate, infill, repair, edit.
 
-    python sample.py --init_from=ckpt                        the newest checkpoint under out_dir, its best sampler
-    python sample.py --init_from=out/ckpt_unmasking.pt --commit=random --steps=32
-    python sample.py --remask=wrong --remask_from=out/ckpt_remasking_all_positions.pt --prompt="(+"
+    python sample.py --init_from=ckpt                                    the newest checkpoint under out_dir, its best sampler
+    python sample.py --preset=remdm --steps=32                           a named sampler; every choice can be overridden
+    python sample.py --task=infill --text="(+_2)=_"                      fill the holes
+    python sample.py --task=repair --text="(+12))=3"                     find what is wrong and write it anew
+    python sample.py --task=edit --text="(+12)=3" --mask=2:4             write only this span anew
+    python sample.py --remask=wrong --html=steps.html                    watch it think
 
 All sampling is one loop with two rules: the commit rule says which masked positions of the canvas become visible,
 the remask rule says which visible ones go back to [MASK]. See generate_diffusion.
 """
 
-import functools
+import difflib
 import glob
-import importlib.util
 import json
 import math
 import os
 import time
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import configurator
+from canvas import decode, encode, load_task, start_canvas, task_canvas, until_end
 from configurator import UserError
-from model import atomically, check_same_model, configure_compute, load_checkpoint, random_subset
+from corruption import modelled
+from model import atomically, causal_nll, check_same_model, configure_compute, identity, load_checkpoint, nelbo
+from rules import (COMMIT_RULES, CORRECTING, REMASK_RULES, REMDM_SCHEDULES, WHOLE_CANVAS, close_rows, commit_order, displaced, doubted,
+                   draft_pass, first_of, masks_left, p_wrong, propose, remdm_rate, share_at, spare_lengths, speculate, spread)
 
 # -----------------------------------------------------------------------------
+# the checkpoint
 init_from = 'ckpt'         # 'ckpt': the newest checkpoint under out_dir; or the path of one
 remask_from: str = None    # path of a second, remasking checkpoint that judges the visible tokens
 merge_from: str = None     # path of a second checkpoint of the same architecture to merge with the first
 merge_weight = 0.5         # its share in the merged weights: 0 is the first checkpoint, 1 the second
 out_dir = 'out'            # where 'ckpt' looks
-num_samples = 10           # how many samples to draw
+# the task
+task = 'generate'          # generate | infill | repair | edit | score (writes nothing, says what the model thinks of a text)
+prompt = ''                # generate: text that every sample starts with
+length: int = None         # generate: number of tokens, given; None: the model decides (without end token: block_size)
+text: str = None           # infill, repair, edit, score: the text
+file: str = None           # or a file of texts, one a line
+hole = '_'                 # infill: stands for one token; at the very end of the text for as many as the model wants
+mask: str = None           # edit: the tokens to write anew, 3:5 for the fourth and fifth, or several spans 3:5,8:9
+num_samples: int = None    # how many samples to draw; None: 10, with a text 1 each
+# --preset=NAME chooses the settings below that are left at None:
+#   ancestral    commit at random, never re-mask: plain masked diffusion
+#   maskgit      commit the surest first, cosine schedule
+#   threshold    commit whatever is surer than commit_threshold, as few passes as that takes
+#   remdm        re-mask at random with a probability that keeps the forward marginals
+#   p2           visible tokens and candidates compete for staying
+#   intelligent  re-mask what the network itself calls wrong
+#   hybrid       16 tokens left to right with the causal pass, the rest by intelligent
+#   speculative  the causal pass verifies what is drafted: the law of left-to-right writing, in fewer passes
+#   universal    3 tokens left to right, then maskgit in 20 steps (the universal denoiser's best)
+preset: str = None         # a name from this list; None: the best that the checkpoint supports
+# which masked tokens are committed
 steps: int = None          # passes over the canvas; None: one a token (remask=causal takes what it needs)
-schedule = 'linear'        # linear: equally many tokens a step; cosine: few early, many late
-commit: str = None         # random | confidence | left_to_right | abstain; None: the best that the checkpoint supports
-remask: str = None         # none | random | wrong | causal; None: the best that the checkpoint supports
-remask_rate = 0.3          # a visible token is re-masked with this probability (times p(WRONG) for wrong)
-remask_random_ratio = 0.0  # 0: re-mask by p(WRONG) alone, 1: at random alone
-correct_share = 0.25       # share of the steps, at the end, that only re-mask and refill (remask=random, wrong)
+schedule: str = None       # linear: equally many tokens a step; cosine: few early, many late; None: linear
+commit: str = None         # random | confidence | margin | entropy | threshold | abstain | priority | left_to_right
+block_length: int = None   # commit blocks of that many tokens from left to right (semi-autoregressive)
+choice_temperature: float = None  # commit=confidence: noise in the order, annealed to 0 (MaskGIT); None: 4.5
+commit_threshold = 0.9     # commit=threshold: candidates at least this probable
+priority = '()=+*'         # commit=priority: candidates of these characters first
 ar_prefix: int = None      # tokens drawn left to right with the causal pass first; None: 0 (a causal checkpoint: all)
-temperature = 1.0          # 0: the most probable token, 1: the model's own distribution
+# which visible tokens are re-masked
+remask: str = None         # none | random | wrong | confidence | remdm | p2 | causal
+remask_rate: float = None  # how often, see generate_diffusion; None: 1 for wrong and p2, 0.1 for the others
+remask_random_ratio = 0.0  # 0: re-mask by doubt alone, 1: at random alone
+remask_threshold: float = None  # re-mask what is doubted more than this, each position once
+remask_schedule: tuple = None   # re-mask a share of the visible tokens that goes from the first to the second number: 0.3,0.05
+remdm = 'cap'              # remask=remdm: cap | rescale | loop
+correct_share: float = None     # share of the steps, at the end, that only re-mask and refill; None: 0.25
+# drawing
+temperature: float = None  # 0: the most probable token, 1: the model's own distribution; None: 1 (repair: 0)
 top_k: int = None          # draw among the k most probable tokens only
 top_p: float = None        # draw among the most probable tokens that together reach this probability only
-choice_temperature = 4.5   # commit=confidence: noise in the order, annealed to 0 (MaskGIT)
-prompt = ''                # text that every sample starts with
-length: int = None         # number of tokens, given; None: the model decides (a dataset without end token: block_size)
 seed = 1337                # the same seed and command give the same text
 batch_size = 256           # samples drawn at a time
+# what to show
+score = False              # print NELBO, causal NLL and p(WRONG) of every token of what was written
+animate = False            # play the denoising in the terminal (pip install rich)
+html: str = None           # write it to this file, a page with a slider over the steps
 save: str = None           # also write the samples to this file, one JSON object a line
+# system
 device = 'auto'            # auto | cpu | cuda | cuda:1 | mps
 dtype = 'auto'             # auto | float32 | bfloat16
 attention = 'auto'         # auto | plain | sdpa
 compile = False            # torch.compile the network
 # -----------------------------------------------------------------------------
 
-COMMIT_RULES = ('random', 'confidence', 'left_to_right', 'abstain')
-REMASK_RULES = ('none', 'random', 'wrong', 'causal')
+RATES = dict(wrong=1.0, p2=1.0, confidence=0.3)   # remask_rate where it is not given; 0.1 for the others
 DRAFT_WINDOW = 16  # remask=causal drafts this many tokens a round; EXPERIMENTS.md has 8 to 63
-
-
-# -----------------------------------------------------------------------------
-# drawing tokens
-
-
-def filtered(logits, temperature=1.0, top_k=None, top_p=None):
-    """logits (N, V+2), specials already at -inf -> probabilities (N, V+2) to draw from, rows sum to 1."""
-    if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
-    logits = logits / temperature
-    if top_k is not None and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float('-inf'))
-    probs = logits.softmax(-1)
-    if top_p is not None and top_p < 1:
-        ordered, index = probs.sort(dim=-1, descending=True)
-        ordered = ordered * (ordered.cumsum(-1) - ordered < top_p)   # the token that crosses top_p stays in
-        probs = torch.zeros_like(probs).scatter(-1, index, ordered)
-        probs = probs / probs.sum(-1, keepdim=True)
-    return probs
-
-
-def draw(probs, generator=None):
-    """One token a row: probs (..., V+2) -> ids (...)."""
-    flat = probs.reshape(-1, probs.size(-1))
-    if flat.size(0) == 0:
-        return torch.zeros(probs.shape[:-1], dtype=torch.long, device=probs.device)
-    return torch.multinomial(flat, 1, generator=generator).view(probs.shape[:-1])
 
 
 # -----------------------------------------------------------------------------
@@ -94,46 +102,68 @@ def draw(probs, generator=None):
 
 @torch.no_grad()
 def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', remask='none', schedule='linear',
-                       draft='bidirectional', remask_model=None, remask_rate=0.3, remask_random_ratio=0.0,
-                       correct_share=0.25, temperature=1.0, top_k=None, top_p=None, choice_temperature=4.5,
+                       draft='bidirectional', remask_model=None, remask_rate=None, remask_random_ratio=0.0,
+                       remask_threshold=None, remask_schedule=None, remdm='cap', correct_share=0.25, temperature=1.0,
+                       top_k=None, top_p=None, choice_temperature=4.5, commit_threshold=0.9, priority=(), block_length=None,
                        end_id=None, pad_id=None, forbid=(), generator=None, trace=False):
     """
     The one sampling loop: canvas, fixed -> repeat: candidates at masked positions, commit some, re-mask some.
 
     canvas (B, T) ids, model.mask_token_id where undecided; fixed (B, T) bool, positions that never change. The start
-    decides the task: all masked (generate), prompt and suffix fixed (infill), visible but not fixed (repair).
+    decides the task: all masked (generate), all but the holes fixed (infill, edit), visible but not fixed (repair).
 
     steps: passes over the canvas (None: as many as the fullest row has masks), but no row is filled in more steps than it
     has tokens to fill; a finished row leaves the batch.
-    commit: random (ancestral; exact when one token a step) | confidence (MaskGIT) | left_to_right | abstain (lowest p(MASK)
-      first; unlike confidence it does not look at the token drawn, so it prefers places, not tokens).
-    remask: none
-      | random: each visible token with probability remask_rate
-      | wrong: with probability remask_rate * p(WRONG), judged by the same pass, or by remask_model on the completed
-        canvas; remask_random_ratio mixes random's probability in
-      | causal: the causal pass verifies the draft, so the samples follow the law of the causal mode exactly, in fewer
-        passes than it needs (speculative sampling, see speculate); steps, commit and schedule have no say.
-    correct_share: the share of the steps, at the end, in which random and wrong only refill what they re-masked.
+    schedule: linear | cosine, see rules.masks_left.
+    commit: which masked positions become visible
+      random       any (ancestral; exact when one token a step)
+      confidence   the likeliest candidates, shaken by annealed noise of scale choice_temperature (MaskGIT)
+      margin       the largest distance between the best and the second token (Dream's topk_margin)
+      entropy      the lowest entropy
+      threshold    all candidates of probability >= commit_threshold, at least one (Fast-dLLM); schedule has no say
+      abstain      the lowest p(MASK); unlike confidence it does not look at the token drawn, so it prefers places
+      priority     candidates out of the ids priority first
+      left_to_right
+    block_length: blocks of that many tokens from left to right, the rule deciding within them (semi-autoregressive).
+    remask: which visible positions go back to [MASK]
+      none
+      random       any, with probability remask_rate
+      wrong        with probability remask_rate * p(WRONG), see rules.p_wrong, by this pass or by remask_model on the completed canvas
+      confidence   with probability remask_rate * (1 - the probability that the token was committed with) (ReMDM-conf)
+      remdm        any, with a probability that keeps the forward marginals (ReMDM, remask_rate being its eta): remdm='cap'
+                   min(eta, s), 'rescale' eta * s, s = masks left / visible; 'loop' eta while a tenth is held masked
+      p2           visible tokens, scored remask_rate * log(1 - p(WRONG)), compete with the candidates for staying (P2)
+      causal       the causal pass verifies the draft, so the samples follow the law of the causal mode exactly, in fewer
+                   passes than it needs (speculative sampling, see rules.speculate); steps, commit and schedule have no say
+    random, wrong and confidence use the last correct_share of the steps to re-mask and refill the full canvas.
+    remask_random_ratio mixes random's probability in. remask_threshold: instead, all tokens doubted more than that, and a
+    row in which none is has finished. remask_schedule: instead, a share of the visible tokens that goes linearly from the
+    first to the second number, the most doubted first.
     draft='causal': candidates come from the causal pass, one a step from the left: plain AR sampling.
     end_id, pad_id: once everything left of an end token is decided, what is right of it is padding.
-    forbid: ids that are never drawn, beside the special ones (all rules but causal).
+    forbid: ids that are not drawn in rows whose end token is fixed.
 
     Returns canvas (B, T) without masks, nfe (B,) the passes that each row took part in, and the list of the canvases
     from the first to the last if trace, else None. Raises UserError for rules that do not fit together or the canvas.
     """
     mask = model.mask_token_id
-    check_rules(canvas, mask, fixed, commit, remask, draft, schedule, temperature, top_k, choice_temperature)
+    remask_rate = RATES.get(remask, 0.1) if remask_rate is None else remask_rate
+    check_rules(canvas, mask, fixed, commit, remask, remdm, draft, schedule, temperature, top_k, choice_temperature)
     canvas = canvas.clone()
     start = (canvas == mask).sum(1)                                            # (B,) tokens to fill
-    corrects = remask in ('random', 'wrong')
+    corrects, loops = remask in CORRECTING, remask == 'remdm' and remdm == 'loop'
     steps = steps or int(start.max()) or max(1, canvas.size(1) // 4)
     if remask == 'causal' or draft == 'causal':
         steps = canvas.size(1)                                                 # at least one token a step: always enough
     fill = start.clamp(min=1, max=max(1, steps - int(correct_share * steps) if corrects else steps))  # (B,) steps to fill
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    if remask == 'causal':
-        window = min(DRAFT_WINDOW, canvas.size(1))
-        drafts = torch.zeros(*canvas.shape[:1], window, mask + 2, device=canvas.device)  # (B, W, V+2), see speculate
+    if remask == 'causal':                                                     # no draft yet: ids (R, W), their laws (R, W, V+2)
+        drafted = torch.zeros(int((start > 0).sum()), min(DRAFT_WINDOW, canvas.size(1)), dtype=torch.long, device=canvas.device)
+        q = torch.zeros(*drafted.shape, mask + 2, device=canvas.device)
+    closed = (fixed & (canvas == end_id)).any(1) if end_id is not None else torch.zeros_like(start, dtype=torch.bool)  # (B,)
+    first, position = (canvas == mask).long().argmax(1), torch.arange(canvas.size(1), device=canvas.device)  # where blocks begin
+    surety = torch.zeros(canvas.shape, dtype=torch.float64, device=canvas.device)  # log-probabilities at commit time
+    tried = fixed.clone()                                                      # remask_threshold doubts a position once
     nfe = torch.zeros_like(start)
     history = [canvas.clone()] if trace else None
     rows = torch.arange(canvas.size(0), device=canvas.device) if corrects else start.nonzero()[:, 0]
@@ -142,56 +172,72 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
         if rows.numel() == 0:
             break
         x, last = canvas[rows], step == steps - 1                              # (R, T)
-        masked = x == mask
+        masked, visible = x == mask, (x != mask) & ~fixed[rows]
         if remask == 'causal':
-            x, drafts[rows], passes = speculate(model, x, masked, drafts[rows], filters, generator)
+            x, drafted, q, passes = speculate(model, x, masked, drafted, q, filters, generator)
         else:
             hidden, passes = draft_pass(model, x, masked, draft), 1            # (R, T, C)
             progress = ((step + 1) / fill[rows]).clamp(max=1)                  # (R,)
-            judged = remask_model is not None and corrects and not last
-            if judged or commit == 'confidence':                               # these look at every candidate
-                proposed, confidence = propose(model, hidden, masked, filters, generator, forbid)
-            doubted = torch.zeros_like(masked)
-            if corrects and not last:
-                doubt = 1.0
-                if remask == 'wrong':
-                    doubt = p_wrong(model, hidden, x)
-                    if judged:
-                        whole = torch.where(masked, proposed, x)
-                        doubt, passes = p_wrong(remask_model, remask_model(whole), whole), 2
-                rate = remask_rate * ((1 - remask_random_ratio) * doubt + remask_random_ratio)
-                noise = torch.rand(x.shape, generator=generator, device=x.device)
-                doubted = (noise < rate) & ~fixed[rows] & ~masked
+            left = (start[rows] * masks_left(progress, schedule, loops) + 1e-4).long()                # (R,) masks after this step
+            judge = None if last else remask_model
+            candidates = None
+            if judge or commit in WHOLE_CANVAS:
+                candidates = propose(model, hidden, masked, filters, generator, closed[rows], forbid)
+            score = commit_order(commit, model, hidden, masked, candidates, priority=priority, generator=generator,
+                                 noise_scale=choice_temperature * (1 - progress[:, None]))            # (R, T)
+            if block_length:
+                score = score - 1e6 * ((position - first[rows, None]) // block_length)               # earlier blocks first
+
+            again = torch.zeros_like(masked)                                   # what is re-masked
+            if remask != 'none' and not last:
+                doubt, rate = torch.ones_like(score), remask_rate              # random: all are doubted alike
+                if remask in ('wrong', 'p2'):
+                    whole = torch.where(masked, candidates[0], x) if judge else x
+                    states = judge(whole) if judge else hidden
+                    doubt = spread(visible, p_wrong(judge or model, states[visible], whole[visible])).double()
+                    passes += judge is not None
+                elif remask == 'confidence':
+                    doubt = 1 - surety[rows].exp()
+                elif remask == 'remdm':
+                    rate = remdm_rate(remdm, remask_rate, left, visible.sum(1), progress)[:, None]   # (R, 1)
+                doubt = spare_lengths(doubt, x, visible, end_id, pad_id)
+                if remask == 'p2':
+                    again = displaced(score, masked, remask_rate * (-doubt).log1p(), visible, left)
+                else:
+                    may = visible & ~tried[rows] if remask_threshold is not None else visible
+                    again = doubted(doubt, may, rate, generator, threshold=remask_threshold,
+                                    random_ratio=1.0 if remask == 'random' else remask_random_ratio,
+                                    share=share_at(remask_schedule, step / max(1, steps - 1)))
+                    tried[rows] |= again
+
+            count = masked.sum(1)                                              # (R,) tokens to commit
             if draft == 'causal':
-                count = masked.sum(1).clamp(max=1)                             # (R,) tokens to commit
-            else:
-                left = 1 - progress if schedule == 'linear' else (progress * math.pi / 2).cos()
-                count = masked.sum(1) + doubted.sum(1) - (start[rows] * left + 1e-4).long()
-            if commit == 'confidence':
-                chosen = most_confident(masked, confidence, count, choice_temperature * (1 - progress[:, None]), generator)
-            elif commit == 'abstain':
-                chosen = most_confident(masked, -p_mask(model, hidden, masked), count, 0.0, generator)
-            elif commit == 'random':
-                chosen = random_subset(masked, count, generator)
-            else:
-                chosen = masked & (masked.cumsum(1) <= count[:, None])
-            if not (judged or commit == 'confidence'):                         # the others choose first, then draw
-                proposed, _ = propose(model, hidden, chosen, filters, generator, forbid)
-            x = torch.where(chosen, proposed, x).masked_fill(doubted, mask)
+                count = count.clamp(max=1)
+            elif commit == 'threshold' and not last:
+                count = (masked & (candidates[1] >= math.log(commit_threshold))).sum(1).clamp(min=1)
+            elif not last:
+                count = count + again.sum(1) - left
+            chosen = first_of(score, masked, count)
+            ids, confidence, _ = candidates or propose(model, hidden, chosen, filters, generator, closed[rows], forbid)
+            surety[rows] = torch.where(chosen, confidence, surety[rows])
+            x = torch.where(chosen, ids, x).masked_fill(again, mask)
         x = close_rows(x, masked, mask, end_id, pad_id)
         canvas[rows] = x
         nfe[rows] += passes
         if trace:
             history.append(canvas.clone())
-        if last or not corrects:
-            rows = rows[(x == mask).any(1)]
+        if last or not corrects or remask_threshold is not None:
+            open_rows = (x == mask).any(1)
+            rows = rows[open_rows]
+            if remask == 'causal':
+                drafted, q = drafted[open_rows], q[open_rows]
     return canvas, nfe, history
 
 
-def check_rules(canvas, mask, fixed, commit, remask, draft, schedule, temperature, top_k, choice_temperature):
+def check_rules(canvas, mask, fixed, commit, remask, remdm, draft, schedule, temperature, top_k, choice_temperature):
     """Raises UserError where a rule does not exist or does not fit the canvas."""
     for name, value, known in (('commit', commit, COMMIT_RULES), ('remask', remask, REMASK_RULES),
-                               ('schedule', schedule, ('linear', 'cosine')),
+                               ('remdm', remdm, REMDM_SCHEDULES), ('schedule', schedule, ('linear', 'cosine')),
                                ('draft', draft, ('bidirectional', 'causal'))):
         if value not in known:
             raise UserError(f"{name} expects one of {', '.join(known)}; got '{value}'")
@@ -202,170 +248,20 @@ def check_rules(canvas, mask, fixed, commit, remask, draft, schedule, temperatur
         raise UserError('the causal pass cannot see what is right of a hole: with a fixed suffix or a given length '
                         'use --remask=wrong, random or none and --ar_prefix=0')
     greedy = temperature == 0 or top_k == 1 or (commit == 'confidence' and choice_temperature == 0)
-    if commit in ('confidence', 'abstain') and greedy and canvas.size(0) > 1 and not (fixed.sum(1) > 1).any():
+    empty = masked.sum(1) >= canvas.size(1) - 1                                # nothing is given but the start symbol
+    if commit in (*WHOLE_CANVAS, 'abstain') and greedy and empty.sum() > 1:
         raise UserError(f'commit={commit} without noise writes one sample again and again from an empty canvas: '
                         f'use --temperature=1 and --choice_temperature=4.5, or another commit rule')
 
 
-def draft_pass(model, x, masked, draft):
-    """Hidden states (R, T, C); the causal pass skips the columns right of the last row's first hole, which it cannot see."""
-    if draft == 'bidirectional':
-        return model(x)
-    width = int(masked.long().argmax(1).max()) + 1
-    return F.pad(model(x[:, :width], causal=True), (0, 0, 0, x.size(1) - width))
-
-
-def propose(model, hidden, where, filters, generator, forbid=()):
-    """Candidate ids (R, T) and their confidence (R, T), a float64 log-probability, at the True positions of where."""
-    logits = model.logits(hidden[where], real_only=True)                       # (N, V+2)
-    if forbid:
-        logits[:, list(forbid)] = float('-inf')
-    ids = draw(filtered(logits, **filters), generator)                         # (N,)
-    logp = logits.double().log_softmax(-1).gather(1, ids[:, None])[:, 0]       # of the unfiltered distribution
-    return (torch.zeros(where.shape, dtype=ids.dtype, device=ids.device).masked_scatter(where, ids),
-            torch.zeros(where.shape, dtype=logp.dtype, device=ids.device).masked_scatter(where, logp))
-
-
-def p_wrong(model, hidden, ids):
-    """
-    p(WRONG), the probability that the token which stands at a position is not the right one: 1 - p(that token).
-
-    hidden (..., C), ids (...) -> (...). A network that learned the target [WRONG] gives what it takes from the right token
-    to [WRONG] (the two differ by 0.01 on average); one that learned the original gives it to the other tokens.
-    """
-    return 1 - model.logits(hidden).softmax(-1).gather(-1, ids[..., None])[..., 0]
-
-
-def p_mask(model, hidden, where):
-    """p(MASK) (R, T), how much a network trained with allow_abstain would rather leave a masked position open."""
-    logits = model.logits(hidden[where])[:, :model.mask_token_id + 1]          # (N, V+1), mask_logit_bias included
-    keep = logits.double().softmax(-1)[:, -1]
-    return torch.zeros(where.shape, dtype=keep.dtype, device=keep.device).masked_scatter(where, keep)
-
-
-def most_confident(masked, confidence, count, noise, generator):
-    """Of the masked positions (R, T) the count (R,) surest, in an order shaken by Gumbel noise of that scale (MaskGIT)."""
-    u = torch.rand(confidence.shape, generator=generator, device=confidence.device, dtype=confidence.dtype)
-    score = (confidence - noise * (-u.log()).log()).masked_fill(~masked, float('-inf'))
-    rank = score.argsort(1, descending=True).argsort(1)
-    return masked & (rank < count[:, None])
-
-
-def close_rows(x, masked, mask, end_id, pad_id):
-    """x (R, T): of the positions that were masked, those right of an end token with no hole left of it become padding."""
-    if end_id is None:
-        return x
-    decided = (x == mask).cumsum(1) == 0
-    is_end = ((x == end_id) & decided).long()
-    return x.masked_fill(masked & (is_end.cumsum(1) > is_end), pad_id)
-
-
-def speculate(model, x, masked, drafts, filters, generator):
-    """
-    One round of speculative sampling (Leviathan et al. 2023): a draft of each row's next tokens, a verdict on it.
-
-    drafts (R, W, V+2): the distributions that the next W tokens of each row are drafted from; rows whose first one is all
-    0 have none yet and take a bidirectional pass. The causal pass then looks at the whole draft at once: from the left
-    each token is accepted with probability min(1, p/q), p of the causal pass, q of the draft; the first rejected one is
-    redrawn from the positive part of p - q, and if none is rejected one more comes from p. So a row gains at least one
-    token, and every token is distributed by p. What the causal pass said about the tokens behind, though in the light
-    of a rejected one, is the next draft for free (as in Jacobi decoding): no second bidirectional pass.
-
-    x (R, T), whose masks are a suffix of each row -> x (R, T), the next drafts, passes (R,).
-    """
-    T, W = x.size(1), drafts.size(1)
-    V = model.mask_token_id
-    at = masked.long().argmax(1)[:, None] + torch.arange(W + 1, device=x.device)             # (R, W+1) from the first hole
-    pick = at.clamp(max=T - 1)[..., None].expand(-1, -1, model.config.n_embd)
-    new = drafts[:, 0].sum(-1) == 0
-    q = drafts.clone()
-    if new.any():
-        hidden = model(x[new]).gather(1, pick[new, :W])                                      # (N, W, C)
-        q[new] = filtered(model.logits(hidden, real_only=True), **filters).to(q.dtype)
-    blank = F.pad(torch.full((V,), 1 / V, device=x.device), (0, 2))                          # no idea: any real token
-    q = torch.where(q.sum(-1, keepdim=True) == 0, blank, q)                                  # (R, W, V+2)
-    drafted = draw(q, generator)                                                             # (R, W)
-
-    x = F.pad(x, (0, W + 1), value=model.mask_token_id)                        # room for windows that stand out
-    width = min(T, int(at.max()) + 1)
-    hidden = model(x.scatter(1, at[:, :W], drafted)[:, :width], causal=True)   # (R, width, C)
-    p = filtered(model.logits(hidden.gather(1, pick.clamp(max=width - 1)), real_only=True), **filters)  # (R, W+1, V+2)
-
-    ratio = (p[:, :W] / q).gather(2, drafted[..., None])[..., 0]               # (R, W)
-    accepted = torch.rand(ratio.shape, generator=generator, device=x.device) < ratio
-    count = accepted.long().cumprod(1).sum(1, keepdim=True)                    # (R, 1) accepted from the left
-    here = count[..., None].expand(-1, -1, p.size(2))
-    goal, drawn_from = p.gather(1, here)[:, 0], F.pad(q, (0, 0, 0, 1)).gather(1, here)[:, 0]  # q: 0 if none was rejected
-    rest = (goal - drawn_from).clamp(min=0)                                    # (R, V+2)
-    rest = torch.where(rest.sum(-1, keepdim=True) > 1e-9, rest, goal)          # p = q up to rounding
-    tokens = F.pad(drafted, (0, 1)).scatter(1, count, draw(rest, generator)[:, None])        # (R, W+1)
-    window = torch.arange(W + 1, device=x.device)
-    x = x.scatter(1, at, tokens.masked_fill(window > count, model.mask_token_id))[:, :T]
-    behind = (count + 1 + window[:W])[..., None].expand(-1, -1, p.size(2))     # (R, W, V+2); past the window: 0
-    return x, F.pad(p, (0, 0, 0, W)).gather(1, behind).to(drafts.dtype), 1 + new.long()
-
-
 # -----------------------------------------------------------------------------
-# text in, text out
+# batches of canvases
 
 
-def encode(meta, text):
-    """text -> list of ids. Raises UserError for a character outside the dataset's vocabulary."""
-    if meta['tokenizer'] == 'gpt2':
-        import tiktoken
-        return tiktoken.get_encoding('gpt2').encode_ordinary(text)
-    stoi = {s: i for i, s in enumerate(meta['itos'])}
-    unknown = sorted({c for c in text if c not in stoi})
-    if unknown:
-        known = ''.join(s for s in meta['itos'] if len(s) == 1)
-        raise UserError(f"{unknown[0]!r} in {text!r} is not in the vocabulary of {meta['name']}: {known!r}")
-    return [stoi[c] for c in text]
-
-
-def decode(meta, ids):
-    """ids, from the first position on -> (text up to the end token, whether there is one)."""
-    ids = [i for i in ids if i != meta['bos']]
-    while ids[-2:] == [meta['pad']] * 2:                                       # one is enough to see that there is no end
-        ids.pop()
-    finished = meta['eos'] is not None and meta['eos'] in ids
-    if finished:
-        ids = ids[:ids.index(meta['eos'])]
-    if meta['tokenizer'] == 'gpt2':
-        import tiktoken
-        return tiktoken.get_encoding('gpt2').decode(ids), finished
-    return ''.join(meta['itos'][i] for i in ids), finished
-
-
-def start_canvas(model, meta, num, prompt=(), lengths=None):
+def fill(model, meta, canvas, fixed, *, ar_prefix=0, batch_size=256, seed=1337, progress=False, trace=False, **rules):
     """
-    An empty canvas for num samples: (canvas (B, T) ids, fixed (B, T) bool).
-
-    prompt: ids that every sample starts with. lengths: tokens in each sample (B,), None: the model's own decision
-    (for a dataset without end token the canvas is as long as the longest length). Raises UserError if it does not fit.
-    """
-    bos = [] if meta['bos'] is None else [meta['bos']]
-    ends = 0 if meta['eos'] is None else 1
-    room = model.config.block_size - len(bos) - ends
-    longest = room if lengths is None else int(lengths.max())
-    if longest > room:
-        raise UserError(f'length {longest} does not fit: block_size {model.config.block_size} leaves room for {room}')
-    shortest = room if lengths is None else int(lengths.min())
-    if shortest < 1:
-        raise UserError(f'length must be at least 1, got {shortest}')
-    if len(prompt) > shortest:
-        raise UserError(f'the prompt has {len(prompt)} tokens, there is room for {shortest}')
-    T = model.config.block_size if ends else len(bos) + longest
-    canvas = torch.full((num, T), model.mask_token_id)
-    canvas[:, :len(bos) + len(prompt)] = torch.tensor([*bos, *prompt], dtype=torch.long)
-    if ends and lengths is not None:
-        position, end = torch.arange(T), len(bos) + lengths[:, None]
-        canvas = canvas.masked_fill(position > end, meta['pad']).masked_fill(position == end, meta['eos'])
-    return canvas, canvas != model.mask_token_id
-
-
-def generate(model, meta, num, *, prompt=(), lengths=None, ar_prefix=0, batch_size=256, seed=1337, progress=False, **rules):
-    """
-    Draws num samples in batches: a list of dicts text, tokens (ids from the first position to the end), nfe, finished.
+    Runs generate_diffusion on canvas, fixed (B, T) in batches: a list of B dicts text, tokens (ids from the first position to
+    the end), nfe, finished; with trace also trace (S, T), the row's canvases.
 
     ar_prefix: that many tokens are drawn left to right with the causal pass first (hybrid generation).
     rules: the keywords of generate_diffusion.
@@ -373,26 +269,56 @@ def generate(model, meta, num, *, prompt=(), lengths=None, ar_prefix=0, batch_si
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     ends = dict(end_id=meta['eos'], pad_id=meta['pad'], generator=generator)
-    # where the length is given, nothing inside it may end the text
-    inside = [meta[name] for name in ('bos', 'eos', 'pad') if meta[name] is not None] if lengths is not None else []
+    inside = [meta[name] for name in ('bos', 'eos', 'pad') if meta[name] is not None]  # nothing but an end may end a text
     filters = {key: rules[key] for key in ('temperature', 'top_k', 'top_p') if key in rules}
-    canvases, fixeds = start_canvas(model, meta, num, prompt, lengths)
-    samples = []
+    samples, num = [], canvas.size(0)
     for first in tqdm(range(0, num, batch_size), disable=not progress or num <= batch_size, desc='sampling', leave=False):
-        canvas, fixed = canvases[first:first + batch_size].to(device), fixeds[first:first + batch_size].to(device)
-        nfe = 0
+        x, kept = canvas[first:first + batch_size].to(device), fixed[first:first + batch_size].to(device)
+        nfe, steps = 0, []
         if ar_prefix:
-            width = min(canvas.size(1), int((canvas == model.mask_token_id).long().argmax(1).max()) + ar_prefix)
-            head, nfe, _ = generate_diffusion(model, canvas[:, :width], fixed[:, :width], commit='left_to_right',
-                                              draft='causal', **filters, **ends)
-            canvas = close_rows(torch.cat((head, canvas[:, width:]), 1), canvas == model.mask_token_id,
-                                model.mask_token_id, meta['eos'], meta['pad'])
-        canvas, more, _ = generate_diffusion(model, canvas, fixed, forbid=inside, **rules, **ends)
-        for ids, passes in zip(canvas.tolist(), (nfe + more).tolist()):
+            width = min(x.size(1), int((x == model.mask_token_id).long().argmax(1).max()) + ar_prefix)
+            head, nfe, steps = generate_diffusion(model, x[:, :width], kept[:, :width], commit='left_to_right', draft='causal',
+                                                  trace=trace, **filters, **ends)
+            steps = [torch.cat((step, x[:, width:]), 1) for step in steps or []][:-1]
+            x = close_rows(torch.cat((head, x[:, width:]), 1), x == model.mask_token_id, model.mask_token_id, meta['eos'], meta['pad'])
+        x, more, history = generate_diffusion(model, x, kept, forbid=inside, trace=trace, **rules, **ends)
+        for row, (ids, passes) in enumerate(zip(x.tolist(), (nfe + more).tolist())):
             text, finished = decode(meta, ids)
-            tokens = ids[:ids.index(meta['eos']) + 1] if finished else ids
-            samples.append(dict(text=text, tokens=tokens, nfe=passes, finished=finished))
+            samples.append(dict(text=text, tokens=until_end(meta, ids), nfe=passes, finished=finished))
+            if trace:
+                samples[-1]['trace'] = torch.stack([step[row] for step in steps + history])
     return samples
+
+
+def generate(model, meta, num, *, prompt=(), lengths=None, **how):
+    """Draws num samples from an empty canvas, see start_canvas and fill, whose keywords it takes."""
+    return fill(model, meta, *start_canvas(model, meta, num, prompt, lengths), **how)
+
+
+@torch.no_grad()
+def judge_rows(model, meta, canvas, config, estimates=32, seed=0):
+    """
+    What a checkpoint thinks of whole texts, canvas (B, T): a list of B dicts with those of these that it was trained for:
+    nelbo and causal_nll in nats a token (padding paid for, not counted), p_wrong, a list of T.
+
+    nelbo: the mean of that many estimates, k stratified over them.
+    """
+    writes, causal, detects = supports(config)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    results = []
+    for row in canvas.to(device).split(1):
+        free, real = modelled(row, meta)
+        result, tokens = {}, max(1, int(real.sum()))
+        if writes:
+            bound = nelbo(model, row.expand(estimates, -1), free.expand(estimates, -1), generator)
+            result['nelbo'] = bound.mean().item() / tokens
+        if causal:
+            result['causal_nll'] = causal_nll(model, row, real).item() / tokens
+        if detects:
+            result['p_wrong'] = p_wrong(model, model(row), row)[0].tolist()
+        results.append(result)
+    return results
 
 
 def supports(config):
@@ -400,6 +326,38 @@ def supports(config):
     kind = config['training_type']
     return (kind in ('unmasking', 'joint', 'denoising'), kind == 'causal' or config['causal_ratio'] > 0,
             kind in ('joint', 'remasking', 'denoising'))
+
+
+PRESETS = dict(
+    ancestral=dict(commit='random', remask='none'),
+    maskgit=dict(commit='confidence', schedule='cosine', remask='none'),       # Chang et al. 2022
+    threshold=dict(commit='threshold', remask='none'),                         # Wu et al. 2025 (Fast-dLLM)
+    remdm=dict(commit='random', remask='remdm'),                               # Wang et al. 2025
+    p2=dict(commit='random', remask='p2'),                                     # Peng et al. 2025
+    intelligent=dict(commit='random', remask='wrong'),                         # the remasking plan
+    hybrid=dict(ar_prefix=16, commit='random', remask='wrong'),
+    speculative=dict(remask='causal'),                                         # Leviathan et al. 2023
+    universal=dict(ar_prefix=3, commit='confidence', schedule='cosine', steps=20, remask='none'),  # the universal denoiser
+)
+# repair changes as little as it can: what is doubted more than that, each position once, surest first
+TASKS = dict(generate={}, infill={}, edit={}, score={},
+             repair=dict(commit='threshold', remask='wrong', remask_threshold=0.5, temperature=0.0))
+
+
+def choose_rules(config, *, preset=None, task='generate', inside=False, judge=False, **chosen):
+    """
+    The keywords of fill for a checkpoint of this config: what was chosen (not None), else the preset's, else the task's,
+    else what best_rules says. inside: whether a hole has text right of it. Raises UserError for what does not fit.
+    """
+    if preset is not None and preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, 1)
+        raise UserError(f"unknown preset '{preset}'; {f'did you mean {near[0]}' if near else 'there are ' + ', '.join(PRESETS)}?")
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    rules = {**TASKS[task], **PRESETS.get(preset, {}), **chosen}
+    if task == 'repair' and rules['remask'] not in CORRECTING:
+        raise UserError(f"repair finds what to change by re-masking: use --remask=wrong, random or confidence, not {rules['remask']}")
+    best = best_rules(config, inside, judge=judge, **{name: rules.get(name) for name in ('commit', 'remask', 'ar_prefix')})
+    return {**rules, **best}
 
 
 def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=None, judge=False):
@@ -459,8 +417,7 @@ def load_merged(path, other_path, weight):
     merging). The result counts as trained for what either was. Raises UserError, naming the field in which they differ.
     """
     (model, checkpoint), (other, other_checkpoint) = load_checkpoint(path), load_checkpoint(other_path)
-    check_same_model(path, {**checkpoint['model_args'], 'itos': checkpoint['meta']['itos']},
-                     other_path, {**other_checkpoint['model_args'], 'itos': other_checkpoint['meta']['itos']})
+    check_same_model(path, identity(checkpoint), other_path, identity(other_checkpoint))
     with torch.no_grad():
         mine, theirs = model.state_dict(), other.state_dict()
         torch._foreach_lerp_(list(mine.values()), [theirs[name] for name in mine], weight)
@@ -472,18 +429,6 @@ def load_merged(path, other_path, weight):
                             'remasking_loss_type': judge['remasking_loss_type'],
                             'allow_abstain': config.get('allow_abstain') and other_config.get('allow_abstain')}
     return model, checkpoint
-
-
-@functools.lru_cache
-def load_task(dataset):
-    """The module data/<dataset>/task.py, which knows right from wrong there, or None."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', dataset, 'task.py')
-    if not os.path.exists(path):
-        return None
-    spec = importlib.util.spec_from_file_location(f'{dataset}_task', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_atomically(path, text):
@@ -506,59 +451,181 @@ def check_settings():
     """Raises UserError for a value that makes no sense, before anything is loaded."""
     for name, low, high in (('num_samples', 1, None), ('batch_size', 1, None), ('steps', 1, None), ('length', 1, None),
                             ('top_k', 1, None), ('top_p', 0, 1), ('temperature', 0, None), ('ar_prefix', 0, None),
-                            ('choice_temperature', 0, None), ('remask_rate', 0, 1), ('remask_random_ratio', 0, 1),
-                            ('correct_share', 0, 1), ('merge_weight', 0, 1)):
+                            ('choice_temperature', 0, None), ('remask_rate', 0, None if remask == 'p2' or preset == 'p2' else 1),
+                            ('remask_random_ratio', 0, 1), ('remask_threshold', 0, None), ('commit_threshold', 0, None),
+                            ('block_length', 1, None), ('correct_share', 0, 1), ('merge_weight', 0, 1)):
         value = globals()[name]
         if value is not None and (value < low or (high is not None and value > high)):
             raise UserError(f'{name} must be {f"in {low}..{high}" if high is not None else f"at least {low}"}, got {value}')
     if not 0 <= seed < 2 ** 63:
         raise UserError(f'seed must be in 0..2^63 - 1, got {seed}')
-    if top_p == 0:
-        raise UserError('top_p=0 leaves no token to draw')
-    check_folder(save)
+    if top_p == 0 or commit_threshold == 0:
+        raise UserError('top_p=0 leaves no token to draw' if top_p == 0 else 'commit_threshold=0 commits everything: use --steps=1')
+    if remask_schedule and (len(remask_schedule) != 2 or not all(0 <= share <= 1 for share in remask_schedule)):
+        raise UserError(f'remask_schedule expects two shares in 0..1, for example 0.3,0.05; got {remask_schedule}')
+    if remask_schedule and remask_threshold is not None:
+        raise UserError('remask_schedule and remask_threshold both say how much is re-masked: give one of them')
+    if task not in TASKS:
+        near = difflib.get_close_matches(task, TASKS, 1)
+        raise UserError(f"task expects one of {', '.join(TASKS)}; got '{task}'" + (f', did you mean {near[0]}?' if near else ''))
+    if task == 'generate' and (text is not None or file or mask):
+        raise UserError('text, file and mask are for --task=infill, repair, edit or score; generate takes --prompt')
+    if task != 'generate' and (prompt or length):
+        raise UserError(f'prompt and length are for --task=generate; {task} takes --text or --file')
+    if task != 'generate' and (text is None) == (file is None):
+        raise UserError(f'--task={task} needs a text: --text="..." or --file=FILE, one text a line' + (', not both' if file else ''))
+    if (task == 'edit') != (mask is not None):
+        raise UserError('--mask=3:5 says what --task=edit writes anew' + ('' if task == 'edit' else f'; {task} takes no mask'))
+    for path in (save, html):
+        check_folder(path)
 
 
-def main():
-    check_settings()
+def read_lines(path):
+    """The lines of a text file that are not empty. Raises UserError if there are none or it cannot be read."""
+    try:
+        with open(path, encoding='utf-8') as lines:
+            found = [line for line in lines.read().splitlines() if line]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{path}: cannot be read: {getattr(error, "strerror", None) or error}') from error
+    if not found:
+        raise UserError(f'{path}: there is no text in it')
+    return found
+
+
+def load_all():
+    """The model, its checkpoint and the judge (or None), ready to compute; says on screen what they are."""
     path = find_checkpoint(init_from, out_dir)
     model, checkpoint = load_merged(path, merge_from, merge_weight) if merge_from else load_checkpoint(path)
-    meta = checkpoint['meta']
-    print(f"{path}: {checkpoint['config']['training_type']} on {meta['name']}, iteration {checkpoint['iter_num']}"
+    print(f"{path}: {checkpoint['config']['training_type']} on {checkpoint['meta']['name']}, iteration {checkpoint['iter_num']}"
           + (f', merged with {merge_weight:g} of {merge_from}' if merge_from else ''))
-    given = length is not None and meta['eos'] is not None
-    rules = best_rules(checkpoint['config'], given, commit, remask, ar_prefix, judge=bool(remask_from))
     judge = None
     if remask_from:
         judge, other = load_checkpoint(remask_from)
-        check_same_model(path, {**checkpoint['model_args'], 'itos': meta['itos']},
-                         remask_from, {**other['model_args'], 'itos': other['meta']['itos']},
-                         ('vocab_size', 'block_size', 'itos'))
+        check_same_model(path, identity(checkpoint), remask_from, identity(other), ('vocab_size', 'block_size', 'itos'))
         if not supports(other['config'])[2]:
             raise UserError(f'{remask_from} was not trained to find wrong tokens '
                             f"(training_type={other['config']['training_type']})")
         configure_compute(judge, device, dtype, attention, compile)
     model, choices = configure_compute(model, device, dtype, attention, compile)
     print(f'{model.num_params():,} parameters, {choices}')
-    print(', '.join(f'{name}={value}' for name, value in rules.items()) + (f', steps={steps}' if steps else ''))
+    return model, checkpoint, judge
 
+
+def canvases(model, meta):
+    """
+    What is to be written: (texts or None, canvas (B, T), fixed (B, T)), num_samples rows for each text.
+
+    In a dataset without end token texts of different lengths would need canvases of different lengths: UserError.
+    """
+    if task == 'generate':
+        num = num_samples or 10
+        lengths = None if length is None else torch.full((num,), length)
+        return None, *start_canvas(model, meta, num, encode(meta, prompt), lengths)
+    texts = read_lines(file) if file else [text]
+    pairs = [task_canvas(task, model, meta, line, hole, mask) for line in texts]
+    if len({canvas.size(1) for canvas, _ in pairs}) > 1:
+        raise UserError(f"{meta['name']} has no end token, so texts of different lengths cannot share a canvas: "
+                        f'give texts of one length, or one at a time')
+    canvas, fixed = (torch.cat(parts).repeat_interleave(num_samples or 1, 0) for parts in zip(*pairs))
+    return [line for line in texts for _ in range(num_samples or 1)], canvas, fixed
+
+
+def marks(before, trace, mask_token_id):
+    """
+    What a repair did to a text, a character a position: ^ changed, ? doubted and kept, else a space.
+
+    before (T,) ids; trace (S, T), the canvases from the first to the last.
+    """
+    again = ((trace[:-1] != mask_token_id) & (trace[1:] == mask_token_id)).any(0)          # (T,) re-masked at some step
+    return ''.join('^' if new != old else '?' if doubted else ' '
+                   for old, new, doubted in zip(before.tolist(), trace[-1].tolist(), again.tolist()))
+
+
+def judge_samples(model, meta, config, samples, width):
+    """Adds to every sample what judge_rows says of it; p_wrong is cut to its tokens."""
+    canvas = torch.full((len(samples), width), 0 if meta['pad'] is None else meta['pad'])
+    for row, sample in zip(canvas, samples):
+        row[:len(sample['tokens'])] = torch.tensor(sample['tokens'])
+    for sample, judged in zip(samples, judge_rows(model, meta, canvas, config)):
+        sample.update(judged)
+        if 'p_wrong' in judged:
+            sample['p_wrong'] = judged['p_wrong'][:len(sample['tokens'])]
+
+
+def report(sample, meta, verdict, before=None):
+    """The lines to print for one sample: what became of the text before, and what the model thinks of it if that was asked for."""
+    lines = [f"{sample['text']}   {verdict(sample['text'])}" if verdict else sample['text']]
+    indent = ''
+    if before is not None:
+        lines, indent = [before, f'-> {lines[0]}'], '   '
+    shown = slice(meta['bos'] is not None, None)                               # the start symbol is not printed
+    if meta['tokenizer'] == 'char' and sample.get('marks', '').strip():
+        lines.append(f"{indent}{sample['marks'][shown].rstrip()}   (^ changed, ? doubted and kept)")
+    if 'p_wrong' in sample:
+        tenths = [min(9, int(10 * p)) for p in sample['p_wrong'][shown]]
+        lines.append(indent + ''.join(map(str, tenths)) + '   p(WRONG) of every token in tenths')
+    numbers = [f'{name} {sample[key]:.3f}' for key, name in (('nelbo', 'NELBO'), ('causal_nll', 'causal NLL')) if key in sample]
+    if numbers:
+        lines.append(indent + ', '.join(numbers) + ' nats/token')
+    return '\n'.join(lines) + ('' if verdict else f"\n{'-' * 15}")
+
+
+def main():
+    check_settings()
+    model, checkpoint, judge = load_all()
+    meta, config = checkpoint['meta'], checkpoint['config']
+    texts, canvas, fixed = canvases(model, meta)
     t0 = time.time()
-    lengths = None if length is None else torch.full((num_samples,), length)
-    samples = generate(
-        model, meta, num_samples, prompt=encode(meta, prompt), lengths=lengths, batch_size=batch_size, seed=seed,
-        progress=True, steps=steps, schedule=schedule, remask_model=judge, remask_rate=remask_rate,
-        remask_random_ratio=remask_random_ratio, correct_share=correct_share, temperature=temperature, top_k=top_k,
-        top_p=top_p, choice_temperature=choice_temperature, **rules)
-    seconds = time.time() - t0
-    task = load_task(meta['name'])
-    for sample in samples[:50]:
-        print(f"{sample['text']}   {task.verdict(sample['text'])}" if task else f"{sample['text']}\n{'-' * 15}")
-    if num_samples > 50:
-        print(f'... and {num_samples - 50} more' + ('' if save else ' (--save=FILE.jsonl keeps them all)'))
-    mean_nfe = sum(sample['nfe'] for sample in samples) / num_samples
-    print(f'{num_samples} samples, {mean_nfe:.1f} passes each (NFE), {num_samples / seconds:.1f} samples/s')
+    if task == 'score':
+        samples = [dict(text=line, tokens=until_end(meta, ids), nfe=0, finished=True) for line, ids in zip(texts, canvas.tolist())]
+    else:
+        masked = canvas == model.mask_token_id
+        rules = choose_rules(
+            config, preset=preset, task=task, inside=task == 'repair' or bool((masked.cummax(1).values & ~masked).any()),
+            judge=judge is not None, steps=steps, schedule=schedule, commit=commit, block_length=block_length, ar_prefix=ar_prefix,
+            choice_temperature=choice_temperature, remask=remask, remask_rate=remask_rate, remask_threshold=remask_threshold,
+            remask_schedule=remask_schedule, correct_share=correct_share, temperature=temperature)
+        print(', '.join(f'{name}={value}' for name, value in rules.items()))
+        samples = fill(
+            model, meta, canvas, fixed, batch_size=batch_size, seed=seed, progress=True, trace=bool(animate or html) or task == 'repair',
+            remask_model=judge, remask_random_ratio=remask_random_ratio, remdm=remdm, commit_threshold=commit_threshold,
+            priority=encode(meta, priority) if rules['commit'] == 'priority' else (), top_k=top_k, top_p=top_p, **rules)
+    seconds, num = time.time() - t0, len(samples)
+    if task == 'repair':
+        for sample, before in zip(samples, canvas):
+            sample['marks'] = marks(before, sample['trace'].cpu(), model.mask_token_id)[:len(sample['tokens'])]
+    if score or task == 'score':
+        judge_samples(model, meta, config, samples, canvas.size(1))
+
+    scorer = load_task(meta['name'])
+    for i, sample in enumerate(samples[:50]):
+        print(report(sample, meta, scorer and scorer.verdict, texts[i] if texts and task != 'score' else None))
+    if num > 50:
+        print(f'... and {num - 50} more' + ('' if save else ' (--save=FILE.jsonl keeps them all)'))
+    mean_nfe = sum(sample['nfe'] for sample in samples) / num
+    if task != 'score':
+        print(f'{num} samples, {mean_nfe:.1f} passes each (NFE), {num / seconds:.1f} samples/s')
+    if animate or html:
+        watch(model, meta, fixed, samples, scorer and scorer.verdict, mean_nfe)
     if save:
-        write_atomically(save, ''.join(json.dumps(sample, ensure_ascii=False) + '\n' for sample in samples))
+        lines = [{key: value for key, value in sample.items() if key != 'trace'} for sample in samples]
+        write_atomically(save, ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines))
         print(f'written to {save}')
+
+
+def watch(model, meta, fixed, samples, verdict, mean_nfe, most=20):
+    """Plays the first samples, those with a trace, in the terminal (--animate), or writes them to a page (--html)."""
+    import show
+    stories = []
+    for row, sample in enumerate(samples[:most]):
+        steps = [step[None] for step in sample['trace']]                       # S x (1, T)
+        label = f"{sample['text']}   {verdict(sample['text'])}" if verdict else sample['text'][:60]
+        stories.append(show.story(meta, steps, fixed[row:row + 1], show.judge_steps(model, steps), 0, label))
+    if animate:
+        show.animate(stories)
+    if html:
+        show.write_page(html, 'nanoRemask', f'{task} with {preset or "the best sampler"} on {meta["name"]}, {mean_nfe:.0f} passes a sample', stories)
+        print(f'written to {html}')
 
 
 if __name__ == '__main__':

@@ -18,14 +18,17 @@ import sys
 import time
 
 import torch
+import torch.nn.functional as F
 
 import configurator
+from canvas import load_task
 from configurator import UserError
 from corruption import KINDS, NOISE, corrupt, modelled, own_guesses, parse_mixture
 from data.loader import load_data, random_rows, spread_rows
-from model import (GPT, GPTConfig, atomically, causal_nll, check_same_model, configure_compute, load_checkpoint, model_args, nelbo,
-                   save_checkpoint)
-from sample import best_rules, generate, load_task, p_wrong, supports, write_atomically
+from model import (GPT, GPTConfig, atomically, causal_nll, check_same_model, configure_compute, identity, load_checkpoint, model_args,
+                   nelbo, norm, save_checkpoint)
+from rules import p_wrong
+from sample import best_rules, generate, supports, write_atomically
 
 # -----------------------------------------------------------------------------
 # I/O
@@ -76,6 +79,7 @@ n_head = 4                       # attention heads
 n_embd = 128                     # width
 n_recur = 2                      # how often the stack is applied
 dropout = 0.0                    # for small data and long runs
+draft_head = False               # train a head that drafts for --remask=causal: the same law in far fewer passes
 # optimiser
 optimizer = 'muon'               # muon: torch.optim.Muon for the matrices, AdamW for the rest | adamw: for everything
 max_iters = 2000                 # steps
@@ -102,7 +106,7 @@ compile = False                  # torch.compile the network; a minute of waitin
 # the loss
 
 
-def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, keep_mask_price=None, pad_id=None):
+def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, keep_mask_price=None, pad_id=None, hidden=None):
     """
     The one weighted cross-entropy: (sum of weight * CE, {task: (sum of weight * CE, sum of weight)}).
 
@@ -112,9 +116,10 @@ def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, 
     keep_mask_price: not None lets a masked position abstain: its softmax has [MASK] too, and it costs
     -log(p(x0) + price * p(MASK)), price in [0, 1): unsure is cheaper than wrong and dearer than right. The parts then
     hold 'p(MASK)', its sum and count over masked tokens that are not padding. (diffusion_lm_report, without the argmax.)
+    hidden (B, T, C): what model(input) said, if that is known already.
     """
     at = weight > 0                                                            # (B, T)
-    hidden = model(input, causal=causal)[at]                                   # (N, C)
+    hidden = (model(input, causal=causal) if hidden is None else hidden)[at]   # (N, C)
     input, target, weight = input[at], target[at], weight[at]                  # (N,)
     masked = (input == model.mask_token_id) | causal
     abstains = keep_mask_price is not None and not causal
@@ -137,6 +142,27 @@ def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, 
         counted = masked if pad_id is None else masked & (target != pad_id)
         parts['p(MASK)'] = torch.stack((keep.detach().exp()[counted].sum(), counted.sum()))
     return weighted.sum(), parts
+
+
+def draft_loss(model, hidden, x0, weight, depth=6):
+    """
+    What teaches the draft head: (the mean CE, {'draft': (sum of weight * CE, sum of weight)}).
+
+    x0 (B, T) ids, hidden (B, T, C) of the causal pass over them, weight (B, T), > 0 where a token is modelled. From the state of
+    each of these positions the head is fed the true tokens one by one and asked for the next one, up to depth tokens ahead.
+    State and embeddings are detached: the head learns from the network, the network nothing from the head.
+    """
+    row, at = (weight > 0).nonzero(as_tuple=True)                              # (N,) each
+    state, total, count = hidden.detach()[row, at], 0.0, 0
+    for _ in range(depth):
+        state = model.draft(state, x0[row, at])
+        inside = (at + 1 < x0.size(1)) & (weight[row, (at + 1).clamp(max=x0.size(1) - 1)] > 0)
+        row, at, state = row[inside], at[inside] + 1, state[inside]
+        logits = F.linear(norm(state), model.wte.weight.detach().to(state.dtype))[:, :model.mask_token_id].float()   # (N, V)
+        total = total + F.cross_entropy(logits, x0[row, at], reduction='sum')
+        count += len(row)
+    mean = total / max(1, count)
+    return mean, {'draft': torch.stack((mean.detach(), torch.ones_like(mean)))}
 
 
 def steer(control, p_mask, target_mask_prob, rate, bias_limit):
@@ -367,8 +393,13 @@ def training_step(model, x0, meta, config, step, generator, price=None, guesser=
     if num_causal:
         width = int(real[:num_causal].any(0).nonzero()[-1]) + 1                # the causal pass needs no padding
         rows, weight = x0[:num_causal, :width], real[:num_causal, :width] * (num_causal / real[:num_causal].sum())
-        total, parts = loss(model, rows, rows, weight, causal=True)
+        hidden = model(rows, causal=True)
+        total, parts = loss(model, rows, rows, weight, causal=True, hidden=hidden)
         (total / (num * accumulate)).backward()
+        if model.drafter is not None:
+            mean, more = draft_loss(model, hidden, rows, weight)
+            (mean / accumulate).backward()
+            parts.update(more)
     if num_causal < num:
         input, target, weight = corrupt(
             x0[num_causal:], free[num_causal:], real[num_causal:], mask_token_id=model.mask_token_id,
@@ -387,7 +418,7 @@ def training_step(model, x0, meta, config, step, generator, price=None, guesser=
 
 def progress_line(step, config, record, speed):
     """The line on screen: losses by task since the last one, curricula, controller, speed and time left."""
-    words = [f'{name} {record[name]:.3f}' for name in ('causal', 'unmask', 'detect', 'keep', 'p(MASK)') if name in record]
+    words = [f'{name} {record[name]:.3f}' for name in ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)') if name in record]
     if config['target_mask_prob']:
         words.append(f"bias {record['mask_logit_bias']:+.2f}  price {record['penalty_keep_mask']:.2f}")
     if config['training_type'] in ('joint', 'remasking', 'denoising'):
@@ -451,8 +482,7 @@ def load_start(path, config, args, meta):
     """
     resume = config['init_from'] == 'resume'
     source, checkpoint = load_checkpoint(path, ema=not resume)
-    check_same_model(path, {**checkpoint['model_args'], 'dropout': args['dropout'], 'itos': checkpoint['meta']['itos']},
-                     'this run', {**args, 'itos': meta['itos']})
+    check_same_model(path, {**identity(checkpoint), 'dropout': args['dropout']}, 'this run', {**args, 'itos': meta['itos']})
     if resume:
         missing = [key for key in ('optimizers', 'rng', 'sums', 'control') if key not in checkpoint]
         if missing:
@@ -467,8 +497,7 @@ def load_start(path, config, args, meta):
 def load_guesser(path, args, meta):
     """The network of guess_from. Raises UserError if it has no guesses to make, or not for this run."""
     guesser, checkpoint = load_checkpoint(path)
-    check_same_model(path, {**checkpoint['model_args'], 'itos': checkpoint['meta']['itos']}, 'this run',
-                     {**args, 'itos': meta['itos']}, ('vocab_size', 'block_size', 'itos'))
+    check_same_model(path, identity(checkpoint), 'this run', {**args, 'itos': meta['itos']}, ('vocab_size', 'block_size', 'itos'))
     if not supports(checkpoint['config'])[0]:
         raise UserError(f"guess_from={path} cannot unmask (training_type={checkpoint['config']['training_type']}), "
                         f'so it has no guesses')
@@ -495,7 +524,7 @@ def draw_curves(log, path):
         return False
     with open(log, encoding='utf-8') as file:
         records = [json.loads(line) for line in file]
-    groups = {'nats, training': ('causal', 'unmask', 'detect', 'keep'), 'nats a token, validation': ('nelbo', 'causal_nll'),
+    groups = {'nats, training': ('causal', 'draft', 'unmask', 'detect', 'keep'), 'nats a token, validation': ('nelbo', 'causal_nll'),
               'share': ('auc', 'fixed', 'refilled', 'valid', 'correct'), 'abstention': ('p(MASK)', 'penalty_keep_mask'),
               'bias on the logit of [MASK]': ('mask_logit_bias',), 'curricula': ('remask_ratio', 'penalty_mask_correct'),
               'learning rate': ('learning_rate',)}
@@ -534,7 +563,7 @@ def main():
     meta, data = load_data(dataset)
     check_fits(config, meta)
     torch.manual_seed(seed)
-    args = model_args(GPTConfig(block_size, meta['vocab_size'], n_layer, n_head, n_embd, n_recur, dropout))
+    args = model_args(GPTConfig(block_size, meta['vocab_size'], n_layer, n_head, n_embd, n_recur, dropout, draft_head))
     model = GPT(GPTConfig(**args))
     newest = os.path.join(out_dir, checkpoint_name(training_type, remasking_loss_type))
     path = newest if init_from == 'resume' else init_from
@@ -550,6 +579,8 @@ def main():
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, (beta1, beta2))
     generator = torch.Generator().manual_seed(seed)                            # which rows
     noise = torch.Generator(on).manual_seed(seed + 1)                          # how they are corrupted
+    # the draft head must not change what the network learns, so it has no say in the clipping either
+    trunk = [p for name, p in model.named_parameters() if not name.startswith('drafter.')]
     start, sums = 0, {}
     if init_from == 'resume':
         start, sums, control = restore(checkpoint, ema if ema_decay else None, optimizers, generator, noise)
@@ -632,7 +663,7 @@ def main():
             control = steer(control, parts['p(MASK)'], target_mask_prob, mask_control_rate, mask_bias_limit)
             model.mask_logit_bias.fill_(control['bias'])
         if grad_clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+            torch.nn.utils.clip_grad_norm_(trunk, grad_clip)
         for optim in optimizers:
             optim.step()
             optim.zero_grad(set_to_none=True)

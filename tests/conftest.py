@@ -14,6 +14,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import configurator  # noqa: E402
+import canvas  # noqa: E402
 import sample  # noqa: E402
 from model import GPT, GPTConfig, model_args  # noqa: E402
 
@@ -83,7 +84,7 @@ def write_checkpoint(path, model=None, meta=ARITHMETIC, **config):
     return str(path)
 
 
-cached_task = functools.lru_cache(sample.load_task)
+cached_task = functools.lru_cache(canvas.load_task)
 
 
 @pytest.fixture(autouse=True)

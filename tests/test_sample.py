@@ -16,9 +16,9 @@ from conftest import ARITHMETIC, all_sequences, chi_square, default_config, load
 
 import sample
 from configurator import UserError
-from sample import (best_rules, close_rows, decode, draw, encode, filtered, find_checkpoint, generate,
-                    generate_diffusion, load_merged, most_confident, p_mask, p_wrong, propose, start_canvas, supports,
-                    write_atomically)
+from rules import close_rows, commit_order, draw, filtered, first_of, p_mask, p_wrong, propose
+from canvas import decode, encode, start_canvas
+from sample import best_rules, find_checkpoint, generate, generate_diffusion, load_merged, supports, write_atomically
 
 
 def seeded(seed=0):
@@ -51,7 +51,7 @@ class Oracle:
         self.mask_token_id, self.wrong_token_id = V, V + 1
         wrong = torch.zeros(T) if wrong is None else torch.as_tensor(wrong)
         self.odds = (wrong / (1 - wrong)).double().log()
-        self.seen = []
+        self.seen, self.drafter = [], None
 
     def parameters(self):
         yield torch.zeros(1)
@@ -364,22 +364,25 @@ def test_gumbel_noise_of_the_confidence_order():
     B, p = 20000, torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
     masked = torch.tensor([1, 1, 1, 1, 0]).bool().expand(B, 5)
     confidence = F.pad(p.log(), (0, 1), value=5.0).expand(B, 5)
-    chosen = most_confident(masked, confidence, torch.ones(B, dtype=torch.long), 1.0, seeded())
+
+    def first(noise_scale, count=1):
+        score = commit_order('confidence', None, None, masked, (None, confidence, None), noise_scale=noise_scale, priority=(),
+                             generator=seeded())
+        return first_of(score, masked, torch.full((B,), count))
+    chosen = first(1.0)
     assert (chosen.sum(1) == 1).all()
     statistic, bound = chi_square(chosen.sum(0)[:4], B * p)
     assert statistic < bound and not chosen[:, 4].any()
-    flat = most_confident(masked, confidence, torch.ones(B, dtype=torch.long), 100.0, seeded())
-    statistic, bound = chi_square(flat.sum(0)[:4], torch.full((4,), B / 4))
+    statistic, bound = chi_square(first(100.0).sum(0)[:4], torch.full((4,), B / 4))
     assert statistic < 3 * bound
-    assert most_confident(masked, confidence, torch.full((B,), 2), 0.0, seeded())[0].tolist() == [1, 1, 0, 0, 0]
-    assert not most_confident(masked, confidence, torch.full((B,), -1), 1.0, seeded()).any()
+    assert first(0.0, 2)[0].tolist() == [1, 1, 0, 0, 0] and not first(1.0, -1).any()
 
 
 def test_proposals_come_with_the_unfiltered_probability():
     oracle = Oracle(3, 2, random_law(3, 2, seed=1))
     canvas = torch.tensor([[3, 3], [1, 3]]).repeat(50, 1)
     hidden, where = oracle(canvas), canvas == 3
-    ids, confidence = propose(oracle, hidden, where, dict(temperature=0.3, top_k=2), seeded())
+    ids, confidence, logp_all = propose(oracle, hidden, where, dict(temperature=0.3, top_k=2), seeded())
     assert confidence.dtype == torch.float64 and (ids[~where] == 0).all() and (confidence[~where] == 0).all()
     logp = hidden[..., :3].log_softmax(-1).gather(2, ids[..., None])[..., 0]
     assert torch.allclose(confidence[where], logp[where]) and len(ids[:, 0].unique()) == 2
@@ -678,12 +681,12 @@ def test_start_canvas():
 
 
 @pytest.mark.parametrize('meta, prompt, lengths, message', [
-    (ARITHMETIC, [], [3, 7], 'length 7 does not fit: block_size 8 leaves room for 6'),
-    (ARITHMETIC, [1] * 7, None, 'the prompt has 7 tokens, there is room for 6'),
-    (ARITHMETIC, [1, 2, 3], [2, 2], 'the prompt has 3 tokens, there is room for 2'),
-    (ARITHMETIC, [], [0, 3], 'length must be at least 1, got 0'),
-    (STREAM, [], [9], 'length 9 does not fit: block_size 8 leaves room for 8'),
-    (STREAM, [1] * 9, None, 'the prompt has 9 tokens, there is room for 8'),
+    (ARITHMETIC, [], [3, 7], 'a text of 7 tokens does not fit: block_size 8 leaves room for 6'),
+    (ARITHMETIC, [1] * 7, None, 'a text of 7 tokens does not fit: block_size 8 leaves room for 6'),
+    (ARITHMETIC, [1, 2, 3], [2, 2], 'a length of 2 is too short: the prompt has 3 tokens'),
+    (ARITHMETIC, [], [0, 3], 'a length of 0 is too short'),
+    (STREAM, [], [9], 'a text of 9 tokens does not fit: block_size 8 leaves room for 8'),
+    (STREAM, [1] * 9, None, 'a text of 9 tokens does not fit: block_size 8 leaves room for 8'),
 ])
 def test_starts_that_do_not_fit(meta, prompt, lengths, message):
     model = SimpleNamespace(config=SimpleNamespace(block_size=8), mask_token_id=18)

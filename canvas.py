@@ -1,0 +1,142 @@
+"""
+Text in, text out: how the words and the tasks of the command line become canvases, and canvases texts again.
+"""
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+from configurator import UserError
+
+
+def encode(meta, text):
+    """text -> list of ids. Raises UserError for a character outside the dataset's vocabulary."""
+    if meta['tokenizer'] == 'gpt2':
+        import tiktoken
+        return tiktoken.get_encoding('gpt2').encode_ordinary(text)
+    stoi = {s: i for i, s in enumerate(meta['itos'])}
+    unknown = sorted({c for c in text if c not in stoi})
+    if unknown:
+        known = ''.join(s for s in meta['itos'] if len(s) == 1)
+        raise UserError(f"{unknown[0]!r} in {text!r} is not in the vocabulary of {meta['name']}: {known!r}")
+    return [stoi[c] for c in text]
+
+
+def decode(meta, ids):
+    """ids, from the first position on -> (text up to the end token, whether there is one)."""
+    ids = [i for i in ids if i != meta['bos']]
+    while ids[-2:] == [meta['pad']] * 2:                                       # one is enough to see that there is no end
+        ids.pop()
+    finished = meta['eos'] is not None and meta['eos'] in ids
+    if finished:
+        ids = ids[:ids.index(meta['eos'])]
+    if meta['tokenizer'] == 'gpt2':
+        import tiktoken
+        return tiktoken.get_encoding('gpt2').decode(ids), finished
+    return ''.join(meta['itos'][i] for i in ids), finished
+
+
+def until_end(meta, ids):
+    """ids up to the first end token, which is the last one kept; all of them if there is none."""
+    return ids[:ids.index(meta['eos']) + 1] if meta['eos'] in ids else ids
+
+
+def text_canvas(model, meta, texts, ends):
+    """
+    Texts on a canvas: (canvas (B, T) ids, fixed (B, T) bool). Every mask in them is open, all else is fixed.
+
+    texts: B lists of ids, model.mask_token_id for a token that is to be found. ends: whether the text ends there, and the
+    end token and the padding behind it are fixed too; otherwise what is behind it is open, as far as the canvas goes.
+    (A dataset without end token has no way to end early: there, texts that end must be equally long.)
+    Raises UserError if a text does not fit.
+    """
+    bos = [] if meta['bos'] is None else [meta['bos']]
+    room = model.config.block_size - len(bos) - (meta['eos'] is not None)
+    longest = max(map(len, texts))
+    if longest > room:
+        raise UserError(f'a text of {longest} tokens does not fit: block_size {model.config.block_size} leaves room for {room}')
+    T = len(bos) + longest if ends and meta['eos'] is None else model.config.block_size
+    canvas = torch.full((len(texts), T), model.mask_token_id)
+    for row, ids in zip(canvas, texts):
+        end = [] if not ends or meta['eos'] is None else [meta['eos']] + [meta['pad']] * (T - len(bos) - len(ids) - 1)
+        row[:len(bos) + len(ids) + len(end)] = torch.tensor([*bos, *ids, *end], dtype=torch.long)
+    return canvas, canvas != model.mask_token_id
+
+
+def start_canvas(model, meta, num, prompt=(), lengths=None):
+    """
+    An empty canvas for num samples: (canvas (B, T) ids, fixed (B, T) bool).
+
+    prompt: ids that every sample starts with. lengths: tokens in each sample (B,), None: the model's own decision
+    (for a dataset without end token the canvas is as long as the longest length). Raises UserError if it does not fit.
+    """
+    if lengths is None:
+        return text_canvas(model, meta, [list(prompt)] * num, ends=False)
+    if lengths.min() < max(1, len(prompt)):
+        raise UserError(f'a length of {int(lengths.min())} is too short' + (f': the prompt has {len(prompt)} tokens' if prompt else ''))
+    n = lengths.tolist() if meta['eos'] is not None else [int(lengths.max())] * num
+    return text_canvas(model, meta, [[*prompt] + [model.mask_token_id] * (k - len(prompt)) for k in n], ends=True)
+
+
+def holes(meta, text, hole, mask_token_id):
+    """
+    A text with holes -> (ids, mask_token_id for each hole, whether the text ends where it is written).
+
+    A hole at the very end is open: it stands for as many tokens as the model wants. Raises UserError for a hole that could
+    be text, and for a text without one.
+    """
+    if not hole or hole in (meta['itos'] or ()):
+        raise UserError(f"hole expects a text that is not in the vocabulary of {meta['name']}, got {hole!r}")
+    if hole not in text:
+        raise UserError(f'{text!r} has no hole ({hole!r}) to fill')
+    pieces = [encode(meta, piece) for piece in text.split(hole)]
+    ids = [i for piece in pieces for i in [mask_token_id, *piece]][1:]
+    opened = text.endswith(hole)
+    return (ids[:-1] if opened else ids), not opened
+
+
+def spans(text, n):
+    """'3:5,8:9' -> [3, 4, 8], positions in a text of n tokens. Raises UserError for what is no span, or empty, or double."""
+    found = []
+    for part in (text or '').split(','):
+        first, colon, last = part.partition(':')
+        if not (colon and first.strip().isdigit() and last.strip().isdigit()):
+            raise UserError(f"mask expects spans like 3:5 or 3:5,8:9, counted from 0; got '{text}'")
+        at = range(int(first), int(last))
+        if not at or at[-1] >= n:
+            raise UserError(f"mask: the span {part.strip()} is {'empty' if not at else f'outside the text, which has {n} tokens'}")
+        if set(at) & set(found):
+            raise UserError(f"mask: the spans of '{text}' overlap")
+        found += at
+    return found
+
+
+def task_canvas(task, model, meta, text, hole=None, mask=None):
+    """The canvas of one text for a task: (canvas (1, T), fixed (1, T)). See the tasks at the top of this file."""
+    if task == 'infill':
+        ids, ends = holes(meta, text, hole, model.mask_token_id)
+        return text_canvas(model, meta, [ids], ends)
+    ids = encode(meta, text)
+    if not ids:
+        raise UserError('the text is empty')
+    if task == 'edit':
+        for i in spans(mask, len(ids)):
+            ids[i] = model.mask_token_id
+    canvas, fixed = text_canvas(model, meta, [ids], ends=True)
+    if task == 'repair':                                                       # nothing is trusted but the start symbol
+        fixed = canvas == meta['bos'] if meta['bos'] is not None else torch.zeros_like(fixed)
+    return canvas, fixed
+
+
+@functools.lru_cache
+def load_task(dataset):
+    """The module data/<dataset>/task.py, which knows right from wrong there, or None."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', dataset, 'task.py')
+    if not os.path.exists(path):
+        return None
+    spec = importlib.util.spec_from_file_location(f'{dataset}_task', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,294 @@
+"""
+The rules of the sampling loop: how a token is drawn, which masked positions are committed, which visible ones are doubted.
+
+The loop that applies them is generate_diffusion in sample.py. Everything here works on a batch of rows at once.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from model import norm, random_subset
+
+COMMIT_RULES = ('random', 'confidence', 'margin', 'entropy', 'threshold', 'abstain', 'priority', 'left_to_right')
+REMASK_RULES = ('none', 'random', 'wrong', 'confidence', 'remdm', 'p2', 'causal')
+REMDM_SCHEDULES = ('cap', 'rescale', 'loop')
+CORRECTING = ('random', 'wrong', 'confidence')   # the remask rules that may go on when the canvas is full
+WHOLE_CANVAS = ('confidence', 'margin', 'entropy', 'threshold', 'priority')  # commit rules that look at every candidate
+
+# -----------------------------------------------------------------------------
+# drawing tokens
+
+
+def filtered(logits, temperature=1.0, top_k=None, top_p=None):
+    """logits (N, V+2), specials already at -inf -> probabilities (N, V+2) to draw from, rows sum to 1."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float('-inf'))
+    probs = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ordered, index = probs.sort(dim=-1, descending=True)
+        ordered = ordered * (ordered.cumsum(-1) - ordered < top_p)   # the token that crosses top_p stays in
+        probs = torch.zeros_like(probs).scatter(-1, index, ordered)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
+
+def draw(probs, generator=None):
+    """One token a row: probs (..., V+2) -> ids (...)."""
+    flat = probs.reshape(-1, probs.size(-1))
+    if flat.size(0) == 0:
+        return torch.zeros(probs.shape[:-1], dtype=torch.long, device=probs.device)
+    return torch.multinomial(flat, 1, generator=generator).view(probs.shape[:-1])
+
+
+def spread(where, values):
+    """values (N,), one for every True position of where (R, T) -> (R, T), 0 elsewhere."""
+    return torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(where, values)
+
+
+def propose(model, hidden, where, filters, generator, closed=None, forbid=()):
+    """
+    Candidates at the True positions of where (R, T): ids (R, T), their log-probabilities (R, T) in float64, and the
+    float64 log-probabilities (N, V+2) of all tokens there, before temperature, top_k and top_p.
+
+    closed (R,): rows in which none of the ids forbid is drawn.
+    """
+    logits = model.logits(hidden[where], real_only=True)                       # (N, V+2)
+    if forbid and closed is not None:
+        ids = torch.zeros(logits.size(1), dtype=torch.bool, device=logits.device)
+        ids[list(forbid)] = True
+        logits = logits.masked_fill(closed[:, None].expand_as(where)[where][:, None] & ids, float('-inf'))
+    ids = draw(filtered(logits, **filters), generator)                         # (N,)
+    logp = logits.double().log_softmax(-1)
+    return spread(where, ids), spread(where, logp.gather(1, ids[:, None])[:, 0]), logp
+
+
+def draft_pass(model, x, masked, draft):
+    """Hidden states (R, T, C); the causal pass skips the columns right of the last row's first hole, which it cannot see."""
+    if draft == 'bidirectional':
+        return model(x)
+    width = int(masked.long().argmax(1).max()) + 1
+    return F.pad(model(x[:, :width], causal=True), (0, 0, 0, x.size(1) - width))
+
+
+def close_rows(x, masked, mask, end_id, pad_id):
+    """x (R, T): of the positions that were masked, those right of an end token with no hole left of it become padding."""
+    if end_id is None:
+        return x
+    decided = (x == mask).cumsum(1) == 0
+    is_end = ((x == end_id) & decided).long()
+    return x.masked_fill(masked & (is_end.cumsum(1) > is_end), pad_id)
+
+
+# -----------------------------------------------------------------------------
+# how many masks are left
+
+
+def masks_left(progress, schedule, loop=False):
+    """
+    The share of the masks that is left at a progress (R,) of 0..1: linear, or cosine (few tokens early, many late).
+
+    loop: ReMDM's loop instead, which holds a tenth of the tokens masked from 0.45 to 0.95 (its alpha = 0.9).
+    """
+    if loop:
+        return torch.where(progress < 0.45, 1 - 2 * progress, torch.where(progress < 0.95, 0.1, 2 * (1 - progress)))
+    return 1 - progress if schedule == 'linear' else (progress * math.pi / 2).cos()
+
+
+# -----------------------------------------------------------------------------
+# which masked positions are committed
+
+
+def commit_order(commit, model, hidden, masked, candidates, *, noise_scale, priority, generator):
+    """
+    The order in which a commit rule takes the masked positions: score (R, T) in float64, highest first.
+
+    candidates: what propose returned for all masked positions, None for the rules that do not look at them.
+    noise_scale (R, 1): confidence, of the Gumbel noise on it (MaskGIT). priority: ids that come first.
+    """
+    noise = torch.rand(masked.shape, generator=generator, device=masked.device, dtype=torch.float64)
+    if commit == 'left_to_right':
+        return -torch.arange(masked.size(1), device=masked.device, dtype=torch.float64).expand(masked.shape)
+    if commit == 'abstain':
+        return -p_mask(model, hidden, masked)
+    if commit == 'random':
+        return noise.log()
+    ids, confidence, logp = candidates
+    if commit == 'confidence':
+        return confidence - noise_scale * (-noise.log()).log()
+    if commit == 'margin':
+        top = logp.exp().topk(2, dim=-1).values                                # (N, 2)
+        return spread(masked, top[:, 0] - top[:, 1])
+    if commit == 'entropy':
+        return spread(masked, (logp.exp() * logp.clamp(min=-1e9)).sum(-1))
+    if commit == 'priority':
+        return noise + torch.isin(ids, torch.tensor(priority, device=ids.device))
+    return confidence                                                          # threshold
+
+
+def first_of(score, where, count):
+    """Of the True positions of where (R, T) the count (R,) with the highest score (R, T), ties from the left: bool (R, T)."""
+    rank = score.masked_fill(~where, float('-inf')).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return where & (rank < count[:, None])
+
+
+def p_mask(model, hidden, where):
+    """p(MASK) (R, T), how much a network trained with allow_abstain would rather leave a masked position open."""
+    logits = model.logits(hidden[where])[:, :model.mask_token_id + 1]          # (N, V+1), mask_logit_bias included
+    return spread(where, logits.double().softmax(-1)[:, -1])
+
+
+# -----------------------------------------------------------------------------
+# which visible positions are doubted
+
+
+def p_wrong(model, hidden, ids):
+    """
+    p(WRONG), the probability that the token which stands at a position is not the right one: 1 - p(that token).
+
+    hidden (..., C), ids (...) -> (...). A network that learned the target [WRONG] gives what it takes from the right token
+    to [WRONG] (the two differ by 0.01 on average); one that learned the original gives it to the other tokens.
+    """
+    return 1 - model.logits(hidden).softmax(-1).gather(-1, ids[..., None])[..., 0]
+
+
+def spare_lengths(doubt, x, where, end_id, pad_id):
+    """
+    The doubt (R, T) of the tokens x (R, T) at the True positions of where, but for the end token and the padding behind it
+    the mean doubt of the row's text.
+
+    By themselves these two are hardly ever doubted. Taking tokens away from the text alone takes away what speaks for a long
+    text and leaves what speaks for a short one, and the samples shrink.
+    """
+    if end_id is None:
+        return doubt
+    ends = where & ((x == end_id) | (x == pad_id))
+    text = where & ~ends
+    mean = (doubt * text).sum(1, keepdim=True) / text.sum(1, keepdim=True).clamp(min=1)      # (R, 1)
+    return torch.where(ends, mean, doubt)
+
+
+def doubted(doubt, where, rate, generator, *, random_ratio=0.0, threshold=None, share=None):
+    """
+    Which of the positions where (R, T) are re-masked, by their doubt (R, T) in 0..1: bool (R, T).
+
+    Each with probability rate * doubt; or, with a threshold, those whose doubt exceeds it; or, with a share in 0..1, that
+    share of them, the most doubted first (the plan's ratio). random_ratio: 0 looks at the doubt alone, 1 not at all.
+    """
+    if share is not None:
+        count = (share * where.sum(1)).round().long()                          # (R,)
+        some = random_subset(where, (random_ratio * count).round().long(), generator)
+        return some | first_of(doubt, where & ~some, count - some.sum(1))
+    chance = rate * doubt if threshold is None else (doubt > threshold).to(doubt.dtype)
+    noise = torch.rand(where.shape, generator=generator, device=where.device)
+    return where & (noise < (1 - random_ratio) * chance + random_ratio * rate)
+
+
+def displaced(score, masked, stay, visible, left):
+    """
+    P2: of the masked positions, scored by score <= 0, and the visible ones, scored by stay <= 0, the best are to be visible
+    when left (R,) are masked: the visible ones that lose their place, bool (R, T).
+    """
+    among = masked | visible
+    keep = first_of(torch.where(visible, stay, score.clamp(max=-1e-9)), among, among.sum(1) - left)
+    return visible & ~keep
+
+
+def remdm_rate(kind, eta, left, visible, progress):
+    """
+    ReMDM's probability sigma (R,) of re-masking a visible token. left (R,) masks after the step, visible (R,) tokens before:
+    left / visible is the largest sigma for which the masks after the step can still be as many as without it.
+    """
+    room = left / visible.clamp(min=1)
+    if kind == 'rescale':
+        return eta * room.clamp(max=1)
+    if kind == 'loop':
+        eta = torch.where((progress >= 0.45) & (progress < 0.95), eta, 0.0)
+        return eta.minimum(room)
+    return room.clamp(max=eta)
+
+
+def share_at(schedule, progress):
+    """The share of a (start, end) schedule at a progress of 0..1; None without one."""
+    return None if schedule is None else schedule[0] + (schedule[1] - schedule[0]) * progress
+
+
+# -----------------------------------------------------------------------------
+# drafting and verifying
+
+
+def speculate(model, x, masked, drafted, q, filters, generator):
+    """
+    One round of speculative sampling (Leviathan et al. 2023): a verdict on the draft of each row's next tokens, the next draft.
+
+    drafted (R, W) ids of the next W tokens of each row; q (R, W, V+2) the distributions that they were drawn from, all 0 where
+    there is no draft: a network without a draft head then makes one by a bidirectional pass. The causal pass looks at the whole draft at once: from the left each token is accepted with
+    probability min(1, p/q), p of the causal pass; the first rejected one is redrawn from the positive part of p - q,
+    and if none is rejected one more comes from p. So a row gains at least one token, and every token is distributed by p,
+    whatever the draft is worth. See next_draft for where it comes from.
+
+    x (R, T), whose masks are a suffix of each row -> x (R, T), the next drafted and q, the passes (R,) that it took.
+    """
+    T, W = x.size(1), drafted.size(1)
+    none = q[:, 0].sum(-1) == 0
+    if model.drafter is None and none.any():
+        drafted[none], new = bidirectional_draft(model, x[none], masked[none], W, filters, generator)
+        q[none] = new.to(q.dtype)
+    passes = 1 + (none if model.drafter is None else torch.zeros_like(none)).long()
+    at = masked.long().argmax(1)[:, None] + torch.arange(W + 1, device=x.device)             # (R, W+1) from the first hole
+    x = F.pad(x, (0, W + 1), value=model.mask_token_id)                        # room for windows that stand out
+    width = min(T, int(at.max()) + 1)
+    hidden = model(x.scatter(1, at[:, :W], drafted)[:, :width], causal=True)   # (R, width, C)
+    hidden = hidden.gather(1, at.clamp(max=width - 1)[..., None].expand(-1, -1, hidden.size(2)))                # (R, W+1, C)
+    p = filtered(model.logits(hidden, real_only=True), **filters)              # (R, W+1, V+2)
+
+    p_drafted, q_drafted = (law.gather(2, drafted[..., None])[..., 0] for law in (p[:, :W], q))                 # (R, W)
+    noise = torch.rand(q_drafted.shape, generator=generator, device=x.device)
+    accepted = noise * q_drafted < p_drafted * (q_drafted > 0)                 # where there is no draft, nothing is
+    count = accepted.long().cumprod(1).sum(1, keepdim=True)                    # (R, 1) accepted from the left
+    here = count[..., None].expand(-1, -1, p.size(2))
+    goal, drawn_from = p.gather(1, here)[:, 0], F.pad(q, (0, 0, 0, 1)).gather(1, here)[:, 0]  # q: 0 if none was rejected
+    rest = (goal - drawn_from).clamp(min=0)                                    # (R, V+2)
+    rest = torch.where(rest.sum(-1, keepdim=True) > 1e-9, rest, goal)          # p = q up to rounding
+    redrawn = draw(rest, generator)                                            # (R,)
+    tokens = F.pad(drafted, (0, 1)).scatter(1, count, redrawn[:, None])        # (R, W+1)
+    x = x.scatter(1, at, tokens.masked_fill(torch.arange(W + 1, device=x.device) > count, model.mask_token_id))[:, :T]
+    return x, *next_draft(model, hidden, p, count, redrawn, filters, generator), passes
+
+
+def next_draft(model, hidden, p, count, redrawn, filters, generator):
+    """
+    The draft of the W tokens after the redrawn (R,) one, of which the causal pass said hidden (R, W+1, C) and p (R, W+1, V+2)
+    after count (R, 1) accepted ones: drafted (R, W) ids and the distributions q (R, W, V+2) that they were drawn from.
+
+    With a draft head: from the state in which the causal pass was before the redrawn token, one token after the other.
+    Without one: what the pass said about the tokens behind, though in the light of a rejected one, is a draft
+    for free (as in Jacobi decoding); past the window, where it said nothing, any token is as good as another.
+    """
+    W = p.size(1) - 1
+    if model.drafter is not None:
+        state = hidden.gather(1, count[..., None].expand(-1, -1, hidden.size(2)))[:, 0]      # (R, C)
+        drafted, q = [redrawn], []
+        for _ in range(W):
+            state = model.draft(state, drafted[-1])
+            q.append(filtered(model.logits(norm(state), real_only=True), **filters))         # (R, V+2)
+            drafted.append(draw(q[-1], generator))
+        return torch.stack(drafted[1:], 1), torch.stack(q, 1)
+    blank = F.pad(torch.full((p.size(2) - 2,), 1 / (p.size(2) - 2), dtype=p.dtype, device=p.device), (0, 2))
+    behind = count + 1 + torch.arange(W, device=p.device)                      # (R, W)
+    q = F.pad(p, (0, 0, 0, W)).gather(1, behind[..., None].expand(-1, -1, p.size(2)))        # past the window: 0
+    some = torch.where(q.sum(-1, keepdim=True) == 0, blank, q)
+    return draw(some, generator), torch.where((count < W)[..., None], some, q)               # all accepted: no draft
+
+
+def bidirectional_draft(model, x, masked, window, filters, generator):
+    """A draft for speculate by a bidirectional pass over x (R, T): drafted (R, W) ids, q (R, W, V+2)."""
+    at = masked.long().argmax(1)[:, None] + torch.arange(window, device=x.device)            # (R, W)
+    hidden = model(x)
+    hidden = hidden.gather(1, at.clamp(max=x.size(1) - 1)[..., None].expand(-1, -1, hidden.size(2)))             # (R, W, C)
+    q = filtered(model.logits(hidden, real_only=True), **filters)
+    return draw(q, generator), q
