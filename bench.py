@@ -4,6 +4,8 @@ Everything that is measured.
     python bench.py --suite=arithmetic --init_from=ckpt                 the generation table of one checkpoint
     python bench.py --suite=arithmetic --num_samples=200 --num_seeds=1  the same, quickly
     python bench.py --suite=arithmetic --json=table.json                and as JSON
+    python bench.py --suite=samplers                                    every rule and preset at 8, 16, 32 and 64 passes
+    python bench.py --suite=tasks                                       infill, repair and edit held-out strings
     python bench.py --suite=checkpoints --init_from='out/*/ckpt_*.pt'   training runs compared, seeds of one config together
 """
 
@@ -19,25 +21,28 @@ import torch
 from tqdm import tqdm
 
 import configurator
-from canvas import decode, load_task
+from canvas import decode, load_task, task_canvas
 from configurator import UserError
+from corruption import NOISE, mixed_noise, modelled, parse_mixture
 from data.loader import load_data, spread_rows
 from model import configure_compute, load_checkpoint
-from sample import check_folder, find_checkpoint, generate, load_merged, supports, write_atomically
-from train import evaluate
+from sample import (PRESETS, check_folder, choose_rules, fill, find_checkpoint, generate, load_merged, supports,
+                    write_atomically)
+from train import evaluate, per_token
 
 # -----------------------------------------------------------------------------
-suite = 'arithmetic'     # what to measure: arithmetic (samplers of one checkpoint) | checkpoints (training runs)
+suite = 'arithmetic'     # what to measure: arithmetic | samplers | tasks (of one checkpoint) | checkpoints (training runs)
 init_from = 'ckpt'       # 'ckpt': the newest checkpoint under out_dir; or a path; checkpoints: paths or patterns, a comma between
 merge_from: str = None   # another checkpoint, merged with the first (see sample.py); checkpoints: as many as init_from
 merge_weight = 0.5       # its share
 out_dir = 'out'          # where 'ckpt' looks
 num_samples = 1000       # samples a row and seed
 num_seeds = 3            # arithmetic: seeds a row
-steps = 64               # passes that the diffusion samplers get
+steps = 64               # arithmetic, checkpoints: passes that the diffusion samplers get
+budgets = (8, 16, 32, 64)  # samplers: passes
 remask_rate = 0.3        # checkpoints: of remask=wrong
 eval_rows = 1000         # checkpoints: rows of the validation split
-only: str = None         # measure only the rows whose name contains this text
+only: str = None         # measure only the rows whose name contains this text, or one of several with commas between
 seed = 1337              # the first seed
 batch_size = 125         # samples drawn at a time
 json: str = None         # also write the table to this file
@@ -48,7 +53,7 @@ compile = False          # torch.compile the network
 # -----------------------------------------------------------------------------
 
 METRICS = ('balanced', 'valid', 'correct', 'unique', 'novel', 'mean_length', 'length_tv', 'nfe')
-SHARES = ('balanced', 'valid', 'correct', 'unique', 'novel', 'fixed', 'refilled')
+SHARES = ('balanced', 'valid', 'correct', 'unique', 'novel', 'fixed', 'refilled', 'accuracy', 'exact')
 
 
 def sampler_rows(config, steps, block_size):
@@ -122,6 +127,42 @@ def load(path, other=None):
     return model, checkpoint
 
 
+def checkpoint_of_arithmetic():
+    """(model, meta, config, task module, set of training strings) of the one checkpoint that is measured."""
+    model, checkpoint = load(find_checkpoint(init_from, out_dir), merge_from)
+    meta, config = checkpoint['meta'], checkpoint['config']
+    return model, meta, config, *training_strings(meta)
+
+
+def measure(model, meta, task, train, name, rules, protocol='free', more=None):
+    """One row: num_seeds x num_samples of a sampler, scored. more: columns to add."""
+    scores, t0 = [], time.time()
+    for s in range(num_seeds):
+        lengths = None
+        if protocol == 'given':
+            lengths = torch.tensor([len(text) for text in fresh_draws(task, s)])
+        samples = generate(model, meta, num_samples, lengths=lengths, batch_size=batch_size, seed=seed + s, **rules)
+        score = task.score([sample['text'] for sample in samples], train)
+        scores.append({**score, 'nfe': statistics.mean(sample['nfe'] for sample in samples)})
+    row = {**summary(name, protocol, scores, num_samples, time.time() - t0), **(more or {})}
+    tqdm.write(f'{name}, {protocol}: ' + ', '.join(f'{metric} {cell(row, metric)}' for metric in METRICS))
+    return row
+
+
+def fresh_draws(task, s):
+    """num_samples strings of the grammar, for the seed of number s."""
+    rng = random.Random(f'bench {seed + s}')
+    return [task.draw(rng)[0] for _ in range(num_samples)]
+
+
+def wanted(rows):
+    """The rows whose name contains the setting only. Raises UserError if there are none."""
+    found = [row for row in rows if not only or any(part in row[0] for part in only.split(','))]
+    if not found:
+        raise UserError(f"no row's name contains '{only}'" if only else 'this checkpoint cannot write')
+    return found
+
+
 def arithmetic():
     """
     The generation table: every sampler on the same checkpoint, num_seeds x num_samples each, at temperature 1.
@@ -129,29 +170,71 @@ def arithmetic():
     'free': the length is the model's own decision; 'given': the true length of a fresh draw is fixed in advance.
     The first row scores fresh draws of the grammar: what a perfect model would get at this n. Returns (rows, table).
     """
-    model, checkpoint = load(find_checkpoint(init_from, out_dir), merge_from)
-    meta, config = checkpoint['meta'], checkpoint['config']
-    task, train = training_strings(meta)
-    draws = [[task.draw(rng)[0] for _ in range(num_samples)]
-             for rng in (random.Random(f'bench {seed + s}') for s in range(num_seeds))]
-    rows = [summary('the grammar itself', 'free', [{**task.score(texts, train), 'nfe': 0} for texts in draws], num_samples)]
-    todo = [row for row in sampler_rows(config, steps, model.config.block_size) if not only or only in row[0]]
-    if not todo:
-        raise UserError(f"no row's name contains '{only}'" if only else 'this checkpoint cannot write')
-    with tqdm(total=len(todo) * num_seeds, desc='rows x seeds', leave=False) as bar:
-        for name, protocol, rules in todo:
-            scores, t0 = [], time.time()
-            for s in range(num_seeds):
-                lengths = torch.tensor([len(text) for text in draws[s]]) if protocol == 'given' else None
-                samples = generate(model, meta, num_samples, lengths=lengths, batch_size=batch_size, seed=seed + s, **rules)
-                score = task.score([sample['text'] for sample in samples], train)
-                scores.append({**score, 'nfe': statistics.mean(sample['nfe'] for sample in samples)})
-                bar.update()
-            rows.append(summary(name, protocol, scores, num_samples, time.time() - t0))
-            bar.write(f'{name}, {protocol}: ' + ', '.join(f'{metric} {cell(rows[-1], metric)}' for metric in METRICS))
+    model, meta, config, task, train = checkpoint_of_arithmetic()
+    perfect = [{**task.score(fresh_draws(task, s), train), 'nfe': 0} for s in range(num_seeds)]
+    rows = [summary('the grammar itself', 'free', perfect, num_samples)]
+    for name, protocol, rules in tqdm(wanted(sampler_rows(config, steps, model.config.block_size)), desc='rows', leave=False):
+        rows.append(measure(model, meta, task, train, name, rules, protocol))
     print(f'{num_seeds} seeds x {num_samples} samples, ± standard error')
     return rows, markdown(['sampler', 'start', *[f'{m} %' if m in SHARES else m for m in METRICS]],
                           [[row['name'], row['protocol'], *[cell(row, m) for m in METRICS]] for row in rows])
+
+
+def budget_rows(config, block_size):
+    """The samplers of the suite samplers: (name, whether it takes a budget of passes, keywords of sample.generate)."""
+    can_unmask, causal, detects = supports(config)
+    rows = []
+    if causal:
+        rows.append(('AR: causal pass, one token a pass', False, dict(ar_prefix=block_size)))
+    if causal and can_unmask:
+        rows.append(('remask=causal (preset speculative)', False, dict(remask='causal')))
+    if not can_unmask:
+        return rows
+    rows += [('remask=none (preset ancestral)', True, {}),
+             ('remask=random', True, dict(remask='random')),
+             ('remask=remdm (preset remdm)', True, dict(remask='remdm')),
+             ('remask=confidence', True, dict(remask='confidence'))]
+    if detects:
+        rows += [('remask=wrong (preset intelligent)', True, dict(remask='wrong')),
+                 ('remask=p2 (preset p2)', True, dict(remask='p2'))]
+    if causal and detects:
+        rows.append(('half of the passes by ar_prefix, then remask=wrong (as preset hybrid)', True, dict(remask='wrong', ar_prefix=0)))
+    rows += [('commit=confidence, schedule=cosine (preset maskgit)', True, dict(commit='confidence', schedule='cosine')),
+             ('commit=margin', True, dict(commit='margin')), ('commit=entropy', True, dict(commit='entropy')),
+             ('commit=threshold (preset threshold)', True, dict(commit='threshold')),
+             ('commit=priority', True, dict(commit='priority')),
+             ('commit=left_to_right', True, dict(commit='left_to_right')),
+             ('commit=random, block_length=8', True, dict(block_length=8)),
+             ('remask=remdm, rescale', True, dict(remask='remdm', remdm='rescale')),
+             ('remask=remdm, loop', True, dict(remask='remdm', remdm='loop'))]
+    if causal:
+        rows.append(('preset universal', False, PRESETS['universal']))
+    return rows
+
+
+def samplers():
+    """
+    Every rule and preset on the same checkpoint at every budget of passes, num_seeds x num_samples each, the length being the
+    model's own decision, temperature 1. Returns (rows, two tables: one column a budget).
+    """
+    model, meta, config, task, train = checkpoint_of_arithmetic()
+    ids = tuple(meta['itos'].index(c) for c in '()=+*')
+    rows, lines = [], ([], [])
+    for name, takes, rules in tqdm(wanted(budget_rows(config, model.config.block_size)), desc='rows', leave=False):
+        if rules.get('commit') == 'priority':
+            rules = dict(rules, priority=ids)
+        found = []
+        for n in budgets if takes else (None,):
+            how = dict(rules, steps=n - n // 2, ar_prefix=n // 2) if 'ar_prefix' in rules and takes else dict(rules, steps=n) if takes else rules
+            found.append(measure(model, meta, task, train, name, how, more=dict(budget=n)))
+        rows += found
+        cells = found if takes else found + [None] * (len(budgets) - 1)
+        for line, metrics in zip(lines, (('valid', 'length_tv'), ('correct', 'unique', 'novel'))):
+            line.append([name if takes else f"{name}: {cell(found[0], 'nfe')} passes",
+                         *['' if row is None else ' · '.join(cell(row, m) for m in metrics) for row in cells]])
+    print(f'{num_seeds} seeds x {num_samples} samples, ± standard error')
+    heads = (['valid % · length_tv', *[f'{n} passes' for n in budgets]], ['correct % · unique % · novel %', *[f'{n} passes' for n in budgets]])
+    return rows, '\n\n'.join(markdown(head, line) for head, line in zip(heads, lines))
 
 
 def training_strings(meta):
@@ -159,6 +242,91 @@ def training_strings(meta):
     if meta['name'] != 'arithmetic':
         raise UserError(f"the suite {suite} needs checkpoints trained on arithmetic, this one saw {meta['name']}")
     return load_task(meta['name']), {decode(meta, ids)[0] for ids in load_data('arithmetic')[1]['train'].tolist()}
+
+
+# -----------------------------------------------------------------------------
+# infill, edit, repair
+
+
+def tasks():
+    """
+    Held-out strings to complete and to mend: num_samples of them, the same in every row, num_seeds draws each.
+
+    infill expr=_    correct: the share whose value is right
+    infill _=value   valid, and with that value; as many holes as the original had tokens, at several numbers of passes
+    edit             the first operand written anew: valid, and with that value
+    repair           see repair_rows
+    Returns (rows, two tables).
+    """
+    model, meta, config, task, train = checkpoint_of_arithmetic()
+    clean = spread_rows(load_data('arithmetic')[1]['val'], num_samples, model.config.block_size)
+    texts = [decode(meta, ids)[0] for ids in clean.tolist()]
+    heads, values = zip(*(text.split('=') for text in texts))
+    at = [next(i for i, c in enumerate(text) if c.isdigit()) for text in texts]
+    _, causal, detects = supports(config)
+    diffusion = [('remask=none', {}), ('remask=random', dict(remask='random'))]
+    diffusion += [('remask=wrong', dict(remask='wrong'))] if detects else []
+    asked = []                                                                 # (task, sampler, texts with holes, rules)
+    for sampler, rules in diffusion + ([('remask=causal', dict(remask='causal'))] if causal else []):
+        asked.append(('infill expr=_', sampler, [f'{head}=_' for head in heads], rules))
+    for sampler, rules in diffusion:
+        for n in budgets:
+            asked.append(('infill _=value', f'{sampler}, {n} passes', [f"{'_' * len(head)}={value}" for head, value in zip(heads, values)],
+                          dict(rules, steps=n)))
+        asked.append(('edit', sampler, [f'{text[:i]}_{text[i + 1:]}' for text, i in zip(texts, at)], dict(rules, steps=8)))
+    rows = []
+    for name, sampler, holed, rules in tqdm(wanted(asked), desc='rows', leave=False):
+        canvas, fixed = (torch.cat(parts) for parts in zip(*(task_canvas('infill', model, meta, text, '_') for text in holed)))
+        runs = [fill(model, meta, canvas, fixed, batch_size=batch_size, seed=seed + s, **rules) for s in range(num_seeds)]
+        parsed = [[(*task.parse(sample['text']), goal) for sample, goal in zip(run, values)] for run in runs]
+        row = dict(name=name, sampler=sampler, nfe=statistics.mean(sample['nfe'] for run in runs for sample in run))
+        row['valid'] = statistics.mean(valid for run in parsed for valid, *_ in run)
+        row['correct'] = statistics.mean(valid and value == claimed == int(goal) for run in parsed for valid, value, claimed, goal in run)
+        rows.append(with_errors(row, len(texts)))
+    mended = repair_rows(model, meta, config, clean) if not only or 'repair' in only else []
+    tables = [markdown(['task', 'sampler', 'valid %', 'correct %', 'nfe'],
+                       [[row['name'], row['sampler'], *[cell(row, m) for m in ('valid', 'correct', 'nfe')]] for row in rows])]
+    tables += [markdown(['repair', 'how', 'accuracy %', 'exact %', 'nfe'],
+                        [[row['name'], row['sampler'], *[cell(row, m) for m in ('accuracy', 'exact', 'nfe')]] for row in mended])] if mended else []
+    print(f'{len(texts)} held-out strings, {num_seeds} draws each, ± standard error over the strings')
+    return rows + mended, '\n\n'.join(tables)
+
+
+def with_errors(row, n):
+    """row, with the binomial standard error of its shares over n strings (draws of one string are not independent)."""
+    return {**row, 'nfe_se': None, **{f'{name}_se': (value * (1 - value) / n) ** 0.5 for name, value in row.items() if name in SHARES}}
+
+
+def repair_rows(model, meta, config, clean, sigma=0.2, noise_mix='mask:0.5,replace:0.2,swap:0.15,delete:0.075,insert:0.075'):
+    """
+    Repair of clean rows (N, T) under mixed noise: accuracy over the real tokens and exact, the share that is right as a whole.
+
+    In the seed's protocol an insertion never fires, in the other it does. Beside the repair: doing nothing; doing nothing but
+    fill the masks perfectly; one pass that takes the likeliest token everywhere. Greedy, so one draw.
+    """
+    free, real = modelled(clean, meta)
+    rows = []
+    for protocol, mix in (("the seed's protocol", parse_mixture('noise_mix', noise_mix.replace('insert:0.075', 'insert:0'), NOISE)),
+                          ('with insertions', parse_mixture('noise_mix', noise_mix, NOISE))):
+        level = sigma * sum(share for _, share in mix)                         # what would have been an insertion does nothing
+        noisy = mixed_noise(clean, real, torch.full((len(clean),), level), mix, model.mask_token_id, meta['pad'],
+                            torch.Generator().manual_seed(seed))
+        found = {'nothing': noisy, 'nothing, masks filled perfectly': torch.where(noisy == model.mask_token_id, clean, noisy)}
+        with torch.no_grad():
+            likeliest = [model.logits(model(part.to(next(model.parameters()).device)), real_only=True).argmax(-1).cpu() for part in noisy.split(batch_size)]
+        found['the likeliest token everywhere'] = torch.where(free, torch.cat(likeliest), clean)
+        nfe = dict(zip(found, (0, 0, 1)))
+        if supports(config)[2]:
+            rules = choose_rules(config, task='repair', inside=True)
+            samples = fill(model, meta, noisy, ~free, batch_size=batch_size, seed=seed, trace=True, **rules)
+            found['--task=repair'] = torch.stack([sample['trace'][-1].cpu() for sample in samples])
+            nfe['--task=repair'] = statistics.mean(sample['nfe'] for sample in samples)
+        for how, ids in found.items():
+            right = ids == clean
+            row = with_errors(dict(name=protocol, sampler=how, nfe=nfe[how], exact=(right | ~real).all(1).double().mean().item()), len(clean))
+            row['accuracy'], row['accuracy_se'] = per_token((right & real).sum(1).double(), real.sum(1))
+            rows.append(row)
+    return rows
 
 
 # -----------------------------------------------------------------------------
@@ -255,7 +423,7 @@ def mean_and_error(scores, metrics):
     return row
 
 
-SUITES = {'arithmetic': arithmetic, 'checkpoints': checkpoints}
+SUITES = dict(arithmetic=arithmetic, samplers=samplers, tasks=tasks, checkpoints=checkpoints)
 
 
 def main():

@@ -68,7 +68,7 @@ priority = '()=+*'         # commit=priority: candidates of these characters fir
 ar_prefix: int = None      # tokens drawn left to right with the causal pass first; None: 0 (a causal checkpoint: all)
 # which visible tokens are re-masked
 remask: str = None         # none | random | wrong | confidence | remdm | p2 | causal
-remask_rate: float = None  # how often, see generate_diffusion; None: 1 for wrong and p2, 0.1 for the others
+remask_rate: float = None  # how often, see generate_diffusion; None: 1 for wrong, confidence and p2, 0.3 for the others
 remask_random_ratio = 0.0  # 0: re-mask by doubt alone, 1: at random alone
 remask_threshold: float = None  # re-mask what is doubted more than this, each position once
 remask_schedule: tuple = None   # re-mask a share of the visible tokens that goes from the first to the second number: 0.3,0.05
@@ -92,7 +92,7 @@ attention = 'auto'         # auto | plain | sdpa
 compile = False            # torch.compile the network
 # -----------------------------------------------------------------------------
 
-RATES = dict(wrong=1.0, p2=1.0, confidence=0.3)   # remask_rate where it is not given; 0.1 for the others
+RATES = dict(wrong=1.0, confidence=1.0, p2=1.0)   # remask_rate where it is not given; 0.3 for the others, see EXPERIMENTS.md
 DRAFT_WINDOW = 16  # remask=causal drafts this many tokens a round; EXPERIMENTS.md has 8 to 63
 
 
@@ -147,7 +147,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     from the first to the last if trace, else None. Raises UserError for rules that do not fit together or the canvas.
     """
     mask = model.mask_token_id
-    remask_rate = RATES.get(remask, 0.1) if remask_rate is None else remask_rate
+    remask_rate = RATES.get(remask, 0.3) if remask_rate is None else remask_rate
     check_rules(canvas, mask, fixed, commit, remask, remdm, draft, schedule, temperature, top_k, choice_temperature)
     canvas = canvas.clone()
     start = (canvas == mask).sum(1)                                            # (B,) tokens to fill
@@ -341,7 +341,7 @@ PRESETS = dict(
 )
 # repair changes as little as it can: what is doubted more than that, each position once, surest first
 TASKS = dict(generate={}, infill={}, edit={}, score={},
-             repair=dict(commit='threshold', remask='wrong', remask_threshold=0.5, temperature=0.0))
+             repair=dict(commit='threshold', remask='wrong', remask_threshold=0.8, temperature=0.0))
 
 
 def choose_rules(config, *, preset=None, task='generate', inside=False, judge=False, **chosen):
