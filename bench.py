@@ -225,7 +225,9 @@ def samplers():
             rules = dict(rules, priority=ids)
         found = []
         for n in budgets if takes else (None,):
-            how = dict(rules, steps=n - n // 2, ar_prefix=n // 2) if 'ar_prefix' in rules and takes else dict(rules, steps=n) if takes else rules
+            how = dict(rules, steps=n) if takes else rules
+            if takes and 'ar_prefix' in rules:
+                how.update(steps=n - n // 2, ar_prefix=n // 2)
             found.append(measure(model, meta, task, train, name, how, more=dict(budget=n)))
         rows += found
         cells = found if takes else found + [None] * (len(budgets) - 1)
@@ -233,8 +235,8 @@ def samplers():
             line.append([name if takes else f"{name}: {cell(found[0], 'nfe')} passes",
                          *['' if row is None else ' · '.join(cell(row, m) for m in metrics) for row in cells]])
     print(f'{num_seeds} seeds x {num_samples} samples, ± standard error')
-    heads = (['valid % · length_tv', *[f'{n} passes' for n in budgets]], ['correct % · unique % · novel %', *[f'{n} passes' for n in budgets]])
-    return rows, '\n\n'.join(markdown(head, line) for head, line in zip(heads, lines))
+    heads = ('valid % · length_tv', 'correct % · unique % · novel %')
+    return rows, '\n\n'.join(markdown([head, *[f'{n} passes' for n in budgets]], line) for head, line in zip(heads, lines))
 
 
 def training_strings(meta):
@@ -271,30 +273,32 @@ def tasks():
         asked.append(('infill expr=_', sampler, [f'{head}=_' for head in heads], rules))
     for sampler, rules in diffusion:
         for n in budgets:
-            asked.append(('infill _=value', f'{sampler}, {n} passes', [f"{'_' * len(head)}={value}" for head, value in zip(heads, values)],
-                          dict(rules, steps=n)))
+            holed = [f"{'_' * len(head)}={value}" for head, value in zip(heads, values)]
+            asked.append(('infill _=value', f'{sampler}, {n} passes', holed, dict(rules, steps=n)))
         asked.append(('edit', sampler, [f'{text[:i]}_{text[i + 1:]}' for text, i in zip(texts, at)], dict(rules, steps=8)))
     rows = []
     for name, sampler, holed, rules in tqdm(wanted(asked), desc='rows', leave=False):
         canvas, fixed = (torch.cat(parts) for parts in zip(*(task_canvas('infill', model, meta, text, '_') for text in holed)))
         runs = [fill(model, meta, canvas, fixed, batch_size=batch_size, seed=seed + s, **rules) for s in range(num_seeds)]
-        parsed = [[(*task.parse(sample['text']), goal) for sample, goal in zip(run, values)] for run in runs]
+        parsed = [(*task.parse(sample['text']), int(goal)) for run in runs for sample, goal in zip(run, values)]
         row = dict(name=name, sampler=sampler, nfe=statistics.mean(sample['nfe'] for run in runs for sample in run))
-        row['valid'] = statistics.mean(valid for run in parsed for valid, *_ in run)
-        row['correct'] = statistics.mean(valid and value == claimed == int(goal) for run in parsed for valid, value, claimed, goal in run)
+        row['valid'] = statistics.mean(valid for valid, *_ in parsed)
+        row['correct'] = statistics.mean(valid and value == claimed == goal for valid, value, claimed, goal in parsed)
         rows.append(with_errors(row, len(texts)))
     mended = repair_rows(model, meta, config, clean) if not only or 'repair' in only else []
     tables = [markdown(['task', 'sampler', 'valid %', 'correct %', 'nfe'],
                        [[row['name'], row['sampler'], *[cell(row, m) for m in ('valid', 'correct', 'nfe')]] for row in rows])]
-    tables += [markdown(['repair', 'how', 'accuracy %', 'exact %', 'nfe'],
-                        [[row['name'], row['sampler'], *[cell(row, m) for m in ('accuracy', 'exact', 'nfe')]] for row in mended])] if mended else []
+    if mended:
+        tables.append(markdown(['repair', 'how', 'accuracy %', 'exact %', 'nfe'],
+                               [[row['name'], row['sampler'], *[cell(row, m) for m in ('accuracy', 'exact', 'nfe')]] for row in mended]))
     print(f'{len(texts)} held-out strings, {num_seeds} draws each, ± standard error over the strings')
     return rows + mended, '\n\n'.join(tables)
 
 
 def with_errors(row, n):
     """row, with the binomial standard error of its shares over n strings (draws of one string are not independent)."""
-    return {**row, 'nfe_se': None, **{f'{name}_se': (value * (1 - value) / n) ** 0.5 for name, value in row.items() if name in SHARES}}
+    errors = {f'{name}_se': (value * (1 - value) / n) ** 0.5 for name, value in row.items() if name in SHARES}
+    return {**row, **errors, 'nfe_se': None}
 
 
 def repair_rows(model, meta, config, clean, sigma=0.2, noise_mix='mask:0.5,replace:0.2,swap:0.15,delete:0.075,insert:0.075'):
@@ -306,14 +310,15 @@ def repair_rows(model, meta, config, clean, sigma=0.2, noise_mix='mask:0.5,repla
     """
     free, real = modelled(clean, meta)
     rows = []
-    for protocol, mix in (("the seed's protocol", parse_mixture('noise_mix', noise_mix.replace('insert:0.075', 'insert:0'), NOISE)),
-                          ('with insertions', parse_mixture('noise_mix', noise_mix, NOISE))):
+    device = next(model.parameters()).device
+    for protocol, mixture in (("the seed's protocol", noise_mix.replace('insert:0.075', 'insert:0')), ('with insertions', noise_mix)):
+        mix = parse_mixture('noise_mix', mixture, NOISE)
         level = sigma * sum(share for _, share in mix)                         # what would have been an insertion does nothing
         noisy = mixed_noise(clean, real, torch.full((len(clean),), level), mix, model.mask_token_id, meta['pad'],
                             torch.Generator().manual_seed(seed))
         found = {'nothing': noisy, 'nothing, masks filled perfectly': torch.where(noisy == model.mask_token_id, clean, noisy)}
         with torch.no_grad():
-            likeliest = [model.logits(model(part.to(next(model.parameters()).device)), real_only=True).argmax(-1).cpu() for part in noisy.split(batch_size)]
+            likeliest = [model.logits(model(part.to(device)), real_only=True).argmax(-1).cpu() for part in noisy.split(batch_size)]
         found['the likeliest token everywhere'] = torch.where(free, torch.cat(likeliest), clean)
         nfe = dict(zip(found, (0, 0, 1)))
         if supports(config)[2]:
@@ -323,7 +328,8 @@ def repair_rows(model, meta, config, clean, sigma=0.2, noise_mix='mask:0.5,repla
             nfe['--task=repair'] = statistics.mean(sample['nfe'] for sample in samples)
         for how, ids in found.items():
             right = ids == clean
-            row = with_errors(dict(name=protocol, sampler=how, nfe=nfe[how], exact=(right | ~real).all(1).double().mean().item()), len(clean))
+            exact = (right | ~real).all(1).double().mean().item()
+            row = with_errors(dict(name=protocol, sampler=how, nfe=nfe[how], exact=exact), len(clean))
             row['accuracy'], row['accuracy_se'] = per_token((right & real).sum(1).double(), real.sum(1))
             rows.append(row)
     return rows

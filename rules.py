@@ -226,10 +226,10 @@ def speculate(model, x, masked, drafted, q, filters, generator):
     One round of speculative sampling (Leviathan et al. 2023): a verdict on the draft of each row's next tokens, the next draft.
 
     drafted (R, W) ids of the next W tokens of each row; q (R, W, V+2) the distributions that they were drawn from, all 0 where
-    there is no draft: a network without a draft head then makes one by a bidirectional pass. The causal pass looks at the whole draft at once: from the left each token is accepted with
-    probability min(1, p/q), p of the causal pass; the first rejected one is redrawn from the positive part of p - q,
-    and if none is rejected one more comes from p. So a row gains at least one token, and every token is distributed by p,
-    whatever the draft is worth. See next_draft for where it comes from.
+    there is no draft: a network without a draft head then makes one by a bidirectional pass. The causal pass looks at the
+    whole draft at once: from the left each token is accepted with probability min(1, p/q), p of the causal pass; the first
+    rejected one is redrawn from the positive part of p - q, and if none is rejected one more comes from p. So a row gains at
+    least one token, and every token is distributed by p, whatever the draft is worth. next_draft says where it comes from.
 
     x (R, T), whose masks are a suffix of each row -> x (R, T), the next drafted and q, the passes (R,) that it took.
     """

@@ -128,7 +128,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     remask: which visible positions go back to [MASK]
       none
       random       any, with probability remask_rate
-      wrong        with probability remask_rate * p(WRONG), see rules.p_wrong, by this pass or by remask_model on the completed canvas
+      wrong        with probability remask_rate * p(WRONG), by this pass or by remask_model on the completed canvas
       confidence   with probability remask_rate * (1 - the probability that the token was committed with) (ReMDM-conf)
       remdm        any, with a probability that keeps the forward marginals (ReMDM, remask_rate being its eta): remdm='cap'
                    min(eta, s), 'rescale' eta * s, s = masks left / visible; 'loop' eta while a tenth is held masked
@@ -136,9 +136,9 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
       causal       the causal pass verifies the draft, so the samples follow the law of the causal mode exactly, in fewer
                    passes than it needs (speculative sampling, see rules.speculate); steps, commit and schedule have no say
     random, wrong and confidence use the last correct_share of the steps to re-mask and refill the full canvas.
-    remask_random_ratio mixes random's probability in. remask_threshold: instead, all tokens doubted more than that, and a
-    row in which none is has finished. remask_schedule: instead, a share of the visible tokens that goes linearly from the
-    first to the second number, the most doubted first.
+    remask_random_ratio mixes random's probability in. remask_threshold: instead, all tokens doubted more than that, each
+    position once, and a row without masks has finished. remask_schedule: instead, a share of the visible tokens that goes
+    linearly from the first to the second number, the most doubted first.
     draft='causal': candidates come from the causal pass, one a step from the left: plain AR sampling.
     end_id, pad_id: once everything left of an end token is decided, what is right of it is padding.
     forbid: ids that are not drawn in rows whose end token is fixed.
@@ -149,6 +149,8 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     mask = model.mask_token_id
     remask_rate = RATES.get(remask, 0.3) if remask_rate is None else remask_rate
     check_rules(canvas, mask, fixed, commit, remask, remdm, draft, schedule, temperature, top_k, choice_temperature)
+    if remask not in CORRECTING and not (remask_threshold is None and remask_schedule is None):
+        raise UserError(f"remask_threshold and remask_schedule are for --remask={', '.join(CORRECTING)}, not for {remask}")
     canvas = canvas.clone()
     start = (canvas == mask).sum(1)                                            # (B,) tokens to fill
     corrects, loops = remask in CORRECTING, remask == 'remdm' and remdm == 'loop'
@@ -202,7 +204,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
                     rate = remdm_rate(remdm, remask_rate, left, visible.sum(1), progress)[:, None]   # (R, 1)
                 doubt = spare_lengths(doubt, x, visible, end_id, pad_id)
                 if remask == 'p2':
-                    again = displaced(score, masked, remask_rate * (-doubt).log1p(), visible, left)
+                    again = displaced(score, masked, rate * (-doubt).log1p().clamp(min=-1e3), visible, left)
                 else:
                     may = visible & ~tried[rows] if remask_threshold is not None else visible
                     again = doubted(doubt, may, rate, generator, threshold=remask_threshold,
@@ -280,7 +282,8 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, batch_size=256, seed=1337, 
             head, nfe, steps = generate_diffusion(model, x[:, :width], kept[:, :width], commit='left_to_right', draft='causal',
                                                   trace=trace, **filters, **ends)
             steps = [torch.cat((step, x[:, width:]), 1) for step in steps or []][:-1]
-            x = close_rows(torch.cat((head, x[:, width:]), 1), x == model.mask_token_id, model.mask_token_id, meta['eos'], meta['pad'])
+            masked, x = x == model.mask_token_id, torch.cat((head, x[:, width:]), 1)
+            x = close_rows(x, masked, model.mask_token_id, meta['eos'], meta['pad'])
         x, more, history = generate_diffusion(model, x, kept, forbid=inside, trace=trace, **rules, **ends)
         for row, (ids, passes) in enumerate(zip(x.tolist(), (nfe + more).tolist())):
             text, finished = decode(meta, ids)
@@ -355,7 +358,7 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
     chosen = {name: value for name, value in chosen.items() if value is not None}
     rules = {**TASKS[task], **PRESETS.get(preset, {}), **chosen}
     if task == 'repair' and rules['remask'] not in CORRECTING:
-        raise UserError(f"repair finds what to change by re-masking: use --remask=wrong, random or confidence, not {rules['remask']}")
+        raise UserError(f"repair finds what to change by re-masking: use --remask={', '.join(CORRECTING)}, not {rules['remask']}")
     best = best_rules(config, inside, judge=judge, **{name: rules.get(name) for name in ('commit', 'remask', 'ar_prefix')})
     return {**rules, **best}
 
@@ -460,7 +463,7 @@ def check_settings():
     if not 0 <= seed < 2 ** 63:
         raise UserError(f'seed must be in 0..2^63 - 1, got {seed}')
     if top_p == 0 or commit_threshold == 0:
-        raise UserError('top_p=0 leaves no token to draw' if top_p == 0 else 'commit_threshold=0 commits everything: use --steps=1')
+        raise UserError('top_p=0 leaves no token to draw' if top_p == 0 else 'commit_threshold must be above 0')
     if remask_schedule and (len(remask_schedule) != 2 or not all(0 <= share <= 1 for share in remask_schedule)):
         raise UserError(f'remask_schedule expects two shares in 0..1, for example 0.3,0.05; got {remask_schedule}')
     if remask_schedule and remask_threshold is not None:
@@ -470,6 +473,8 @@ def check_settings():
         raise UserError(f"task expects one of {', '.join(TASKS)}; got '{task}'" + (f', did you mean {near[0]}?' if near else ''))
     if task == 'generate' and (text is not None or file or mask):
         raise UserError('text, file and mask are for --task=infill, repair, edit or score; generate takes --prompt')
+    if task == 'score' and (animate or html):
+        raise UserError('score writes nothing, so there is nothing to watch: --animate and --html are for the other tasks')
     if task != 'generate' and (prompt or length):
         raise UserError(f'prompt and length are for --task=generate; {task} takes --text or --file')
     if task != 'generate' and (text is None) == (file is None):
@@ -577,7 +582,8 @@ def main():
     texts, canvas, fixed = canvases(model, meta)
     t0 = time.time()
     if task == 'score':
-        samples = [dict(text=line, tokens=until_end(meta, ids), nfe=0, finished=True) for line, ids in zip(texts, canvas.tolist())]
+        samples = [dict(text=line, tokens=until_end(meta, ids), nfe=0, finished=True)
+                   for line, ids in zip(texts, canvas.tolist())]
     else:
         masked = canvas == model.mask_token_id
         rules = choose_rules(
@@ -587,8 +593,8 @@ def main():
             remask_schedule=remask_schedule, correct_share=correct_share, temperature=temperature)
         print(', '.join(f'{name}={value}' for name, value in rules.items()))
         samples = fill(
-            model, meta, canvas, fixed, batch_size=batch_size, seed=seed, progress=True, trace=bool(animate or html) or task == 'repair',
-            remask_model=judge, remask_random_ratio=remask_random_ratio, remdm=remdm, commit_threshold=commit_threshold,
+            model, meta, canvas, fixed, batch_size=batch_size, seed=seed, progress=True,
+            trace=bool(animate or html) or task == 'repair', remask_model=judge, remask_random_ratio=remask_random_ratio, remdm=remdm, commit_threshold=commit_threshold,
             priority=encode(meta, priority) if rules['commit'] == 'priority' else (), top_k=top_k, top_p=top_p, **rules)
     seconds, num = time.time() - t0, len(samples)
     if task == 'repair':
@@ -606,25 +612,31 @@ def main():
     if task != 'score':
         print(f'{num} samples, {mean_nfe:.1f} passes each (NFE), {num / seconds:.1f} samples/s')
     if animate or html:
-        watch(model, meta, fixed, samples, scorer and scorer.verdict, mean_nfe)
+        watch(judge or (model if supports(config)[2] else None), meta, fixed, samples, scorer and scorer.verdict,
+              ', '.join(f'{name}={value}' for name, value in rules.items()) + f'; {mean_nfe:.0f} passes a sample')
     if save:
         lines = [{key: value for key, value in sample.items() if key != 'trace'} for sample in samples]
         write_atomically(save, ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines))
         print(f'written to {save}')
 
 
-def watch(model, meta, fixed, samples, verdict, mean_nfe, most=20):
-    """Plays the first samples, those with a trace, in the terminal (--animate), or writes them to a page (--html)."""
+def watch(judge, meta, fixed, samples, verdict, subtitle, most=20):
+    """
+    Plays the first samples, with their traces, in the terminal (--animate), or writes them to a page (--html).
+
+    judge: the network that says how wrong each token is; None if there is none that learned it.
+    """
     import show
     stories = []
     for row, sample in enumerate(samples[:most]):
         steps = [step[None] for step in sample['trace']]                       # S x (1, T)
+        doubts = show.judge_steps(judge, steps) if judge else torch.full((len(steps), *steps[0].shape), float('nan'))
         label = f"{sample['text']}   {verdict(sample['text'])}" if verdict else sample['text'][:60]
-        stories.append(show.story(meta, steps, fixed[row:row + 1], show.judge_steps(model, steps), 0, label))
+        stories.append(show.story(meta, steps, fixed[row:row + 1], doubts, 0, label))
     if animate:
         show.animate(stories)
     if html:
-        show.write_page(html, 'nanoRemask', f'{task} with {preset or "the best sampler"} on {meta["name"]}, {mean_nfe:.0f} passes a sample', stories)
+        show.write_page(html, f"{meta['name']}: {task}", subtitle, stories)
         print(f'written to {html}')
 
 
