@@ -195,10 +195,11 @@ def budget_rows(config, block_size):
              ('remask=remdm (preset remdm)', True, dict(remask='remdm')),
              ('remask=confidence', True, dict(remask='confidence'))]
     if detects:
-        rows += [('remask=wrong (preset intelligent)', True, dict(remask='wrong')),
+        rows += [('remask=wrong', True, dict(remask='wrong')),
+                 ('schedule=cosine, remask=wrong (preset intelligent)', True, dict(schedule='cosine', remask='wrong')),
                  ('remask=p2 (preset p2)', True, dict(remask='p2'))]
     if causal and detects:
-        rows.append(('half of the passes by ar_prefix, then remask=wrong (as preset hybrid)', True, dict(remask='wrong', ar_prefix=0)))
+        rows.append(('half of the passes by ar_prefix, then remask=wrong', True, dict(remask='wrong', ar_prefix=0)))
     rows += [('commit=confidence, schedule=cosine (preset maskgit)', True, dict(commit='confidence', schedule='cosine')),
              ('commit=margin', True, dict(commit='margin')), ('commit=entropy', True, dict(commit='entropy')),
              ('commit=threshold (preset threshold)', True, dict(commit='threshold')),
@@ -277,7 +278,7 @@ def tasks():
             asked.append(('infill _=value', f'{sampler}, {n} passes', holed, dict(rules, steps=n)))
         asked.append(('edit', sampler, [f'{text[:i]}_{text[i + 1:]}' for text, i in zip(texts, at)], dict(rules, steps=8)))
     rows = []
-    for name, sampler, holed, rules in tqdm(wanted(asked), desc='rows', leave=False):
+    for name, sampler, holed, rules in tqdm([] if only == 'repair' else wanted(asked), desc='rows', leave=False):
         canvas, fixed = (torch.cat(parts) for parts in zip(*(task_canvas('infill', model, meta, text, '_') for text in holed)))
         runs = [fill(model, meta, canvas, fixed, batch_size=batch_size, seed=seed + s, **rules) for s in range(num_seeds)]
         parsed = [(*task.parse(sample['text']), int(goal)) for run in runs for sample, goal in zip(run, values)]
@@ -286,11 +287,10 @@ def tasks():
         row['correct'] = statistics.mean(valid and value == claimed == goal for valid, value, claimed, goal in parsed)
         rows.append(with_errors(row, len(texts)))
     mended = repair_rows(model, meta, config, clean) if not only or 'repair' in only else []
-    tables = [markdown(['task', 'sampler', 'valid %', 'correct %', 'nfe'],
-                       [[row['name'], row['sampler'], *[cell(row, m) for m in ('valid', 'correct', 'nfe')]] for row in rows])]
-    if mended:
-        tables.append(markdown(['repair', 'how', 'accuracy %', 'exact %', 'nfe'],
-                               [[row['name'], row['sampler'], *[cell(row, m) for m in ('accuracy', 'exact', 'nfe')]] for row in mended]))
+    tables = [markdown([*head, *[f'{m} %' for m in metrics], 'nfe'],
+                       [[row['name'], row['sampler'], *[cell(row, m) for m in (*metrics, 'nfe')]] for row in part])
+              for head, metrics, part in ((('task', 'sampler'), ('valid', 'correct'), rows),
+                                          (('repair', 'how'), ('accuracy', 'exact'), mended)) if part]
     print(f'{len(texts)} held-out strings, {num_seeds} draws each, ± standard error over the strings')
     return rows + mended, '\n\n'.join(tables)
 

@@ -87,7 +87,7 @@ def holes(meta, text, hole, mask_token_id):
     A hole at the very end is open: it stands for as many tokens as the model wants. Raises UserError for a hole that could
     be text, and for a text without one.
     """
-    if not hole or hole in (meta['itos'] or ()):
+    if all(c in (meta['itos'] or ()) for c in hole):
         raise UserError(f"hole expects a text that is not in the vocabulary of {meta['name']}, got {hole!r}")
     if hole not in text:
         raise UserError(f'{text!r} has no hole ({hole!r}) to fill')
@@ -102,7 +102,7 @@ def spans(text, n):
     found = []
     for part in (text or '').split(','):
         first, colon, last = part.partition(':')
-        if not (colon and first.strip().isdigit() and last.strip().isdigit()):
+        if not (colon and first.strip().isdecimal() and last.strip().isdecimal()):
             raise UserError(f"mask expects spans like 3:5 or 3:5,8:9, counted from 0; got '{text}'")
         at = range(int(first), int(last))
         if not at or at[-1] >= n:

@@ -138,7 +138,8 @@ class GPT(nn.Module):
         nn.init.normal_(self.wte.weight, std=0.02)
         self.causal_embd = nn.Parameter(torch.zeros(config.n_embd))  # tells the network which of its two jobs it is doing
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.drafter = Drafter(config.n_embd) if config.draft_head else None
+        with torch.random.fork_rng(devices=[]):                      # with or without it the rest draws the same numbers
+            self.drafter = Drafter(config.n_embd) if config.draft_head else None
         self.register_buffer('mask_logit_bias', torch.zeros(()))     # set by the controller in train.py, saved with the model
         cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
         self.register_buffer('cos', cos, persistent=False)           # (block_size, hs)

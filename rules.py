@@ -122,11 +122,11 @@ def commit_order(commit, model, hidden, masked, candidates, *, noise_scale, prio
         return confidence - noise_scale * (-noise.log()).log()
     if commit == 'margin':
         top = logp.exp().topk(2, dim=-1).values                                # (N, 2)
-        return spread(masked, top[:, 0] - top[:, 1])
+        return spread(masked, (top[:, 0] - top[:, 1]).clamp(min=1e-300).log())
     if commit == 'entropy':
         return spread(masked, (logp.exp() * logp.clamp(min=-1e9)).sum(-1))
     if commit == 'priority':
-        return noise + torch.isin(ids, torch.tensor(priority, device=ids.device))
+        return ((noise + torch.isin(ids, torch.tensor(priority, device=ids.device))) / 2).log()
     return confidence                                                          # threshold
 
 

@@ -26,7 +26,7 @@ import configurator
 from canvas import decode, encode, load_task, start_canvas, task_canvas, until_end
 from configurator import UserError
 from corruption import modelled
-from model import atomically, causal_nll, check_same_model, configure_compute, identity, load_checkpoint, nelbo
+from model import atomically, causal_nll, check_same_model, configure_compute, identity, load_checkpoint, nelbo, random_subset
 from rules import (COMMIT_RULES, CORRECTING, REMASK_RULES, REMDM_SCHEDULES, WHOLE_CANVAS, close_rows, commit_order, displaced, doubted,
                    draft_pass, first_of, masks_left, p_wrong, propose, remdm_rate, share_at, spare_lengths, speculate, spread)
 
@@ -52,7 +52,7 @@ num_samples: int = None    # how many samples to draw; None: 10, with a text 1 e
 #   threshold    commit whatever is surer than commit_threshold, as few passes as that takes
 #   remdm        re-mask at random with a probability that keeps the forward marginals
 #   p2           visible tokens and candidates compete for staying
-#   intelligent  re-mask what the network itself calls wrong
+#   intelligent  re-mask what the network itself calls wrong, cosine schedule
 #   hybrid       16 tokens left to right with the causal pass, the rest by intelligent
 #   speculative  the causal pass verifies what is drafted: the law of left-to-right writing, in fewer passes
 #   universal    3 tokens left to right, then maskgit in 20 steps (the universal denoiser's best)
@@ -105,7 +105,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
                        draft='bidirectional', remask_model=None, remask_rate=None, remask_random_ratio=0.0,
                        remask_threshold=None, remask_schedule=None, remdm='cap', correct_share=0.25, temperature=1.0,
                        top_k=None, top_p=None, choice_temperature=4.5, commit_threshold=0.9, priority=(), block_length=None,
-                       end_id=None, pad_id=None, forbid=(), generator=None, trace=False):
+                       end_id=None, pad_id=None, closed=None, forbid=(), generator=None, trace=False):
     """
     The one sampling loop: canvas, fixed -> repeat: candidates at masked positions, commit some, re-mask some.
 
@@ -141,7 +141,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     linearly from the first to the second number, the most doubted first.
     draft='causal': candidates come from the causal pass, one a step from the left: plain AR sampling.
     end_id, pad_id: once everything left of an end token is decided, what is right of it is padding.
-    forbid: ids that are not drawn in rows whose end token is fixed.
+    closed (B,) bool: rows in which none of the ids forbid is drawn; None: those whose end token is fixed.
 
     Returns canvas (B, T) without masks, nfe (B,) the passes that each row took part in, and the list of the canvases
     from the first to the last if trace, else None. Raises UserError for rules that do not fit together or the canvas.
@@ -162,7 +162,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     if remask == 'causal':                                                     # no draft yet: ids (R, W), their laws (R, W, V+2)
         drafted = torch.zeros(int((start > 0).sum()), min(DRAFT_WINDOW, canvas.size(1)), dtype=torch.long, device=canvas.device)
         q = torch.zeros(*drafted.shape, mask + 2, device=canvas.device)
-    closed = (fixed & (canvas == end_id)).any(1) if end_id is not None else torch.zeros_like(start, dtype=torch.bool)  # (B,)
+    closed = (fixed & (canvas == (-1 if end_id is None else end_id))).any(1) if closed is None else closed         # (B,)
     first, position = (canvas == mask).long().argmax(1), torch.arange(canvas.size(1), device=canvas.device)  # where blocks begin
     surety = torch.zeros(canvas.shape, dtype=torch.float64, device=canvas.device)  # log-probabilities at commit time
     tried = fixed.clone()                                                      # remask_threshold doubts a position once
@@ -187,8 +187,11 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
                 candidates = propose(model, hidden, masked, filters, generator, closed[rows], forbid)
             score = commit_order(commit, model, hidden, masked, candidates, priority=priority, generator=generator,
                                  noise_scale=choice_temperature * (1 - progress[:, None]))            # (R, T)
+            ready = masked                                                     # what may be committed now
             if block_length:
-                score = score - 1e6 * ((position - first[rows, None]) // block_length)               # earlier blocks first
+                block = (position - first[rows, None]) // block_length         # (R, T)
+                score = score - 1e6 * block                                    # earlier blocks first
+                ready = masked & (block == block.masked_fill(~masked, x.size(1)).amin(1, keepdim=True))
 
             again = torch.zeros_like(masked)                                   # what is re-masked
             if remask != 'none' and not last:
@@ -209,14 +212,16 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
                     may = visible & ~tried[rows] if remask_threshold is not None else visible
                     again = doubted(doubt, may, rate, generator, threshold=remask_threshold,
                                     random_ratio=1.0 if remask == 'random' else remask_random_ratio,
-                                    share=share_at(remask_schedule, step / max(1, steps - 1)))
+                                    share=share_at(remask_schedule, step / max(1, steps - 2)))
                     tried[rows] |= again
+                    if remask == 'remdm':                                      # by chance more than may be masked
+                        again = random_subset(again, left, generator)
 
             count = masked.sum(1)                                              # (R,) tokens to commit
             if draft == 'causal':
                 count = count.clamp(max=1)
             elif commit == 'threshold' and not last:
-                count = (masked & (candidates[1] >= math.log(commit_threshold))).sum(1).clamp(min=1)
+                count = (ready & (candidates[1] >= math.log(commit_threshold))).sum(1).clamp(min=1)
             elif not last:
                 count = count + again.sum(1) - left
             chosen = first_of(score, masked, count)
@@ -251,9 +256,10 @@ def check_rules(canvas, mask, fixed, commit, remask, remdm, draft, schedule, tem
                         'use --remask=wrong, random or none and --ar_prefix=0')
     greedy = temperature == 0 or top_k == 1 or (commit == 'confidence' and choice_temperature == 0)
     empty = masked.sum(1) >= canvas.size(1) - 1                                # nothing is given but the start symbol
-    if commit in (*WHOLE_CANVAS, 'abstain') and greedy and empty.sum() > 1:
+    if commit in (*WHOLE_CANVAS, 'abstain') and commit != 'priority' and greedy and empty.sum() > 1:
+        noise = '--temperature=1' + (' and --choice_temperature=4.5' if commit == 'confidence' else '')
         raise UserError(f'commit={commit} without noise writes one sample again and again from an empty canvas: '
-                        f'use --temperature=1 and --choice_temperature=4.5, or another commit rule')
+                        f'use {noise}, or another commit rule')
 
 
 # -----------------------------------------------------------------------------
@@ -279,8 +285,9 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, batch_size=256, seed=1337, 
         nfe, steps = 0, []
         if ar_prefix:
             width = min(x.size(1), int((x == model.mask_token_id).long().argmax(1).max()) + ar_prefix)
+            closed = (kept & (x == (-1 if meta['eos'] is None else meta['eos']))).any(1)   # the end may be beyond width
             head, nfe, steps = generate_diffusion(model, x[:, :width], kept[:, :width], commit='left_to_right', draft='causal',
-                                                  trace=trace, **filters, **ends)
+                                                  closed=closed, forbid=inside, trace=trace, **filters, **ends)
             steps = [torch.cat((step, x[:, width:]), 1) for step in steps or []][:-1]
             masked, x = x == model.mask_token_id, torch.cat((head, x[:, width:]), 1)
             x = close_rows(x, masked, model.mask_token_id, meta['eos'], meta['pad'])
@@ -308,9 +315,9 @@ def judge_rows(model, meta, canvas, config, estimates=32, seed=0):
     """
     writes, causal, detects = supports(config)
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
     results = []
     for row in canvas.to(device).split(1):
+        generator = torch.Generator(device).manual_seed(seed)                  # so that a text has one score
         free, real = modelled(row, meta)
         result, tokens = {}, max(1, int(real.sum()))
         if writes:
@@ -337,8 +344,8 @@ PRESETS = dict(
     threshold=dict(commit='threshold', remask='none'),                         # Wu et al. 2025 (Fast-dLLM)
     remdm=dict(commit='random', remask='remdm'),                               # Wang et al. 2025
     p2=dict(commit='random', remask='p2'),                                     # Peng et al. 2025
-    intelligent=dict(commit='random', remask='wrong'),                         # the remasking plan
-    hybrid=dict(ar_prefix=16, commit='random', remask='wrong'),
+    intelligent=dict(commit='random', schedule='cosine', remask='wrong'),      # the remasking plan, repaired
+    hybrid=dict(ar_prefix=16, commit='random', schedule='cosine', remask='wrong'),
     speculative=dict(remask='causal'),                                         # Leviathan et al. 2023
     universal=dict(ar_prefix=3, commit='confidence', schedule='cosine', steps=20, remask='none'),  # the universal denoiser
 )
@@ -357,8 +364,12 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
         raise UserError(f"unknown preset '{preset}'; {f'did you mean {near[0]}' if near else 'there are ' + ', '.join(PRESETS)}?")
     chosen = {name: value for name, value in chosen.items() if value is not None}
     rules = {**TASKS[task], **PRESETS.get(preset, {}), **chosen}
-    if task == 'repair' and rules['remask'] not in CORRECTING:
-        raise UserError(f"repair finds what to change by re-masking: use --remask={', '.join(CORRECTING)}, not {rules['remask']}")
+    if 'remask_schedule' in chosen and 'remask_threshold' not in chosen:
+        rules.pop('remask_threshold', None)
+    if task == 'repair' and rules['remask'] not in ('wrong', 'random'):
+        raise UserError(f"repair finds what to change by re-masking: use --remask=wrong or random, not {rules['remask']}")
+    if rules.get('remask_rate', 0) > 1 and rules.get('remask') != 'p2':
+        raise UserError(f"remask_rate is a probability, in 0..1 (only p2's is not), got {rules['remask_rate']}")
     best = best_rules(config, inside, judge=judge, **{name: rules.get(name) for name in ('commit', 'remask', 'ar_prefix')})
     return {**rules, **best}
 
@@ -387,8 +398,9 @@ def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=
                         '--remask_from)')
     if commit == 'abstain' and not config.get('allow_abstain'):
         raise UserError('commit=abstain needs a checkpoint trained with --allow_abstain=True')
-    if remask == 'wrong' and not (detects or judge):
-        raise UserError('this checkpoint was not trained to find wrong tokens: give a remasking one as --remask_from=PATH')
+    if remask in ('wrong', 'p2') and not (detects or judge):
+        raise UserError('this checkpoint was not trained to find wrong tokens: train with training_type joint'
+                        + (', or give a remasking one as --remask_from=PATH' if remask == 'wrong' else ''))
     if remask is None:
         if kind != 'causal' and causal and not lengths_given and commit is None and not ar_prefix:
             remask = 'causal'
@@ -454,7 +466,7 @@ def check_settings():
     """Raises UserError for a value that makes no sense, before anything is loaded."""
     for name, low, high in (('num_samples', 1, None), ('batch_size', 1, None), ('steps', 1, None), ('length', 1, None),
                             ('top_k', 1, None), ('top_p', 0, 1), ('temperature', 0, None), ('ar_prefix', 0, None),
-                            ('choice_temperature', 0, None), ('remask_rate', 0, None if remask == 'p2' or preset == 'p2' else 1),
+                            ('choice_temperature', 0, None), ('remask_rate', 0, None),
                             ('remask_random_ratio', 0, 1), ('remask_threshold', 0, None), ('commit_threshold', 0, None),
                             ('block_length', 1, None), ('correct_share', 0, 1), ('merge_weight', 0, 1)):
         value = globals()[name]
@@ -582,7 +594,7 @@ def main():
     texts, canvas, fixed = canvases(model, meta)
     t0 = time.time()
     if task == 'score':
-        samples = [dict(text=line, tokens=until_end(meta, ids), nfe=0, finished=True)
+        samples = [dict(text=line, tokens=until_end(meta, ids), nfe=0, finished=meta['eos'] is not None)
                    for line, ids in zip(texts, canvas.tolist())]
     else:
         masked = canvas == model.mask_token_id

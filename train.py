@@ -357,6 +357,8 @@ def check_settings(config):
         raise UserError(f"penalty_keep_mask must be 0, or in 0.00001..0.99999, got {config['penalty_keep_mask']}")
     if config['target_mask_prob'] and not config['allow_abstain']:
         raise UserError('target_mask_prob steers how often the network abstains: set --allow_abstain=True')
+    if config['draft_head'] and kind != 'causal' and not config['causal_ratio']:
+        raise UserError('draft_head drafts for the causal mode, which this run does not train: set --causal_ratio=0.5')
     if config['allow_abstain'] and kind in ('remasking', 'causal'):
         raise UserError(f'allow_abstain is about masked positions, training_type={kind} has none')
     if config['mask_logit_bias'] and not config['allow_abstain']:

@@ -13,8 +13,8 @@ from conftest import all_sequences, chi_square, tiny_gpt
 
 import model as model_module
 from configurator import UserError
-from model import (GPT, GPTConfig, causal_nll, check_same_model, configure_compute, load_checkpoint, model_args, nelbo,
-                   random_subset, save_checkpoint, stratified_k)
+from model import (GPT, Drafter, GPTConfig, causal_nll, check_same_model, configure_compute, identity, load_checkpoint,
+                   model_args, nelbo, random_subset, save_checkpoint, stratified_k)
 
 
 def seeded(seed=0):
@@ -180,6 +180,66 @@ def test_padding_rows_get_no_gradient():
 def test_impossible_networks(changes, message):
     with pytest.raises(UserError, match=message):
         GPT(GPTConfig(**changes))
+
+# -----------------------------------------------------------------------------
+# the draft head
+
+
+def test_a_fresh_draft_head_leaves_the_state_as_it_is():
+    """So its first guess is what the causal pass said about the token before; whatever it is fed has no say yet."""
+    torch.manual_seed(0)
+    drafter, state = Drafter(16), torch.randn(5, 16)
+    assert torch.equal(drafter(state, torch.randn(5, 16)), state)
+    with torch.no_grad():
+        drafter.proj.weight.normal_()
+    first, second = drafter(state, torch.ones(5, 16)), drafter(state, torch.arange(16.0).expand(5, 16))
+    assert not torch.allclose(first, state) and not torch.allclose(first, second)
+    fed = torch.cat((F.layer_norm(state, (16,)), F.layer_norm(torch.arange(16.0).expand(5, 16), (16,))), 1)
+    assert torch.allclose(second, state + F.linear(F.linear(fed, drafter.fc.weight).relu() ** 2, drafter.proj.weight),
+                          atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_draft_head_is_fed_the_embedding_of_the_token():
+    model = tiny_gpt(draft_head=True)
+    state, ids = torch.randn(4, 16, generator=seeded()), torch.tensor([0, 2, 1, 3])
+    assert torch.equal(model.draft(state, ids), model.drafter(state, model.wte.weight[ids]))
+    half = model.draft(state.bfloat16(), ids)
+    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), model.draft(state, ids), rtol=0.1, atol=0.1)
+
+
+def test_the_draft_head_is_counted_and_changes_no_other_number():
+    """3 n_embd^2 parameters more; neither pass knows of it."""
+    plain, more = (GPT(GPTConfig(block_size=4, vocab_size=3, n_layer=1, n_head=2, n_embd=16, draft_head=head))
+                   for head in (False, True))
+    assert plain.drafter is None and more.num_params() - plain.num_params() == 3 * 16 * 16
+    more.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randint(3, (5, 4), generator=seeded())
+    assert all(torch.equal(plain(x, causal=causal), more(x, causal=causal)) for causal in (False, True))
+    assert set(more.state_dict()) - set(plain.state_dict()) == {'drafter.fc.weight', 'drafter.proj.weight'}
+
+
+@torch.no_grad()
+def test_a_checkpoint_with_a_draft_head(tmp_path):
+    path, model = str(tmp_path / 'ckpt.pt'), tiny_gpt(draft_head=True)
+    save_checkpoint(path, checkpoint_of(model))
+    loaded, checkpoint = load_checkpoint(path)
+    assert checkpoint['model_args']['draft_head'] is True and loaded.num_params() == model.num_params()
+    state, ids = torch.randn(4, 16, generator=seeded()), torch.tensor([0, 2, 1, 1])
+    assert torch.equal(loaded.draft(state, ids), model.draft(state, ids))
+    for weights, args, message in ((tiny_gpt().state_dict(), model_args(model.config), "tensor 'drafter.fc.weight'"),
+                                   (model.state_dict(), model_args(tiny_gpt().config), "tensor 'drafter.fc.weight'")):
+        torch.save(checkpoint_of(model, model=weights, model_args=args), path)
+        with pytest.raises(UserError, match=message):
+            load_checkpoint(path)
+
+
+def test_identity_is_the_network_and_its_vocabulary():
+    checkpoint = dict(model_args=model_args(tiny_gpt().config), meta=dict(itos=['a', 'b', 'c'], name='x'))
+    assert identity(checkpoint) == {**checkpoint['model_args'], 'itos': ['a', 'b', 'c']}
+    other = identity(dict(checkpoint, meta=dict(itos=['a', 'c', 'b'])))
+    with pytest.raises(UserError, match='a.pt and b.pt do not fit together: itos is'):
+        check_same_model('a.pt', identity(checkpoint), 'b.pt', other)
 
 
 def test_configure_compute():

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import all_sequences, chi_square, tiny_gpt
-from test_sample import (Oracle, distance, empty, filtered_law, product_law, random_law, seeded, starting_canvas, stubborn_gpt, text_law,
-                         within_noise)
+from test_sample import (Oracle, distance, empty, filtered_law, product_law, random_law, seeded, starting_canvas, stubborn_gpt,
+                         text_law, within_noise)
 
 import sample
 from configurator import UserError
@@ -72,7 +72,8 @@ def visible_canvas(model, B):
 # the same under another name
 
 
-@pytest.mark.parametrize('rules', [dict(remask='remdm'), dict(remask='remdm', remdm='rescale'), dict(remask='remdm', remdm='loop'),
+@pytest.mark.parametrize('rules', [dict(remask='remdm'), dict(remask='remdm', remdm='rescale'),
+                                   dict(remask='remdm', remdm='loop'),
                                    dict(remask='p2'), dict(remask='confidence')], ids=lambda rules: '-'.join(rules.values()))
 def test_a_rate_of_zero_is_ancestral_sampling(rules):
     """Nothing is re-masked whatever is doubted, and one token a step is exact, as without a remask rule."""
@@ -167,7 +168,7 @@ def test_what_margin_entropy_and_threshold_call_sure(commit):
     model = Independent(SURE)
     rules = dict(commit=commit, commit_threshold=2.0, choice_temperature=0.0)
     for seed in range(5):
-        out, _, trace = traced(model, empty(model, 1)[0], seed, temperature=0.0, **rules)
+        out, _, trace = traced(model, empty(model, 1)[0], seed=seed, temperature=0.0, **rules)
         assert tuple(committed(trace, 3).nonzero()[:, 2].tolist()) == ORDERS[commit] and out.tolist() == [[0, 0, 0, 0]]
     assert len({ORDERS[name] for name in ('confidence', 'margin', 'entropy')}) == 3
 
@@ -201,16 +202,13 @@ def test_priority_takes_its_tokens_first():
 
 
 def test_threshold_commits_one_token_or_all():
-    """Out of reach: the surest one a step, and the law is exact. Within everybody's reach: all in the first pass."""
+    """Out of everybody's reach: one token a step. Within everybody's reach: all in the first pass."""
     B, V, T = 20000, 3, 3
     law = random_law(V, T, seed=1)
     oracle = Oracle(V, T, law)
     canvas = empty(oracle, B)[0]
-    out, nfe, trace = traced(oracle, canvas, commit='threshold', commit_threshold=1.1)
+    _, nfe, trace = traced(oracle, canvas[:500], commit='threshold', commit_threshold=1.1)
     assert (committed(trace, V).sum(2) == 1).all() and (nfe == T).all()
-    first, p = committed(trace, V)[0].long().argmax(1), oracle(canvas[:1])[0, :, :V].exp()  # (B,), (T, V)
-    picked = torch.stack((p[first, out[torch.arange(B), first]], torch.full((B,), 0.0).double()), 1).amax(1)
-    assert picked.min() > p.amin()                            # the least likely of all candidates is never the surest
     marginals = torch.stack([(law[:, None] * F.one_hot(all_sequences(V, T)[:, i], V)).sum(0) for i in range(T)])
     out, nfe, _ = traced(oracle, canvas, commit='threshold', commit_threshold=1e-9)
     assert (nfe == 1).all()
@@ -221,13 +219,14 @@ def test_threshold_commits_one_token_or_all():
 def test_threshold_commits_exactly_the_candidates_that_reach_it():
     """Independent tokens: the first step takes each position with the probability that a likely token is drawn there."""
     B, model = 20000, Independent([[1.0, 0.0, 0.0], [0.5, 0.45, 0.05], [0.7, 0.2, 0.1], [0.35, 0.35, 0.3], [0.4, 0.4, 0.2]])
-    _, nfe, trace = traced(model, empty(model, B)[0], commit='threshold', commit_threshold=0.4)
-    chance = torch.tensor([1.0, 0.95, 0.7, 0.0, 0.8], dtype=torch.float64)    # p >= 0.4, the border included
+    _, nfe, trace = traced(model, empty(model, B)[0], commit='threshold', commit_threshold=0.38)
+    chance = torch.tensor([1.0, 0.95, 0.7, 0.0, 0.8], dtype=torch.float64)    # of a token that reaches it
     taken = committed(trace, 3)[0]                                            # (B, T)
     tokens = trace[1][taken]
-    assert (model.table.expand(B, -1, -1)[taken].gather(1, tokens[:, None]) >= 0.4).all()
+    assert (model.table.expand(B, -1, -1)[taken].gather(1, tokens[:, None]) >= 0.38).all()
     pattern = torch.stack((1 - chance, chance), 1)
-    statistic, bound = chi_square((taken * 2 ** torch.arange(4, -1, -1)).sum(1).bincount(minlength=32), B * product_law(pattern))
+    statistic, bound = chi_square((taken * 2 ** torch.arange(4, -1, -1)).sum(1).bincount(minlength=32),
+                                  B * product_law(pattern))
     assert statistic < bound
     assert (nfe >= 2).all() and nfe.max() <= 5 and len(nfe.unique()) > 2
 
@@ -252,11 +251,11 @@ def test_threshold_within_a_block_does_not_count_the_sure_ones_of_later_blocks()
 
 @pytest.mark.parametrize('commit', COMMIT_RULES)
 def test_greedy_rules_need_something_to_go_by(commit):
-    """Without noise anywhere an empty canvas gives one sample again and again, which is refused where more than one is asked for."""
+    """Without noise an empty canvas gives one sample again and again: refused where more than one is asked for."""
     model = Independent(SURE)
     for greedy in (dict(temperature=0.0), dict(top_k=1)):
         for prompt in ([], [1]):                              # one given token is no more than the start symbol
-            if commit in ('random', 'left_to_right'):
+            if commit in ('random', 'left_to_right', 'priority'):             # their order is not the network's
                 traced(model, empty(model, 2, prompt)[0], commit=commit, **greedy)
             else:
                 with pytest.raises(UserError, match=f'commit={commit} without noise writes one sample again and again'):
@@ -276,7 +275,8 @@ def test_confidence_remembers_the_probability_at_commit_time():
     B, p = 20000, torch.tensor([0.1, 0.3, 0.6], dtype=torch.float64)
     model = Independent(p.expand(4, 3))
     for rate in (1.0, 0.5):
-        _, _, trace = traced(model, empty(model, B)[0], commit='left_to_right', remask='confidence', remask_rate=rate, correct_share=0.0)
+        _, _, trace = traced(model, empty(model, B)[0], commit='left_to_right', remask='confidence', remask_rate=rate,
+                             correct_share=0.0)
         again = remasked(trace, 3)
         assert not again[0].any() and again[1][:, 0].any() and not again[1][:, 1:].any()
         for token in range(3):
@@ -288,8 +288,8 @@ def test_confidence_remembers_the_probability_at_commit_time():
 def test_confidence_takes_the_probability_before_the_filters():
     """Of a greedy choice too: it was as sure as the network, not as sure as the filter."""
     B, model = 4000, Independent([[0.7, 0.3]] * 4)
-    _, _, trace = traced(model, empty(model, B, [0, 0])[0], commit='left_to_right', remask='confidence', correct_share=0.0, steps=3,
-                         temperature=0.0)
+    _, _, trace = traced(model, empty(model, B, [0, 0])[0], commit='left_to_right', remask='confidence', correct_share=0.0,
+                         steps=3, temperature=0.0)
     assert within_noise(remasked(trace, 2)[1][:, 2].double().mean(), 0.3)
 
 
@@ -328,15 +328,18 @@ def scheduled(n, steps, loop=False):
 @pytest.mark.parametrize('remdm, eta', [('cap', 0.2), ('cap', 1.0), ('rescale', 0.3), ('rescale', 1.0), ('loop', 0.05)])
 def test_remdm_keeps_the_forward_marginals(remdm, eta):
     """Which are masked after a step: as many as the schedule says, and every set of that size as likely as another."""
-    B, T, steps = 4000, 20, 20
+    B, T, steps = 2000, 20, 20
     model = Independent(torch.tensor([1.0, 0.0]).expand(T, 2))
     _, nfe, trace = traced(model, empty(model, B)[0], remask='remdm', remdm=remdm, remask_rate=eta, steps=steps)
     assert (nfe == steps).all() and remasked(trace, 2).any()
     for step, left in enumerate(scheduled(T, steps, remdm == 'loop')):
         masked = trace[step + 1] == 2
-        frequency, bound = chi_square(masked.sum(0), torch.full((T,), masked.sum() / T))  # no position is preferred
-        assert left == 0 or frequency < bound
-        assert within_noise(masked.double().mean(0), [left / T] * T, B), f'step {step}: {masked.sum(1).double().mean()} masks, not {left}'
+        assert left or not masked.any()
+        if left:
+            statistic, bound = chi_square(masked.sum(0), torch.full((T,), masked.sum() / T))
+            assert statistic < bound                                          # no position is preferred
+        mean = masked.sum(1).double().mean().item()
+        assert within_noise(masked.double().mean(0), [left / T] * T, B), f'step {step}: {mean} masks, not {left}'
 
 
 def test_remdm_ends_each_step_with_the_masks_of_the_schedule():
@@ -358,13 +361,15 @@ def test_remdm_rates_by_hand():
     assert remdm_rate('cap', eta, left, visible, progress).tolist() == pytest.approx([min(eta, r) for r in room])
     assert remdm_rate('rescale', eta, left, visible, progress).tolist() == pytest.approx([eta * min(1, r) for r in room])
     inside = [False, True, True, False, False]
-    assert remdm_rate('loop', eta, left, visible, progress).tolist() == pytest.approx([min(eta, r) * i for r, i in zip(room, inside)])
+    expected = [min(eta, r) * i for r, i in zip(room, inside)]
+    assert remdm_rate('loop', eta, left, visible, progress).tolist() == pytest.approx(expected)
 
 
 def test_the_loop_holds_a_tenth_of_the_masks():
     progress = torch.linspace(0, 1, 101)
     share = masks_left(progress, 'linear', loop=True)
-    assert torch.allclose(share[:46], 1 - 2 * progress[:46], atol=1e-6) and torch.allclose(share[45:96], torch.tensor(0.1), atol=1e-6)
+    assert torch.allclose(share[:46], 1 - 2 * progress[:46], atol=1e-6)
+    assert torch.allclose(share[45:96], torch.tensor(0.1), atol=1e-6)
     assert share[0] == 1 and share[-1] == 0 and (share.diff() < 1e-6).all()
     assert masks_left(progress, 'linear')[30].item() == pytest.approx(0.7)
     assert masks_left(progress, 'cosine')[30].item() == pytest.approx(math.cos(0.15 * math.pi))
@@ -381,30 +386,48 @@ def test_displaced_by_hand():
     score = torch.tensor([[-0.1, 0.0, -0.7, 0.0, -0.05]])
     stay = torch.tensor([[0.0, -0.3, 0.0, -2.0, -9.0]])
     masked, visible = torch.tensor([[1, 0, 1, 0, 0]]).bool(), torch.tensor([[0, 1, 0, 1, 0]]).bool()  # the fifth one is fixed
-    for left, gone in ((0, [0, 0, 0, 0, 0]), (1, [0, 0, 0, 1, 0]), (2, [0, 0, 0, 1, 0]), (3, [0, 1, 0, 1, 0]), (4, [0, 1, 0, 1, 0])):
+    for left, gone in ((0, [0, 0, 0, 0, 0]), (1, [0, 0, 0, 1, 0]), (2, [0, 0, 0, 1, 0]), (3, [0, 1, 0, 1, 0]),
+                       (4, [0, 1, 0, 1, 0])):
         assert displaced(score, masked, stay, visible, torch.tensor([left])).tolist() == [[bool(x) for x in gone]], left
     # nobody doubts it: no candidate is better, even one of score 0 or more
     assert not displaced(torch.full((1, 5), 3.0), masked, torch.zeros(1, 5), visible, torch.tensor([2])).any()
 
 
-def test_displaced_where_a_token_is_impossible():
-    """log(1 - p(WRONG)) is -inf there; what is not in the competition takes no place of it."""
-    stay = torch.tensor([[0.0, -0.1, float('-inf'), float('-inf'), 0.0]])
-    visible = torch.tensor([[0, 1, 1, 1, 0]]).bool()          # the first one is fixed
-    gone = displaced(torch.tensor([[0.0, 0.0, 0.0, 0.0, -1.0]]), torch.tensor([[0, 0, 0, 0, 1]]).bool(), stay, visible, torch.tensor([1]))
-    assert gone.sum() == 1 and not gone[0, :2].any()
+def test_p2_where_tokens_are_impossible():
+    """Their score is the worst there is, and yet no more of them lose their place than have to; what is fixed takes none."""
+    class Certain(Independent):
+        def __call__(self, idx, causal=False):                                # what it did not write itself has p = 0
+            hidden = super().__call__(idx)
+            hidden[..., :2] = torch.tensor([0.0, -1e9])
+            return hidden
+    model = Certain(torch.tensor([1.0, 0.0]).expand(8, 2))
+    canvas = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2]]).repeat(20, 1)
+    fixed = torch.arange(8).expand(20, 8) < 2
+    _, _, trace = traced(model, canvas, fixed, remask='p2', temperature=0.0)  # 2 masks: one is left after the first step
+    assert ((trace[1] == 2).sum(1) == 1).all() and torch.equal(trace[1][:, 6:], torch.zeros(20, 2, dtype=torch.long))
+    assert (remasked(trace, 2)[0].sum(1) == 1).all()
 
 
 def test_p2_trades_doubted_tokens_for_better_candidates():
     """One step: 3 masks become 2, so that of 4 tokens and candidates 2 stay visible, the best two by their scores."""
-    model = Independent([[0.5, 0.5], [0.5, 0.5], [0.8, 0.2], [0.9, 0.1]], wrong=[0.7, 0.0, 0.0, 0.0])
-    canvas = torch.tensor([[0, 2, 2, 2]]).repeat(20, 1)
-    for rate, visible in ((1.0, [0, 0, 1, 1]), (0.1, [1, 0, 0, 1]), (0.0, [1, 0, 0, 1])):
-        _, _, trace = traced(model, canvas, torch.zeros_like(canvas).bool(), commit='threshold', commit_threshold=0.75,
-                             temperature=0.0, remask='p2', remask_rate=rate, steps=3)
-        kept = trace[1][:, 0] != 2
-        # -0.1 * 1.2 = -0.12 beats log 0.8 = -0.22 and loses to log 0.9 = -0.11
-        assert kept.all() == bool(visible[0]) and kept.any() == kept.all()
+    model = Independent([[0.5, 0.5], [0.5, 0.5], [0.8, 0.2], [0.9, 0.1], [1.0, 0.0], [1.0, 0.0]],
+                        wrong=[0.7, 0.0, 0.0, 0.0, 0.0, 0.0])
+    canvas = torch.tensor([[0, 2, 2, 2, 0, 0]]).repeat(20, 1)
+    fixed = torch.arange(6).expand(20, 6) > 3
+    # log(1 - 0.7) = -1.2 is worse than log 0.9 = -0.11 and log 0.8 = -0.22; a tenth of it is between them
+    for rate, visible in ((1.0, [2, 2, 0, 0, 0, 0]), (0.15, [0, 2, 2, 0, 0, 0]), (0.01, [0, 2, 2, 0, 0, 0]),
+                          (0.0, [0, 2, 2, 0, 0, 0])):
+        _, _, trace = traced(model, canvas, fixed, commit='confidence', choice_temperature=0.0, temperature=0.0, remask='p2',
+                             remask_rate=rate)
+        assert trace[1].tolist() == [visible] * 20, rate
+
+
+@pytest.mark.parametrize('commit', ['random', 'entropy', 'threshold', 'margin', 'priority'])
+def test_p2_keeps_what_is_hardly_doubted(commit):
+    """Coin flips do not take the place of tokens that are as good as certain, in whatever terms a commit rule scores them."""
+    model = uniform(12, wrong=1e-4)
+    _, _, trace = traced(model, empty(model, 50)[0], remask='p2', commit=commit, priority=(1,))
+    assert remasked(trace, 2).sum() < 0.05 * 50 * 12
 
 
 def test_p2_ends_each_step_with_the_masks_of_the_schedule():
@@ -412,7 +435,8 @@ def test_p2_ends_each_step_with_the_masks_of_the_schedule():
     model = uniform(T, wrong=0.6)
     for schedule, steps in (('linear', 12), ('linear', 4), ('cosine', 6)):
         _, nfe, trace = traced(model, empty(model, B)[0], remask='p2', steps=steps, schedule=schedule)
-        left = [int(T * (1 - s / steps if schedule == 'linear' else math.cos(s / steps * math.pi / 2)) + 1e-3) for s in range(1, steps + 1)]
+        left = [int(T * (1 - s / steps if schedule == 'linear' else math.cos(s / steps * math.pi / 2)) + 1e-3)
+                for s in range(1, steps + 1)]
         assert [(x == 2).sum(1).unique().tolist() for x in trace[1:]] == [[n] for n in left]
         assert remasked(trace, 2).any() and (nfe == steps).all()
 
@@ -420,7 +444,8 @@ def test_p2_ends_each_step_with_the_masks_of_the_schedule():
 def test_doubted_by_hand():
     doubt = torch.tensor([[0.9, 0.1, 0.5, 0.95, 0.3, 0.51], [0.2, 0.2, 0.2, 0.2, 0.2, 0.2]])
     where = torch.tensor([[1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0]]).bool()
-    more = doubted(doubt, where, 1.0, seeded(), threshold=0.5)                # exceeds, not reaches; rate has no say without the ratio
+    # exceeds, not reaches; rate has no say without the ratio
+    more = doubted(doubt, where, 1.0, seeded(), threshold=0.5)
     assert more.tolist() == [[True, False, False, False, False, True], [False] * 6]
     for share in (0.0, 0.2, 0.5, 0.7, 1.0):
         order = [0, 5, 2, 4, 1]
@@ -436,8 +461,10 @@ def test_doubted_by_hand():
 
 def test_doubted_is_drawn_with_the_chance_that_it_says():
     B, doubt = 20000, torch.tensor([0.0, 0.2, 0.7, 1.0], dtype=torch.float64)
-    for rate, ratio, threshold, chance in ((1.0, 0.0, None, doubt), (0.5, 0.0, None, 0.5 * doubt), (0.5, 0.3, None, 0.35 * doubt + 0.15),
-                                           (0.5, 1.0, None, torch.full((4,), 0.5)), (0.4, 0.25, 0.5, torch.tensor([0.1, 0.1, 0.85, 0.85]))):
+    for rate, ratio, threshold, chance in ((1.0, 0.0, None, doubt), (0.5, 0.0, None, 0.5 * doubt),
+                                           (0.5, 0.3, None, 0.35 * doubt + 0.15),
+                                           (0.5, 1.0, None, torch.full((4,), 0.5)),
+                                           (0.4, 0.25, 0.5, torch.tensor([0.1, 0.1, 0.85, 0.85]))):
         taken = doubted(doubt.expand(B, 4), torch.ones(B, 4).bool(), rate, seeded(), random_ratio=ratio, threshold=threshold)
         assert within_noise(taken.double().mean(0), chance, B)
     rates = torch.tensor([[0.0], [1.0]])                                      # remdm has one for each row
@@ -453,26 +480,33 @@ def test_remask_schedule_goes_from_the_first_share_to_the_second():
     """On a complete canvas that nobody trusts, every step: round(share * visible), the most doubted of the visible ones."""
     T, steps, wrong = 40, 9, torch.rand(40, generator=seeded(3)).double()
     model = uniform(T, wrong=wrong)
-    for shares in ((0.4, 0.0), (0.05, 0.45), (0.25, 0.25)):
+    for shares in ((0.413, 0.0), (0.051, 0.449), (0.2503, 0.2503)):        # no count is half a token
         _, nfe, trace = traced(model, *visible_canvas(model, 3), steps=steps, remask='wrong', remask_schedule=shares)
         assert len(trace) == steps + 1 and (nfe == steps).all()
         for step, again in enumerate(remasked(trace, 2)):
-            share = shares[0] + (shares[1] - shares[0]) * step / (steps - 1)
+            share = shares[0] + (shares[1] - shares[0]) * step / (steps - 2)   # the last step re-masks nothing
             for row, taken in zip(trace[step], again):
                 visible = (row != 2).nonzero()[:, 0].tolist()
                 count = round(share * len(visible)) if step < steps - 1 else 0
                 assert set(taken.nonzero()[:, 0].tolist()) == set(sorted(visible, key=lambda i: -wrong[i])[:count])
 
 
-def test_remask_schedule_of_rules_that_doubt_all_alike_takes_any():
-    """random and remdm have no favourites: each position as often as another."""
-    T, B = 8, 4000
-    model = Independent(torch.tensor([0.5, 0.5]).expand(T, 2))
-    for remask in ('random', 'remdm'):
-        _, _, trace = traced(model, empty(model, B)[0], steps=4, remask=remask, remask_schedule=(0.5, 0.5), correct_share=0.0)
-        taken = remasked(trace, 2)[2].sum(0)
-        statistic, bound = chi_square(taken, torch.full((T,), taken.sum() / T))
-        assert statistic < bound, (remask, taken)
+def test_remask_schedule_of_a_rule_that_doubts_all_alike_takes_any():
+    """random has no favourites: each position is taken as often as another."""
+    T, B = 8, 3000
+    model = uniform(T)
+    _, _, trace = traced(model, *visible_canvas(model, B), steps=3, remask='random', remask_schedule=(0.5, 0.5))
+    taken = remasked(trace, 2)[0]
+    statistic, bound = chi_square(taken.sum(0), torch.full((T,), B / 2))
+    assert (taken.sum(1) == 4).all() and statistic < bound
+
+
+@pytest.mark.parametrize('remask', ['none', 'remdm', 'p2', 'causal'])
+def test_thresholds_and_schedules_of_rules_that_have_none_are_refused(remask):
+    model = uniform(4)
+    for how in (dict(remask_threshold=0.5), dict(remask_schedule=(0.3, 0.1))):
+        with pytest.raises(UserError, match=f'remask_threshold and remask_schedule are for .*, not for {remask}'):
+            traced(model, empty(model, 2)[0], remask=remask, **how)
 
 
 @pytest.mark.parametrize('remask', ['wrong', 'random'])
@@ -494,20 +528,6 @@ def test_a_threshold_doubts_a_position_once(remask):
         assert nfe.max() < 20
 
 
-def test_a_threshold_doubts_what_it_sees_later():
-    """A position is looked at in every pass until it is doubted: here its left neighbour has to be mended first."""
-    class Chain(Independent):
-        def __call__(self, idx, causal=False):
-            hidden = super().__call__(idx)
-            doubtful = (idx == 1) & (F.pad(idx[:, :-1], (1, 0)) == 0)         # a 1 behind a 0
-            hidden[..., 3] = torch.where(doubtful, 5.0, -20.0)
-            return hidden
-    model = Chain(torch.tensor([1.0, 0.0]).expand(4, 2))                      # what is masked becomes 0
-    out, nfe, trace = traced(model, torch.ones(1, 4, dtype=torch.long), torch.zeros(1, 4).bool(), steps=12, remask='wrong',
-                             remask_threshold=0.9)
-    assert out.tolist() == [[0, 0, 0, 0]] and remasked(trace, 2).sum(0).tolist() == [[1, 1, 1, 1]]
-
-
 def test_spare_lengths_by_hand():
     """End 8 and padding 9 get the mean doubt of the visible text; what is not looked at does not count."""
     x = torch.tensor([[1, 2, 3, 8, 9, 9], [8, 9, 9, 9, 9, 9], [1, 2, 3, 4, 5, 6]])
@@ -520,7 +540,8 @@ def test_spare_lengths_by_hand():
     assert torch.equal(spared[2], doubt[2]) and torch.equal(spare_lengths(doubt, x, where, None, None), doubt)
 
 
-@pytest.mark.parametrize('rules', [dict(remask='wrong'), dict(remask='wrong', remask_rate=0.5), dict(remask='confidence')], ids=str)
+@pytest.mark.parametrize('rules', [dict(remask='wrong'), dict(remask='wrong', remask_rate=0.5), dict(remask='confidence')],
+                         ids=str)
 def test_the_end_is_doubted_as_much_as_the_text(rules):
     """Ends that the network is sure of go back to [MASK] as often as the text on average, so that texts do not shrink."""
     B, T, end, pad = 6000, 6, 2, 3
@@ -528,7 +549,8 @@ def test_the_end_is_doubted_as_much_as_the_text(rules):
     model = Independent(torch.full((T, 4), 0.25), wrong=wrong)
     canvas, fixed = torch.tensor([[0, 1, 0, end, pad, pad]]).repeat(B, 1), torch.zeros(B, T).bool()
     mean, rate = (0.5 + 0.7 + 0.5) / 3, rules.get('remask_rate', 1.0)
-    _, _, trace = generate_diffusion(model, canvas, fixed, steps=2, trace=True, end_id=end, pad_id=pad, generator=seeded(), **rules)
+    _, _, trace = generate_diffusion(model, canvas, fixed, steps=2, trace=True, end_id=end, pad_id=pad, generator=seeded(),
+                                     **rules)
     expected = [0.5, 0.7, 0.5, mean, mean, mean] if rules['remask'] == 'wrong' else [0.0] * T
     assert within_noise((trace[1] == 4).double().mean(0), [rate * p for p in expected], B)
 
@@ -537,29 +559,35 @@ def test_the_end_is_doubted_as_much_as_the_text(rules):
 
 REMASKS = dict(
     none=dict(), random=dict(remask='random'), wrong=dict(remask='wrong'), confidence=dict(remask='confidence'),
-    cap=dict(remask='remdm'), rescale=dict(remask='remdm', remdm='rescale'), loop=dict(remask='remdm', remdm='loop'), p2=dict(remask='p2'),
+    cap=dict(remask='remdm'), rescale=dict(remask='remdm', remdm='rescale'), loop=dict(remask='remdm', remdm='loop'),
+    p2=dict(remask='p2'),
     doubts=dict(remask='wrong', remask_threshold=0.6), doubted_confidence=dict(remask='confidence', remask_threshold=0.6),
-    shares=dict(remask='wrong', remask_schedule=(0.7, 0.1), remask_random_ratio=0.5), lucky=dict(remask='random', remask_schedule=(0.4, 0.4)))
+    shares=dict(remask='wrong', remask_schedule=(0.7, 0.1), remask_random_ratio=0.5),
+    lucky=dict(remask='random', remask_schedule=(0.4, 0.4)))
 
 
 @pytest.mark.parametrize('remask', REMASKS)
 @pytest.mark.parametrize('commit', COMMIT_RULES)
 def test_rules_that_no_combination_breaks(commit, remask):
-    """What is fixed stays, no mask is left, no special id is written, whatever rules meet; and no more steps than were given."""
+    """What is fixed stays, no mask is left, no special id is written, in no more steps than were given."""
     V, T = 5, 8
     model = stubborn_gpt(V, T)
-    for steps, block_length, judged in ((1, None, False), (3, 3, False), (T, None, remask in ('wrong', 'p2', 'doubts')), (T + 5, 2, False)):
+    for steps, block_length, judged in ((1, None, False), (3, 3, False), (T, None, remask in ('wrong', 'p2', 'doubts')),
+                                        (T + 5, 2, False)):
         canvas, fixed = starting_canvas(V, T, False, seed=steps)
         before = canvas.clone()
         out, nfe, trace = generate_diffusion(
-            model, canvas, fixed, steps=steps, commit=commit, block_length=block_length, commit_threshold=0.4, priority=(1, 2), trace=True,
-            remask_model=tiny_gpt(V, T, seed=9) if judged else None, generator=seeded(steps), **{'remask_rate': 0.7, **REMASKS[remask]})
+            model, canvas, fixed, steps=steps, commit=commit, block_length=block_length, commit_threshold=0.4, priority=(1, 2),
+            trace=True, remask_model=tiny_gpt(V, T, seed=9) if judged else None, generator=seeded(steps),
+            **{'remask_rate': 0.7, **REMASKS[remask]})
         assert torch.equal(canvas, before) and out.min() >= 0 and out.max() < V
         assert all(torch.equal(x[fixed], before[fixed]) and ((x >= 0) & (x <= V)).all() for x in trace)
         assert torch.equal(trace[0], before) and torch.equal(trace[-1], out)
         assert len(trace) - 1 <= steps and nfe.max() <= steps * (1 + judged) and (judged or nfe.max() == len(trace) - 1)
         again = remasked(torch.stack(trace), V)
-        assert not again[-1].any() and (bool(again.any()) == (remask != 'none' and steps > 1) or remask in ('loop', 'p2', 'cap', 'rescale'))
+        assert not again[-1].any()
+        if remask not in ('loop', 'p2', 'cap', 'rescale', 'doubted_confidence'):    # which may find nothing to do
+            assert bool(again.any()) == (remask != 'none' and steps > 1)
 
 
 @pytest.mark.parametrize('remask', REMASKS)
@@ -576,7 +604,8 @@ def test_nothing_ends_a_text_whose_end_is_fixed(remask):
     canvas[:20, 6], canvas[:20, 7:] = end, pad
     canvas[20:, 6:] = V
     fixed = canvas != V
-    how = dict(end_id=end, pad_id=pad, forbid=(bos, end, pad), steps=6, commit_threshold=0.4, priority=(end, 0), **REMASKS[remask])
+    how = dict(end_id=end, pad_id=pad, forbid=(bos, end, pad), steps=6, commit_threshold=0.4, priority=(end, 0),
+               **REMASKS[remask])
     ends = 0
     for commit in COMMIT_RULES:
         out, _, trace = generate_diffusion(model, canvas, fixed, commit=commit, trace=True, generator=seeded(), **how)
@@ -593,8 +622,8 @@ class HeadOracle(Oracle):
     """
     An oracle with a draft head. Its hidden states say which prefix it has read, one-hot, and survive a norm.
 
-    law (V^T,): of the causal pass, its only one. head: 'perfect' goes on to what the causal pass will say; 'junk' answers with a
-    law that depends on the last token alone and has nothing to do with the other.
+    law (V^T,): of the causal pass, its only one. head: 'perfect' goes on to what the causal pass will say; 'junk' answers
+    with a law that depends on the last token alone and has nothing to do with the other.
     """
 
     def __init__(self, V, T, law, head):
@@ -635,7 +664,7 @@ class HeadOracle(Oracle):
 def test_drafts_of_a_head_follow_the_causal_law(monkeypatch, window, filters, head):
     """Whatever the head says, from where it says it, and never by more than one pass a token."""
     monkeypatch.setattr(sample, 'DRAFT_WINDOW', window)
-    B, V, T = 8000, 3, 4
+    B, V, T = 5000, 3, 4
     law = random_law(V, T, seed=4)
     oracle = HeadOracle(V, T, law, head)
     out, nfe, _ = generate_diffusion(oracle, *empty(oracle, B), remask='causal', generator=seeded(), **filters)
@@ -653,7 +682,8 @@ def test_perfect_drafts_of_a_head_save_passes(monkeypatch):
     for window in (1, 2, 3, 7, 8, 16):
         monkeypatch.setattr(sample, 'DRAFT_WINDOW', window)
         for given in (0, 1, 5, 7):
-            _, nfe, trace = generate_diffusion(oracle, *empty(oracle, 50, [1] * given), remask='causal', trace=True, generator=seeded())
+            _, nfe, trace = generate_diffusion(oracle, *empty(oracle, 50, [1] * given), remask='causal', trace=True,
+                                               generator=seeded())
             n = T - given
             assert (nfe == 1 + math.ceil((n - 1) / (min(window, T) + 1))).all(), (window, given)
             assert ((trace[1] == V).sum(1) == n - 1).all()
@@ -661,7 +691,7 @@ def test_perfect_drafts_of_a_head_save_passes(monkeypatch):
 
 def test_drafts_of_a_head_where_rows_have_prompts_of_their_own():
     """Rows go on at different places and leave at different times; each keeps its own draft."""
-    B, V, T = 4000, 3, 4
+    B, V, T = 2500, 3, 4
     law = random_law(V, T, seed=4)
     oracle = HeadOracle(V, T, law, 'junk')
     prompts = ([], [2], [0, 1], [0, 1, 2], [1, 1, 1, 1])
@@ -676,7 +706,7 @@ def test_drafts_of_a_head_where_rows_have_prompts_of_their_own():
 
 def test_drafts_of_a_head_with_an_end_token():
     """Drafted padding and ends follow the law of the texts as well."""
-    B, V, T, end, pad = 20000, 3, 4, 1, 2
+    B, V, T, end, pad = 10000, 3, 4, 1, 2
     law = random_law(V, T, seed=7)
     oracle = HeadOracle(V, T, law, 'junk')
     out, _, _ = generate_diffusion(oracle, *empty(oracle, B), remask='causal', end_id=end, pad_id=pad, generator=seeded())

@@ -824,6 +824,92 @@ def test_every_kind_of_run(tmp_path, words, name):
     assert model.wte.weight.shape == fresh.wte.weight.shape
 
 
+def test_the_loss_of_the_draft_head_by_hand():
+    """From every modelled position the head is unrolled over the true tokens; the mean CE over all that it was asked for."""
+    model = tiny_gpt(3, 6, draft_head=True)
+    x0 = torch.tensor([[0, 1, 2, 1, 0, 2], [2, 2, 1, 0, 1, 1], [0, 0, 2, 1, 2, 0]])
+    weight = torch.tensor([[0, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1]]) * 0.3   # start, text, padding
+    with torch.no_grad():
+        hidden = model(x0, causal=True)
+        for depth in (1, 2, 6, 9):
+            ces = []
+            for row in range(3):
+                for at in range(6):
+                    state, ahead = hidden[row, at][None], 1
+                    while weight[row, at] > 0 and ahead <= depth and at + ahead < 6 and weight[row, at + ahead] > 0:
+                        state = model.drafter(state, model.wte.weight[x0[row, at + ahead - 1]][None])
+                        logits = F.layer_norm(state, (16,)) @ model.wte.weight[:3].T
+                        ces.append(F.cross_entropy(logits, x0[row, at + ahead][None]).item())
+                        ahead += 1
+            mean, parts = train.draft_loss(model, hidden, x0, weight, depth)
+            assert len(ces) == {1: 4 + 1, 2: 4 + 3 + 1}.get(depth, 4 + 3 + 2 + 1 + 1)
+            assert mean.item() == pytest.approx(sum(ces) / len(ces), rel=1e-5)
+            assert set(parts) == {'draft'} and parts['draft'].tolist() == pytest.approx([mean.item(), 1.0])
+        assert len({train.draft_loss(model, hidden, x0, weight, depth)[0].item() for depth in (1, 2, 4)}) == 3
+        assert train.draft_loss(model, hidden, x0, weight)[0] == train.draft_loss(model, hidden, x0, weight, 6)[0]
+        nothing, _ = train.draft_loss(model, hidden, x0, torch.eye(6)[:3])   # one token a row: nothing comes after it
+        assert nothing == 0
+
+
+def test_the_loss_of_the_draft_head_teaches_the_head_alone():
+    model, x0 = tiny_gpt(18, 64, n_recur=1, draft_head=True), arithmetic_rows(4)
+    mean, _ = train.draft_loss(model, model(x0, causal=True), x0, (x0 < 17).float())
+    mean.backward()
+    grads = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert grads == {'drafter.fc.weight', 'drafter.proj.weight'}
+
+
+@pytest.mark.parametrize('kind, ratio, drafts', [('joint', 0.5, True), ('causal', 0.0, True), ('joint', 0.0, False)])
+def test_a_training_step_teaches_the_draft_head_beside_the_rest(kind, ratio, drafts):
+    """The other gradients are those of the same step without it, bit by bit; a batch without causal rows has nothing for it."""
+    config, found = default_config(training_type=kind, causal_ratio=ratio, gradient_accumulation_steps=2), {}
+    x0, plain = arithmetic_rows(8), tiny_gpt(18, 64, n_recur=1)
+    for head in (False, True):
+        model = tiny_gpt(18, 64, n_recur=1, draft_head=head)
+        model.load_state_dict(plain.state_dict(), strict=False)
+        parts = training_step(model, x0, ARITHMETIC, config, 5, seeded(1))
+        found[head] = gradients(model), parts
+    (grads, parts), (more, others) = found[False], found[True]
+    assert_same({name: grad for name, grad in more.items() if not name.startswith('drafter.')}, grads)
+    assert ('draft' in others) == drafts == ('drafter.fc.weight' in more) and 'draft' not in parts
+    assert all(torch.equal(others[name], parts[name]) for name in parts)
+    if drafts:
+        rows = x0[:8 if kind == 'causal' else 4]
+        real = ((rows != 15) & (rows != 17)).float()
+        (train.draft_loss(model, model(rows, causal=True), rows, real)[0] / 2).backward()     # a mean, so no share of the rows
+        for name, grad in gradients(model).items():
+            assert torch.allclose(grad, more[name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize('dropout', [0.0, 0.1])
+@pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
+def test_a_draft_head_does_not_change_what_the_network_learns(tmp_path, optimizer, dropout):
+    """The weights after a few steps of the same seed are the same, bit by bit, clipped gradients and averages included."""
+    runs = {}
+    for head in (False, True):
+        start(str(tmp_path / str(head)), '--training_type=joint', '--causal_ratio=0.5', '--max_iters=3', '--eval_samples=0',
+              '--eval_rows=2', f'--optimizer={optimizer}', f'--dropout={dropout}', '--grad_clip=0.05', '--ema_decay=0.9',
+              '--learning_rate=0.01', f'--draft_head={head}')
+        runs[head] = read(str(tmp_path / str(head)))
+    for key in ('model', 'ema'):
+        trunk = {name: tensor for name, tensor in runs[True][key].items() if not name.startswith('drafter.')}
+        assert_same(dict(trunk), dict(runs[False][key]), key)
+    assert runs[True]['model']['drafter.proj.weight'].any()                   # it has learned
+    assert not torch.equal(runs[True]['model']['drafter.fc.weight'], runs[True]['ema']['drafter.fc.weight'])
+    assert runs[True]['model_args']['draft_head'] and not runs[False]['model_args']['draft_head']
+
+
+def test_a_draft_head_learns_what_comes_next(tmp_path, monkeypatch):
+    """Its loss falls, and the log has it."""
+    write_dataset(tmp_path)
+    monkeypatch.setattr(loader, 'HERE', str(tmp_path / 'data'))
+    start(str(tmp_path / 'out'), '--dataset=small', '--block_size=8', '--training_type=causal', '--batch_size=32',
+          '--max_iters=30', '--eval_interval=30', '--eval_rows=8', '--eval_samples=0', '--log_interval=5',
+          '--learning_rate=0.02', '--n_embd=32', '--draft_head=True')
+    losses = [record['draft'] for record in log_of(str(tmp_path / 'out')) if 'draft' in record]
+    assert len(losses) == 6 and losses[0] > 1 and losses[-1] < 0.6 * losses[0]
+
+
 def test_averaged_weights(tmp_path):
     start(str(tmp_path), '--training_type=unmasking', '--max_iters=1', '--ema_decay=0.99', '--eval_samples=0',
           '--seed=4')
