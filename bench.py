@@ -25,10 +25,10 @@ from canvas import decode, load_task, task_canvas
 from configurator import UserError
 from corruption import NOISE, mixed_noise, modelled, parse_mixture
 from data.loader import load_data, spread_rows
+from evaluation import evaluate, per_token
 from model import configure_compute, load_checkpoint
-from sample import (PRESETS, check_folder, choose_rules, fill, find_checkpoint, generate, load_merged, supports,
-                    write_atomically)
-from train import evaluate, per_token
+from rules import PRESETS, choose_rules, supports
+from sample import check_folder, fill, find_checkpoint, generate, load_merged, write_atomically
 
 # -----------------------------------------------------------------------------
 suite = 'arithmetic'     # what to measure: arithmetic | samplers | tasks (of one checkpoint) | checkpoints (training runs)

@@ -4,11 +4,13 @@ The rules of the sampling loop: how a token is drawn, which masked positions are
 The loop that applies them is generate_diffusion in sample.py. Everything here works on a batch of rows at once.
 """
 
+import difflib
 import math
 
 import torch
 import torch.nn.functional as F
 
+from configurator import UserError
 from model import norm, random_subset
 
 COMMIT_RULES = ('random', 'confidence', 'margin', 'entropy', 'threshold', 'abstain', 'priority', 'left_to_right')
@@ -292,3 +294,88 @@ def bidirectional_draft(model, x, masked, window, filters, generator):
     hidden = hidden.gather(1, at.clamp(max=x.size(1) - 1)[..., None].expand(-1, -1, hidden.size(2)))             # (R, W, C)
     q = filtered(model.logits(hidden, real_only=True), **filters)
     return draw(q, generator), q
+
+
+# -----------------------------------------------------------------------------
+# which rules a checkpoint gets
+
+
+def supports(config):
+    """What a checkpoint of this config was trained for: (unmasking, the causal mode, finding wrong tokens)."""
+    kind = config['training_type']
+    return (kind in ('unmasking', 'joint', 'denoising'), kind == 'causal' or config['causal_ratio'] > 0,
+            kind in ('joint', 'remasking', 'denoising'))
+
+
+PRESETS = dict(
+    ancestral=dict(commit='random', remask='none'),
+    maskgit=dict(commit='confidence', schedule='cosine', remask='none'),       # Chang et al. 2022
+    threshold=dict(commit='threshold', remask='none'),                         # Wu et al. 2025 (Fast-dLLM)
+    remdm=dict(commit='random', remask='remdm'),                               # Wang et al. 2025
+    p2=dict(commit='random', remask='p2'),                                     # Peng et al. 2025
+    intelligent=dict(commit='random', schedule='cosine', remask='wrong'),      # the remasking plan, repaired
+    hybrid=dict(ar_prefix=16, commit='random', schedule='cosine', remask='wrong'),
+    speculative=dict(remask='causal'),                                         # Leviathan et al. 2023
+    universal=dict(ar_prefix=3, commit='confidence', schedule='cosine', steps=20, remask='none'),  # the universal denoiser
+)
+# repair changes as little as it can: what is doubted more than that, each position once, surest first
+TASKS = dict(generate={}, infill={}, edit={}, score={},
+             repair=dict(commit='threshold', remask='wrong', remask_threshold=0.8, temperature=0.0))
+
+
+def choose_rules(config, *, preset=None, task='generate', inside=False, judge=False, **chosen):
+    """
+    The keywords of fill for a checkpoint of this config: what was chosen (not None), else the preset's, else the task's,
+    else what best_rules says. inside: whether a hole has text right of it. Raises UserError for what does not fit.
+    """
+    if preset is not None and preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, 1)
+        raise UserError(f"unknown preset '{preset}'; {f'did you mean {near[0]}' if near else 'there are ' + ', '.join(PRESETS)}?")
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    rules = {**TASKS[task], **PRESETS.get(preset, {}), **chosen}
+    if 'remask_schedule' in chosen and 'remask_threshold' not in chosen:
+        rules.pop('remask_threshold', None)
+    if task == 'repair' and rules['remask'] not in ('wrong', 'random'):
+        raise UserError(f"repair finds what to change by re-masking: use --remask=wrong or random, not {rules['remask']}")
+    if rules.get('remask_rate', 0) > 1 and rules.get('remask') != 'p2':
+        raise UserError(f"remask_rate is a probability, in 0..1 (only p2's is not), got {rules['remask_rate']}")
+    best = best_rules(config, inside, judge=judge, **{name: rules.get(name) for name in ('commit', 'remask', 'ar_prefix')})
+    return {**rules, **best}
+
+
+def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=None, judge=False):
+    """
+    The rules that were not chosen, by what the checkpoint was trained for: dict(commit, remask, ar_prefix).
+
+    config: the checkpoint's; judge: whether a second checkpoint finds the wrong tokens. Raises UserError if a chosen rule
+    needs something that the checkpoint was not trained for.
+    """
+    kind = config['training_type']
+    _, causal, detects = supports(config)
+    if judge and remask not in (None, 'wrong'):
+        raise UserError(f'--remask_from judges tokens for --remask=wrong, not for --remask={remask}')
+    if judge:
+        remask = 'wrong'
+    if kind == 'remasking':
+        raise UserError('this is a remasking checkpoint: it judges tokens but cannot write; '
+                        'give it as --remask_from, and an unmasking or joint one as --init_from')
+    if not causal and (remask == 'causal' or ar_prefix):
+        raise UserError('this checkpoint has no trained causal mode: train with --causal_ratio=0.33, '
+                        'or sample with --ar_prefix=0 and --remask=none, random or wrong')
+    if kind == 'causal' and (commit or remask not in (None, 'none')):
+        raise UserError('this causal checkpoint cannot fill a hole: it samples left to right (no --commit, --remask, '
+                        '--remask_from)')
+    if commit == 'abstain' and not config.get('allow_abstain'):
+        raise UserError('commit=abstain needs a checkpoint trained with --allow_abstain=True')
+    if remask in ('wrong', 'p2') and not (detects or judge):
+        raise UserError('this checkpoint was not trained to find wrong tokens: train with training_type joint'
+                        + (', or give a remasking one as --remask_from=PATH' if remask == 'wrong' else ''))
+    if remask is None:
+        if kind != 'causal' and causal and not lengths_given and commit is None and not ar_prefix:
+            remask = 'causal'
+        else:
+            # whoever saw wrong tokens only calls every token wrong
+            remask = 'wrong' if judge or (detects and config['remasking_loss_type'] == 'all_positions') else 'none'
+    if ar_prefix is None:
+        ar_prefix = config['block_size'] if kind == 'causal' else 0
+    return dict(commit=commit or 'random', remask=remask, ar_prefix=ar_prefix)

@@ -135,25 +135,24 @@ def test_sampling_from_merged_checkpoints(run, tmp_path):
 
 
 def test_settings_reach_the_sampler(trained):
-    """What the command line says is what generate is called with."""
-    wanted = dict(steps=7, schedule='cosine', commit='confidence', remask='wrong', remask_rate=0.7,
-                  remask_random_ratio=0.2,
-                  correct_share=0.5, ar_prefix=3, temperature=0.9, top_k=5, top_p=0.8, choice_temperature=2.5, seed=11,
-                  batch_size=13)
+    """What the command line says is what fill is called with."""
+    wanted = dict(steps=7, schedule='cosine', commit='confidence', block_length=5, commit_threshold=0.7, remask='wrong', remask_rate=0.7,
+                  remask_random_ratio=0.2, remask_schedule=(0.5, 0.1), remdm='loop', correct_share=0.5, ar_prefix=3,
+                  temperature=0.9, top_k=5, top_p=0.8, choice_temperature=2.5, seed=11, batch_size=13)
     module, calls = load_script('sample'), []
 
-    def generate(model, meta, num, **more):
-        calls.append((num, more))
-        return [dict(text='1=1', tokens=[1], nfe=1, finished=True)] * num
+    def fill(model, meta, canvas, fixed, **more):
+        calls.append((canvas, fixed, more))
+        return [dict(text='1=1', tokens=[1], nfe=1, finished=True)] * len(canvas)
 
-    module.generate = generate
+    module.fill = fill
     configurator.configure(vars(module), [f'--init_from={trained[1]}', '--num_samples=4', '--prompt=(+', '--length=9',
                                           *CPU,
                                           *[f'--{name}={value}' for name, value in wanted.items()]])
     module.main()
-    (num, more), = calls
-    assert num == 4 and more['prompt'] == [10, 12] and more['lengths'].tolist() == [9] * 4
-    assert more['remask_model'] is None
+    (canvas, fixed, more), = calls
+    assert canvas.shape == (4, 64) and canvas[0, :3].tolist() == [15, 10, 12] and canvas[0, 10:12].tolist() == [16, 17]
+    assert torch.equal(fixed, canvas != 18) and fixed.sum() == 4 * (3 + 54) and more['remask_model'] is None
     assert {name: more[name] for name in wanted} == wanted
 
 
@@ -426,12 +425,12 @@ def test_dataset_is_prepared_on_first_use(run, copy):
 
 @pytest.mark.parametrize('words, message', [
     (['--prompt=(+x'], ["'x' in '(+x' is not in the vocabulary of arithmetic"]),
-    (['--length=63'], ['length 63 does not fit', 'room for 62']),
-    (['--length=2', '--prompt=(+12'], ['the prompt has 4 tokens, there is room for 2']),
-    (['--prompt=' + '1' * 63], ['the prompt has 63 tokens']),
+    (['--length=63'], ['a text of 63 tokens does not fit', 'room for 62']),
+    (['--length=2', '--prompt=(+12'], ['a length of 2 is too short: the prompt has 4 tokens']),
+    (['--prompt=' + '1' * 63], ['a text of 63 tokens does not fit']),
     (['--remask=causal', '--length=9'], ['the causal pass cannot see']),
     (['--ar_prefix=12', '--length=9'], ['the causal pass cannot see']),
-    (['--commit=best'], ["commit expects one of random, confidence, left_to_right, abstain; got 'best'"]),
+    (['--commit=best'], ["commit expects one of random, confidence, margin", "got 'best'"]),
     (['--remask=all'], ["remask expects one of", "'all'"]),
     (['--schedule=step', '--remask=none'], ['schedule expects one of']),
     (['--commit=confidence', '--temperature=0'], ['one sample again and again', '--choice_temperature=4.5']),
@@ -444,7 +443,7 @@ def test_dataset_is_prepared_on_first_use(run, copy):
     (['--merge_from=nowhere.pt'], ['nowhere.pt', 'no such checkpoint']),
     (['--merge_weight=2'], ['merge_weight must be in 0..1, got 2']), (['--merge_weight=-0.1'], ['merge_weight must be']),
     (['--commit=abstain'], ['commit=abstain needs a checkpoint trained with --allow_abstain=True']),
-    (['--temperature=-1'], ['temperature must be at least 0']), (['--remask_rate=2'], ['remask_rate must be in 0..1']),
+    (['--temperature=-1'], ['temperature must be at least 0']), (['--remask_rate=2'], ['remask_rate is a probability, in 0..1']),
     (['--device=tpu'], ['device expects']), (['--dtype=int8'], ['dtype expects']),
     (['--num_sample=3'], ['did you mean --num_samples?']), (['--steps=1.5'], ['steps expects an int']),
 ], ids=lambda value: ' '.join(value)[:30] if value[0].startswith('--') else '')
@@ -468,7 +467,7 @@ def test_sample_refuses_checkpoints(run, trained, tmp_path):
     refused(run('sample', f'--init_from={plain}', '--remask=wrong', *CPU), 'sample', 'not trained to find wrong',
             '--remask_from')
     refused(run('sample', f'--init_from={plain}', '--remask=causal', *CPU), 'sample', 'no trained causal mode')
-    refused(run('sample', f'--init_from={judge}', f'--remask_from={plain}', *CPU), 'sample', 'remasking checkpoint')
+    refused(run('sample', f'--init_from={judge}', f'--remask_from={plain}', *CPU), 'sample', 'not trained to find wrong tokens')
     refused(run('sample', f'--init_from={trained[1]}', f'--remask_from={plain}', *CPU), 'sample', plain,
             'not trained to find wrong')
     refused(run('sample', f'--init_from={trained[1]}', f'--remask_from={judge}', '--remask=random', *CPU), 'sample',

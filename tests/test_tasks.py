@@ -17,8 +17,8 @@ import sample
 from canvas import holes, spans, task_canvas
 from configurator import UserError
 from model import causal_nll, load_checkpoint
-from rules import COMMIT_RULES, REMASK_RULES
-from sample import PRESETS, TASKS, choose_rules, judge_rows, marks
+from rules import COMMIT_RULES, PRESETS, REMASK_RULES, TASKS, choose_rules
+from sample import judge_rows, marks
 
 BOS, EOS, PAD, MASK = 15, 16, 17, 18
 

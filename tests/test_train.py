@@ -25,8 +25,8 @@ from corruption import corrupt, own_guesses
 from data import loader
 from data.loader import load_data, random_rows, spread_rows
 from model import GPT, GPTConfig, causal_nll, load_checkpoint, nelbo
-from train import (checkpoint_name, evaluate, loss, lr_scale, make_optimizers, per_token, ramp, roc_auc, start_log,
-                   steer, training_step)
+from evaluation import evaluate, per_token, roc_auc
+from train import (checkpoint_name, loss, lr_scale, make_optimizers, ramp, start_log, steer, training_step)
 
 # -----------------------------------------------------------------------------
 # the loss
