@@ -64,13 +64,13 @@ def evaluate(model, x0, meta, *, causal, bidirectional, detects, guesser=None, b
             holes = input.masked_fill(judged & (doubt > 0.5), model.mask_token_id)
             filled = guesser.logits(guesser(holes)[wrong], real_only=True).argmax(1)
             refilled.append(torch.where(holes[wrong] == model.mask_token_id, filled, input[wrong]) == rows[wrong])
-    result, tokens = {}, torch.cat(tokens)
+    result, tokens = {}, torch.cat(tokens).cpu()                               # what follows is in float64, which MPS has not
     if bidirectional:
-        result['nelbo'], result['nelbo_se'] = per_token(torch.cat(bound), tokens)
+        result['nelbo'], result['nelbo_se'] = per_token(torch.cat(bound).cpu(), tokens)
     if causal:
-        result['causal_nll'], result['causal_nll_se'] = per_token(torch.cat(exact), tokens)
+        result['causal_nll'], result['causal_nll_se'] = per_token(torch.cat(exact).cpu(), tokens)
     if detects:
-        result['auc'] = roc_auc(torch.cat(scores), torch.cat(labels))
-        result['fixed'] = torch.cat(fixed).double().mean().item()
-        result['refilled'] = torch.cat(refilled).double().mean().item()
+        result['auc'] = roc_auc(torch.cat(scores).cpu(), torch.cat(labels).cpu())
+        result['fixed'] = torch.cat(fixed).float().mean().item()
+        result['refilled'] = torch.cat(refilled).float().mean().item()
     return result

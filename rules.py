@@ -47,6 +47,11 @@ def draw(probs, generator=None):
     return torch.multinomial(flat, 1, generator=generator).view(probs.shape[:-1])
 
 
+def fine(device):
+    """The dtype in which confidences are compared and orders drawn: float64, but float32 on MPS, which has nothing finer."""
+    return torch.float32 if device.type == 'mps' else torch.float64
+
+
 def spread(where, values):
     """values (N,), one for every True position of where (R, T) -> (R, T), 0 elsewhere."""
     return torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(where, values)
@@ -54,8 +59,8 @@ def spread(where, values):
 
 def propose(model, hidden, where, filters, generator, closed=None, forbid=()):
     """
-    Candidates at the True positions of where (R, T): ids (R, T), their log-probabilities (R, T) in float64, and the
-    float64 log-probabilities (N, V+2) of all tokens there, before temperature, top_k and top_p.
+    Candidates at the True positions of where (R, T): ids (R, T), their log-probabilities (R, T), and the log-probabilities
+    (N, V+2) of all tokens there, before temperature, top_k and top_p, in the dtype of fine.
 
     closed (R,): rows in which none of the ids forbid is drawn.
     """
@@ -65,7 +70,7 @@ def propose(model, hidden, where, filters, generator, closed=None, forbid=()):
         ids[list(forbid)] = True
         logits = logits.masked_fill(closed[:, None].expand_as(where)[where][:, None] & ids, float('-inf'))
     ids = draw(filtered(logits, **filters), generator)                         # (N,)
-    logp = logits.double().log_softmax(-1)
+    logp = logits.to(fine(logits.device)).log_softmax(-1)
     return spread(where, ids), spread(where, logp.gather(1, ids[:, None])[:, 0]), logp
 
 
@@ -107,14 +112,15 @@ def masks_left(progress, schedule, loop=False):
 
 def commit_order(commit, model, hidden, masked, candidates, *, noise_scale, priority, generator):
     """
-    The order in which a commit rule takes the masked positions: score (R, T) in float64, highest first.
+    The order in which a commit rule takes the masked positions: score (R, T), highest first.
 
     candidates: what propose returned for all masked positions, None for the rules that do not look at them.
     noise_scale (R, 1): confidence, of the Gumbel noise on it (MaskGIT). priority: ids that come first.
     """
-    noise = torch.rand(masked.shape, generator=generator, device=masked.device, dtype=torch.float64)
+    dtype = fine(masked.device)
+    noise = torch.rand(masked.shape, generator=generator, device=masked.device, dtype=dtype)
     if commit == 'left_to_right':
-        return -torch.arange(masked.size(1), device=masked.device, dtype=torch.float64).expand(masked.shape)
+        return -torch.arange(masked.size(1), device=masked.device, dtype=dtype).expand(masked.shape)
     if commit == 'abstain':
         return -p_mask(model, hidden, masked)
     if commit == 'random':
@@ -124,7 +130,7 @@ def commit_order(commit, model, hidden, masked, candidates, *, noise_scale, prio
         return confidence - noise_scale * (-noise.log()).log()
     if commit == 'margin':
         top = logp.exp().topk(2, dim=-1).values                                # (N, 2)
-        return spread(masked, (top[:, 0] - top[:, 1]).clamp(min=1e-300).log())
+        return spread(masked, (top[:, 0] - top[:, 1]).clamp(min=1e-30).log())
     if commit == 'entropy':
         return spread(masked, (logp.exp() * logp.clamp(min=-1e9)).sum(-1))
     if commit == 'priority':
@@ -134,14 +140,14 @@ def commit_order(commit, model, hidden, masked, candidates, *, noise_scale, prio
 
 def first_of(score, where, count):
     """Of the True positions of where (R, T) the count (R,) with the highest score (R, T), ties from the left: bool (R, T)."""
-    rank = score.masked_fill(~where, float('-inf')).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    rank = score.clamp(min=-1e30).masked_fill(~where, float('-inf')).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return where & (rank < count[:, None])
 
 
 def p_mask(model, hidden, where):
     """p(MASK) (R, T), how much a network trained with allow_abstain would rather leave a masked position open."""
     logits = model.logits(hidden[where])[:, :model.mask_token_id + 1]          # (N, V+1), mask_logit_bias included
-    return spread(where, logits.double().softmax(-1)[:, -1])
+    return spread(where, logits.to(fine(logits.device)).softmax(-1)[:, -1])
 
 
 # -----------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from configurator import UserError
 from corruption import modelled
 from model import atomically, causal_nll, check_same_model, configure_compute, identity, load_checkpoint, nelbo, random_subset
 from rules import (COMMIT_RULES, CORRECTING, REMASK_RULES, REMDM_SCHEDULES, TASKS, WHOLE_CANVAS, choose_rules, close_rows,
-                   commit_order, displaced, doubted, draft_pass, first_of, masks_left, p_wrong, propose, remdm_rate, share_at,
+                   commit_order, displaced, doubted, draft_pass, fine, first_of, masks_left, p_wrong, propose, remdm_rate, share_at,
                    spare_lengths, speculate, spread, supports)
 
 # -----------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
         q = torch.zeros(*drafted.shape, mask + 2, device=canvas.device)
     closed = (fixed & (canvas == (-1 if end_id is None else end_id))).any(1) if closed is None else closed         # (B,)
     first, position = (canvas == mask).long().argmax(1), torch.arange(canvas.size(1), device=canvas.device)  # where blocks begin
-    surety = torch.zeros(canvas.shape, dtype=torch.float64, device=canvas.device)  # log-probabilities at commit time
+    surety = torch.zeros(canvas.shape, dtype=fine(canvas.device), device=canvas.device)  # log-probabilities at commit time
     tried = fixed.clone()                                                      # remask_threshold doubts a position once
     nfe = torch.zeros_like(start)
     history = [canvas.clone()] if trace else None
@@ -200,7 +200,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
                 if remask in ('wrong', 'p2'):
                     whole = torch.where(masked, candidates[0], x) if judge else x
                     states = judge(whole) if judge else hidden
-                    doubt = spread(visible, p_wrong(judge or model, states[visible], whole[visible])).double()
+                    doubt = spread(visible, p_wrong(judge or model, states[visible], whole[visible])).to(surety.dtype)
                     passes += judge is not None
                 elif remask == 'confidence':
                     doubt = 1 - surety[rows].exp()
@@ -490,7 +490,7 @@ def judge_samples(model, meta, config, samples, width):
 
 
 def report(sample, meta, verdict, before=None):
-    """The lines to print for one sample: what became of the text before, and what the model thinks of it if that was asked for."""
+    """The lines to print for one sample: what became of the text before, and what the model thinks of it, if it was asked."""
     lines = [f"{sample['text']}   {verdict(sample['text'])}" if verdict else sample['text']]
     indent = ''
     if before is not None:
@@ -526,7 +526,8 @@ def main():
         print(', '.join(f'{name}={value}' for name, value in rules.items()))
         samples = fill(
             model, meta, canvas, fixed, batch_size=batch_size, seed=seed, progress=True,
-            trace=bool(animate or html) or task == 'repair', remask_model=judge, remask_random_ratio=remask_random_ratio, remdm=remdm, commit_threshold=commit_threshold,
+            trace=bool(animate or html) or task == 'repair', remask_model=judge, remask_random_ratio=remask_random_ratio,
+            remdm=remdm, commit_threshold=commit_threshold,
             priority=encode(meta, priority) if rules['commit'] == 'priority' else (), top_k=top_k, top_p=top_p, **rules)
     seconds, num = time.time() - t0, len(samples)
     if task == 'repair':
