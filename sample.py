@@ -94,7 +94,7 @@ compile = False            # torch.compile the network
 # -----------------------------------------------------------------------------
 
 RATES = dict(wrong=1.0, confidence=1.0, p2=1.0)   # remask_rate where it is not given; 0.3 for the others, see EXPERIMENTS.md
-DRAFT_WINDOW = 16  # remask=causal drafts this many tokens a round; EXPERIMENTS.md has 8 to 63
+DRAFT_WINDOW = 8  # remask=causal drafts this many tokens a round; EXPERIMENTS.md has 4 to 63
 
 
 # -----------------------------------------------------------------------------

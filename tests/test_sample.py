@@ -709,7 +709,7 @@ def test_same_seed_same_samples(rules):
     model = tiny_gpt(18, 64, n_recur=1)
     first, again, other = [generate(model, ARITHMETIC, 4, seed=seed, batch_size=3, **rules) for seed in (1, 1, 2)]
     assert first == again and len(first) == 4
-    assert all(a['tokens'] != b['tokens'] for a, b in zip(first, other))
+    assert sum(a['tokens'] != b['tokens'] for a, b in zip(first, other)) >= 3        # two short texts may agree by chance
     assert len({tuple(s['tokens']) for s in first}) == 4                  # also across batches
     torch.manual_seed(99)                                                 # the global generator has no say
     assert generate(model, ARITHMETIC, 4, seed=1, batch_size=3, **rules) == first
