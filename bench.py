@@ -26,9 +26,9 @@ from configurator import UserError
 from corruption import NOISE, mixed_noise, modelled, parse_mixture
 from data.loader import load_data, spread_rows
 from evaluation import evaluate, per_token
-from model import configure_compute, load_checkpoint
+from model import configure_compute, load_checkpoint, write_atomically
 from rules import PRESETS, choose_rules, supports
-from sample import check_folder, fill, find_checkpoint, generate, load_merged, write_atomically
+from sample import check_folder, fill, find_checkpoint, generate, load_merged
 
 # -----------------------------------------------------------------------------
 suite = 'arithmetic'     # what to measure: arithmetic | samplers | tasks (of one checkpoint) | checkpoints (training runs)

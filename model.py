@@ -326,6 +326,15 @@ def atomically(path):
             os.remove(temporary)
 
 
+def write_atomically(path, text):
+    """Writes a text file so that it is there whole or not at all."""
+    try:
+        with atomically(path) as temporary, open(temporary, 'w', encoding='utf-8') as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written: {error.strerror}') from error
+
+
 def save_checkpoint(path, checkpoint):
     """Writes a checkpoint atomically."""
     with atomically(path) as temporary:

@@ -26,7 +26,8 @@ import configurator
 from canvas import decode, encode, load_task, start_canvas, task_canvas, until_end
 from configurator import UserError
 from corruption import modelled
-from model import atomically, causal_nll, check_same_model, configure_compute, identity, load_checkpoint, nelbo, random_subset
+from model import (causal_nll, check_same_model, configure_compute, identity, load_checkpoint, nelbo, random_subset,
+                   write_atomically)
 from rules import (COMMIT_RULES, CORRECTING, REMASK_RULES, REMDM_SCHEDULES, TASKS, WHOLE_CANVAS, choose_rules, close_rows,
                    commit_order, displaced, doubted, draft_pass, fine, first_of, masks_left, p_wrong, propose, remdm_rate, share_at,
                    spare_lengths, speculate, spread, supports)
@@ -364,15 +365,6 @@ def load_merged(path, other_path, weight):
                             'remasking_loss_type': judge['remasking_loss_type'],
                             'allow_abstain': config.get('allow_abstain') and other_config.get('allow_abstain')}
     return model, checkpoint
-
-
-def write_atomically(path, text):
-    """Writes a text file so that it is there whole or not at all."""
-    try:
-        with atomically(path) as temporary, open(temporary, 'w', encoding='utf-8') as file:
-            file.write(text)
-    except OSError as error:
-        raise UserError(f'{path}: cannot be written: {error.strerror}') from error
 
 
 def check_folder(path):

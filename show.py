@@ -13,7 +13,7 @@ from string import Template
 import torch
 
 from configurator import UserError
-from model import atomically
+from model import write_atomically
 from rules import p_wrong
 
 # what a position can be in a frame (its first letter is its name in the page), and how the terminal shows it
@@ -105,11 +105,7 @@ def write_page(path, title, subtitle, stories):
     data = json.dumps(dict(tokens=list(table), stories=told), separators=(',', ':'))
     data = data.replace('<', r'\u003c').replace('>', r'\u003e').replace('&', r'\u0026')  # no text can end the script
     page = Template(PAGE).substitute(title=html.escape(title), subtitle=html.escape(subtitle), data=data)
-    try:
-        with atomically(path) as temporary, open(temporary, 'w', encoding='utf-8') as file:
-            file.write(page)
-    except OSError as error:
-        raise UserError(f'{path}: cannot be written: {error.strerror}') from error
+    write_atomically(path, page)
 
 
 PAGE = '''<!doctype html>

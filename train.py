@@ -27,9 +27,9 @@ from corruption import KINDS, NOISE, corrupt, modelled, own_guesses, parse_mixtu
 from data.loader import load_data, random_rows, spread_rows
 from evaluation import evaluate
 from model import (GPT, GPTConfig, atomically, check_same_model, configure_compute, identity, load_checkpoint, model_args,
-                   norm, save_checkpoint)
+                   norm, save_checkpoint, write_atomically)
 from rules import best_rules, supports
-from sample import generate, write_atomically
+from sample import generate
 
 # -----------------------------------------------------------------------------
 # I/O
