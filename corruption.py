@@ -13,14 +13,14 @@ from configurator import UserError
 from model import random_subset, stratified_k
 from rules import draw, filtered
 
-KINDS = ('own', 'random', 'fragment', 'sticky')             # of wrong tokens, see corrupt
+KINDS = ('own', 'random', 'fragment', 'sticky', 'noise')    # of wrong tokens, see corrupt
 NOISE = ('mask', 'replace', 'swap', 'delete', 'insert')     # what mixed_noise may do to a token
 
 
 def corrupt(x0, free, real, *, training_type, mask_token_id, wrong_token_id, generator, remask_ratio=0.5,
             corruption=(('own', 1.0),), guess=None, remasking_loss_type='all_positions', remask_target='wrong',
             weight_unmask_task=1.0, weight_remask_task=1.0, penalty_mask_correct=1.0, sigma=(0.1, 0.9, 0.0), noise_mix=None,
-            pad_id=None):
+            pad_id=None, prefix_ratio=0.0, prefix_length=16):
     """
     Clean rows -> (input, target, weight), (B, T) each: all that distinguishes one training type from another.
 
@@ -29,25 +29,32 @@ def corrupt(x0, free, real, *, training_type, mask_token_id, wrong_token_id, gen
       unmasking: they become [MASK]; each weighs 1/k, so that the loss is the NELBO a position, without any 1/t.
       remasking: wrong tokens stand there; nothing is masked.
       joint:     in a share remask_ratio of the rows wrong tokens stand at 1..k of them, the others are masked.
-      denoising: that share of the rows gets mixed_noise instead, at a level drawn by noise_level(*sigma).
+      denoising: joint with the corruption 'noise', whatever the argument corruption says.
     A replacement that equals the original is no error. Visible positions share weight_remask_task equally in a row,
     clean ones times penalty_mask_correct, or 0 if remasking_loss_type is 'corrupted_only'. The target of a wrong token is
     wrong_token_id, or the clean token if remask_target is 'original'.
     corruption: ((kind, share), ...), one kind a row: 'random' draws any other token; 'own' calls guess(input (R, T), where
     (R, T) bool) -> ids (R, T), for the guesses of a network; 'sticky' and 'fragment' fill one run of real positions, with
-    random tokens and with a piece of another row.
+    random tokens and with a piece of another row; 'noise' is mixed_noise instead of masks, at a level drawn by
+    noise_level(*sigma): there all positions up to the first padding behind the text are alike, masked or visible, and share
+    weight_remask_task.
+    prefix_ratio: in that share of the rows the first tokens, up to prefix_length of them, are given (hybrid generation).
     """
     B = x0.size(0)
+    if training_type == 'denoising':
+        corruption = (('noise', 1.0),)
+    if prefix_ratio:
+        given = torch.rand(2, B, 1, generator=generator, device=x0.device)
+        length = (1 + given[1] * prefix_length).long() * (given[0] < prefix_ratio)           # (B, 1)
+        free = free & (free.cumsum(1) > length.clamp(max=x0.size(1) // 2))
+        real = real & free
     k = stratified_k(free.sum(1), generator)
     chosen = random_subset(free, k, generator)
     input = x0.masked_fill(chosen, mask_token_id)
     proofread = torch.zeros_like(free)                                         # rows in which tokens may be wrong
     proofread[:{'unmasking': 0, 'remasking': B}.get(training_type, round(B * remask_ratio))] = True
-    if training_type == 'denoising' and proofread.any():
-        level = noise_level(B, *sigma, generator)
-        noisy = mixed_noise(x0, real, level, noise_mix, mask_token_id, pad_id, generator)
-        input = torch.where(proofread, noisy, input)
-    elif proofread.any():
+    noisy_rows = torch.zeros_like(proofread[:, :1])                            # (B, 1)
+    if proofread.any():
         count = k if training_type == 'remasking' else stratified_k(k, generator)
         filled = random_subset(chosen & proofread, count, generator)
         edges = torch.tensor([share for _, share in corruption], device=x0.device).cumsum(0)
@@ -55,6 +62,11 @@ def corrupt(x0, free, real, *, training_type, mask_token_id, wrong_token_id, gen
         for number, (kind, _) in enumerate(corruption):
             rows = proofread & (kinds == number)[:, None]
             where = filled & rows
+            if kind == 'noise':
+                noisy_rows = rows[:, :1]
+                noisy = mixed_noise(x0, real & free, noise_level(B, *sigma, generator), noise_mix, mask_token_id, pad_id, generator)
+                input = torch.where(rows, noisy, input)
+                continue
             if kind in ('fragment', 'sticky') and training_type == 'remasking':
                 input = torch.where(rows, x0, input)                           # the run is all that is wrong in the row
             if kind == 'own':
@@ -75,7 +87,14 @@ def corrupt(x0, free, real, *, training_type, mask_token_id, wrong_token_id, gen
     keep = penalty_mask_correct if remasking_loss_type == 'all_positions' else 0.0
     unmask = weight_unmask_task * masked / masked.sum(1, keepdim=True).clamp(min=1)
     remask = weight_remask_task * (wrong + keep * (visible & ~wrong)) / visible.sum(1, keepdim=True).clamp(min=1)
-    return input, target, unmask + remask
+    weight = unmask + remask
+    if noisy_rows.any():
+        text = real | (input != (mask_token_id if pad_id is None else pad_id))
+        counted = free & (text | text.roll(1, 1))                              # and the padding right behind it
+        alike = weight_remask_task * torch.where(masked | wrong, 1.0, keep) / counted.sum(1, keepdim=True).clamp(min=1)
+        alike = alike * counted
+        weight = torch.where(noisy_rows, alike, weight)
+    return input, target, weight
 
 
 def own_guesses(model, generator):
@@ -89,6 +108,39 @@ def own_guesses(model, generator):
             ids[where] = draw(filtered(model.logits(hidden, real_only=True)), generator)
         return ids
     return guess
+
+
+def pack(length, *rows):
+    """
+    Short rows, several to a row: the first length (B,) positions of the tensors rows (B, T) each, 0 in what room is left (R, T),
+    and after them segment (R, T), see GPT.forward.
+    """
+    B, T = rows[0].shape
+    room, place = [], [None] * B                                               # first fit, the longest first
+    for row in length.argsort(descending=True).tolist():
+        n = int(length[row])
+        bin = next((i for i, left in enumerate(room) if left >= n), len(room))
+        if bin == len(room):
+            room.append(T)
+        place[row] = bin * T + T - room[bin]
+        room[bin] -= n
+    position = torch.arange(T, device=length.device)
+    inside = position < length[:, None]                                        # (B, T)
+    at = (torch.tensor(place, device=length.device)[:, None] + position)[inside]             # (N,) in R * T
+    number = torch.arange(1, B + 1, device=length.device)[:, None].expand(B, T)
+    return [torch.zeros(len(room) * T, dtype=part.dtype, device=part.device).index_put((at,), part[inside]).view(-1, T)
+            for part in (*rows, number)]
+
+
+def extent(input, weight, pad_id, generator):
+    """
+    How many positions (B,) of the rows input (B, T) a pass needs: not the visible padding behind all that carries weight (B, T),
+    but for a random part of it, mostly short. So the network meets every length of padding, and rarely pays for it.
+    """
+    T = input.size(1)
+    last = T - ((weight > 0) | (input != pad_id)).flip(1).long().argmax(1)     # (B,)
+    u = torch.rand(last.shape, generator=generator, device=last.device)
+    return last + (u ** 3 * (T + 1 - last)).long().clamp(max=T - last)
 
 
 def another_token(ids, V, generator):

@@ -13,6 +13,7 @@ Notable features:
 
 import contextlib
 import ctypes
+import math
 import os
 import pickle
 from dataclasses import asdict, dataclass, fields
@@ -37,6 +38,9 @@ class GPTConfig:
     n_recur: int = 2         # how often the stack of n_layer blocks is applied, with the same weights
     dropout: float = 0.0
     draft_head: bool = False # a head that guesses what the causal pass will say next, see Drafter
+    energy_head: int = 0     # a head that says how wrong a text is, see Critic; reads 1: the bidirectional pass, 2: the causal one too
+    noise_condition: bool = False  # the network is told the share of [MASK] in its canvas (the universal denoiser seed)
+    self_condition: bool = False  # the network is shown its previous prediction (Chen et al. 2022, Analog Bits)
 
 
 def norm(x):
@@ -69,13 +73,18 @@ def rotary_table(T, hs):
     return (torch.cat((angle.cos(), angle.cos()), 1) * hs ** -0.25, torch.cat((angle.sin(), -angle.sin()), 1) * hs ** -0.25)
 
 
-def plain_attention(q, k, v, causal):
-    """softmax(q k') v written out. On a CPU, at short T, its backward is several times faster than the fused kernel's."""
+def plain_attention(q, k, v, bias):
+    """softmax(q k' + bias) v written out. On a CPU, at short T, its backward is several times faster than the fused kernel's."""
     scores = q @ k.transpose(-2, -1)                                # (B, nh, T, T)
-    if causal:
-        T = q.size(-2)
-        scores = scores + torch.full((T, T), float('-inf'), dtype=q.dtype, device=q.device).triu(1)
-    return scores.softmax(-1) @ v
+    return (scores if bias is None else scores + bias).softmax(-1) @ v
+
+
+def attention_bias(T, causal, segment, dtype, device):
+    """What is added to the scores, -inf where a position may not look: (T, T), or (B, 1, T, T) with segment (B, T)."""
+    bias = torch.full((T, T), float('-inf') if causal else 0.0, dtype=dtype, device=device).triu(1)
+    if segment is not None:                                         # texts that share a row do not see one another
+        bias = bias.masked_fill((segment[:, :, None] != segment[:, None])[:, None], float('-inf'))
+    return bias
 
 
 class Block(nn.Module):
@@ -90,18 +99,18 @@ class Block(nn.Module):
         self.proj = Linear(4 * C, C, zero=True)
         self.dropout = nn.Dropout(config.dropout)
 
-    def attention(self, x, cos, sin, causal, plain):
+    def attention(self, x, cos, sin, causal, bias, plain):
         B, T, C = x.size()
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
         q, k = rotate(norm(qkv[:2]), cos, sin)                      # one call for both: (B, nh, T, hs) each
         if plain:
-            y = plain_attention(q, k, qkv[2], causal)
+            y = plain_attention(q, k, qkv[2], bias)
         else:
-            y = F.scaled_dot_product_attention(q, k, qkv[2], is_causal=causal, scale=1.0)
+            y = F.scaled_dot_product_attention(q, k, qkv[2], attn_mask=bias, is_causal=causal and bias is None, scale=1.0)
         return self.attn_proj(y.transpose(1, 2).reshape(B, T, C))   # (B, nh, T, hs) -> (B, T, C)
 
-    def forward(self, x, cos, sin, causal, plain):
-        x = x + self.dropout(self.attention(norm(x), cos, sin, causal, plain))
+    def forward(self, x, cos, sin, causal, bias, plain):
+        x = x + self.dropout(self.attention(norm(x), cos, sin, causal, bias, plain))
         h = self.fc(norm(x))
         return x + self.dropout(self.proj(F.relu(h) * h))           # ReLU^2, in the form whose backward is cheapest
 
@@ -125,6 +134,26 @@ class Drafter(nn.Module):
         return state + self.proj(F.relu(h) * h)
 
 
+class Critic(nn.Module):
+    """
+    The energy head (the universal denoiser seed): how wrong is this text? It reads one or two passes of the frozen network.
+
+    Every token gets a score, the logit of being wrong; the energy of a text is the log-sum-exp of its tokens' scores, since one
+    wrong token is enough.
+    """
+
+    def __init__(self, C, passes, hidden=64):
+        super().__init__()
+        self.fc = Linear(passes * (C + 1), hidden)
+        self.mid = Linear(hidden, hidden)
+        self.proj = Linear(hidden, 1, zero=True)
+
+    def forward(self, features):
+        """features (..., passes * (C + 1)), see GPT.token_energy -> scores (...)."""
+        h = F.gelu(self.mid(F.gelu(self.fc(features))))
+        return self.proj(h)[..., 0]
+
+
 class GPT(nn.Module):
 
     def __init__(self, config):
@@ -140,6 +169,9 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         with torch.random.fork_rng(devices=[]):                      # with or without it the rest draws the same numbers
             self.drafter = Drafter(config.n_embd) if config.draft_head else None
+            self.critic = Critic(config.n_embd, config.energy_head) if config.energy_head else None
+            self.level = Linear(32, config.n_embd, zero=True) if config.noise_condition else None
+            self.previous = Linear(config.n_embd, config.n_embd, zero=True) if config.self_condition else None
         self.register_buffer('mask_logit_bias', torch.zeros(()))     # set by the controller in train.py, saved with the model
         cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
         self.register_buffer('cos', cos, persistent=False)           # (block_size, hs)
@@ -147,21 +179,38 @@ class GPT(nn.Module):
         self.compute_dtype = torch.float32                           # see configure_compute
         self.plain_attention = False
 
-    def forward(self, idx, causal=False):
+    def forward(self, idx, causal=False, segment=None, previous=None, level=None):
         """
         ids (B, T) -> hidden states (B, T, C), where hidden[:, i] predicts position i.
 
         causal=False: every position sees the whole canvas.
         causal=True:  position i sees idx[:, :i] only; position 0 sees a start symbol (the mask token).
+        segment (B, T): a number for the text that each position belongs to; several texts share a row, and each is as if it were
+        alone, in both modes.
+        previous (B, T): with self_condition, ids that an earlier pass predicted, the mask token where none did; None: nowhere.
+        level (B, 1) or (B, T): with noise_condition, the share of the tokens that are noise; None: the share of [MASK] in the row.
         """
         T = idx.size(1)
+        extra = 0
         if causal:
+            extra = self.causal_embd
             idx = F.pad(idx[:, :-1], (1, 0), value=self.mask_token_id)
-        x = norm(self.wte(idx) + self.causal_embd if causal else self.wte(idx)).to(self.compute_dtype)
+            if segment is not None:
+                idx = idx.masked_fill(segment != F.pad(segment[:, :-1], (1, 0), value=-1), self.mask_token_id)
+        elif self.level is not None:
+            level = (idx == self.mask_token_id).float().mean(1, keepdim=True) if level is None else level
+            extra = self.level((level[..., None] * math.pi * torch.arange(32, device=idx.device)).cos())  # (B, 1 or T, C)
+        if self.previous is not None and not causal:
+            previous = torch.full_like(idx, self.mask_token_id) if previous is None else previous
+            extra = extra + self.previous(norm(self.wte(previous)))  # (B, T, C)
+        x = norm(self.wte(idx) + extra).to(self.compute_dtype)
         cos, sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
+        bias = None
+        if segment is not None or (causal and self.plain_attention):
+            bias = attention_bias(T, causal, segment, x.dtype, x.device)
         for _ in range(self.config.n_recur):
             for block in self.blocks:
-                x = block(x, cos, sin, causal, self.plain_attention)
+                x = block(x, cos, sin, causal, bias, self.plain_attention)
         return norm(x)
 
     def draft(self, state, ids):
@@ -180,6 +229,34 @@ class GPT(nn.Module):
             specials = torch.arange(V + 2, device=logits.device) >= V
             return logits.masked_fill(specials, float('-inf'))
         return torch.cat((logits[..., :V], logits[..., V:V + 1] + self.mask_logit_bias, logits[..., V + 1:]), dim=-1)
+
+    def token_energy(self, ids, real):
+        """
+        How wrong is each token? ids (B, T), whole texts without masks, and which positions are text, real (B, T) -> float32
+        scores (B, T): the logit of being wrong, -inf outside real.
+
+        The critic is shown the hidden state of a position in the bidirectional pass over the text, and in the causal one if it
+        reads two, and what they give for the token that stands there. It learns, the network does not.
+        """
+        if self.critic is None:
+            raise UserError('this network has no energy head: give it one with python energy.py --init_from=CHECKPOINT')
+        with torch.no_grad():
+            features = []
+            for causal in (False, True)[:self.config.energy_head]:
+                hidden = self(ids, causal=causal)[real].float()                 # (N, C)
+                logp = self.logits(hidden, real_only=True).log_softmax(-1).gather(1, ids[real][:, None])
+                features += [hidden, logp.clamp(-20, 0) / 5]                    # the states have scale 1, so shall these
+        score = self.critic(torch.cat(features, -1))                            # (N,)
+        return torch.full(ids.shape, float('-inf'), device=ids.device).masked_scatter(real, score)
+
+    def energy(self, ids, real):
+        """
+        The energy (B,) of whole texts, see token_energy: the logit of not being from the data.
+
+        exp(-energy) is, up to a factor, how much likelier the text is in the data than among what the critic learned to
+        tell from it, for the most part the network's own samples (noise contrastive estimation; Xu et al. 2024).
+        """
+        return self.token_energy(ids, real).logsumexp(-1)
 
     def num_params(self):
         """Number of parameters that the user asked for: the padding rows of the embedding do not count."""
@@ -361,10 +438,11 @@ def load_checkpoint(path, device='cpu', ema=True):
                if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
         raise UserError(f"{path}: not a checkpoint of train.py: it has no '{missing[0]}'")
-    known = {field.name for field in fields(GPTConfig)}
-    if set(checkpoint['model_args']) != known:
-        odd = sorted(set(checkpoint['model_args']) ^ known)
-        raise UserError(f"{path}: made by another version of model.py: they differ in the field '{odd[0]}'")
+    known = {field.name: field.default for field in fields(GPTConfig)}
+    odd = sorted(set(checkpoint['model_args']) - set(known))
+    if odd:
+        raise UserError(f"{path}: made by another version of model.py, which has the field '{odd[0]}'")
+    checkpoint['model_args'] = {**known, **checkpoint['model_args']}           # what an older version did not have is off
     model = GPT(GPTConfig(**checkpoint['model_args'])).to(device)
     weights = checkpoint['ema'] if ema and checkpoint.get('ema') else checkpoint['model']
     own = model.state_dict()

@@ -14,9 +14,9 @@ from configurator import UserError
 from model import norm, random_subset
 
 COMMIT_RULES = ('random', 'confidence', 'margin', 'entropy', 'threshold', 'abstain', 'priority', 'left_to_right')
-REMASK_RULES = ('none', 'random', 'wrong', 'confidence', 'remdm', 'p2', 'causal')
+REMASK_RULES = ('none', 'random', 'wrong', 'critic', 'confidence', 'remdm', 'p2', 'causal')
 REMDM_SCHEDULES = ('cap', 'rescale', 'loop')
-CORRECTING = ('random', 'wrong', 'confidence')   # the remask rules that may go on when the canvas is full
+CORRECTING = ('random', 'wrong', 'critic', 'confidence')   # the remask rules that may go on when the canvas is full
 WHOLE_CANVAS = ('confidence', 'margin', 'entropy', 'threshold', 'priority')  # commit rules that look at every candidate
 
 # -----------------------------------------------------------------------------
@@ -74,10 +74,17 @@ def propose(model, hidden, where, filters, generator, closed=None, forbid=()):
     return spread(where, ids), spread(where, logp.gather(1, ids[:, None])[:, 0]), logp
 
 
-def draft_pass(model, x, masked, draft):
-    """Hidden states (R, T, C); the causal pass skips the columns right of the last row's first hole, which it cannot see."""
+def draft_pass(model, x, masked, draft, previous=None):
+    """
+    Hidden states (R, T, C); the causal pass skips the columns right of the last row's first hole, which it cannot see.
+
+    previous (R, T): for a network with self_condition, its likeliest tokens of the pass before, replaced by those of this one.
+    """
     if draft == 'bidirectional':
-        return model(x)
+        hidden = model(x, previous=previous)
+        if previous is not None:
+            previous[masked] = model.logits(hidden[masked], real_only=True).argmax(-1)
+        return hidden
     width = int(masked.long().argmax(1).max()) + 1
     return F.pad(model(x[:, :width], causal=True), (0, 0, 0, x.size(1) - width))
 
@@ -226,6 +233,42 @@ def share_at(schedule, progress):
 
 
 # -----------------------------------------------------------------------------
+# judging whole texts by their energy
+
+
+def text_of(x, end_id, pad_id, forbid=()):
+    """
+    Whole canvases x (R, T) as texts: (ids (R, T), with padding behind the first end token, and which positions are text).
+
+    forbid: ids of which one that is neither end nor padding is a start symbol: at the first position it is no text either.
+    """
+    ends = (x == (-1 if end_id is None else end_id)).long()
+    behind = ends.cumsum(1) > ends
+    start = torch.tensor([i for i in forbid if i not in (end_id, pad_id)], dtype=x.dtype, device=x.device)
+    real = ~behind
+    real[:, 0] &= ~torch.isin(x[:, 0], start)
+    return x if pad_id is None else x.masked_fill(behind, pad_id), real
+
+
+def choose_by_energy(energy, generator, greedy=False):
+    """Of the n texts of each row one with probability proportional to exp(-energy), greedy: the best. energy (R, n) -> (R,)."""
+    return energy.argmin(1) if greedy else draw((-energy).softmax(-1), generator)
+
+
+def guided(model, hidden, x, masked, num, filters, generator, end_id=None, pad_id=None, closed=None, forbid=()):
+    """
+    What propose returns for the masked positions of x (R, T), but num proposals are made for every row and, by the energies of
+    the texts that they make of it, one is chosen (importance sampling; Xu et al. 2024).
+    """
+    proposals = [propose(model, hidden, masked, filters, generator, closed, forbid) for _ in range(num)]
+    energy = [model.energy(*text_of(torch.where(masked, ids, x), end_id, pad_id, forbid)) for ids, _, _ in proposals]
+    chosen = choose_by_energy(torch.stack(energy, 1), generator, filters['temperature'] == 0)                # (R,)
+    rows = torch.arange(len(x), device=x.device)
+    ids, confidence = (torch.stack(parts)[chosen, rows] for parts in list(zip(*proposals))[:2])
+    return ids, confidence, proposals[0][2]
+
+
+# -----------------------------------------------------------------------------
 # drafting and verifying
 
 
@@ -328,6 +371,14 @@ PRESETS = dict(
 TASKS = dict(generate={}, infill={}, edit={}, score={},
              repair=dict(commit='threshold', remask='wrong', remask_threshold=0.8, temperature=0.0))
 
+# a network that has seen noise mends it in one pass: every token that it would rather replace is replaced by the likeliest one
+REWRITE = dict(commit='random', remask='wrong', remask_threshold=0.5, rewrite=True, steps=1, temperature=0.0)
+
+
+def saw_noise(config):
+    """Whether a checkpoint of this config learned to mend mixed noise."""
+    return config['training_type'] == 'denoising' or (config['training_type'] == 'joint' and 'noise' in config['corruption'])
+
 
 def choose_rules(config, *, preset=None, task='generate', inside=False, judge=False, **chosen):
     """
@@ -338,15 +389,27 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
         near = difflib.get_close_matches(preset, PRESETS, 1)
         raise UserError(f"unknown preset '{preset}'; {f'did you mean {near[0]}' if near else 'there are ' + ', '.join(PRESETS)}?")
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    rules = {**TASKS[task], **PRESETS.get(preset, {}), **chosen}
+    usual = REWRITE if task == 'repair' and saw_noise(config) and chosen.get('rewrite', True) else TASKS[task]
+    rules = {**usual, **PRESETS.get(preset, {}), **chosen}
     if 'remask_schedule' in chosen and 'remask_threshold' not in chosen:
         rules.pop('remask_threshold', None)
-    if task == 'repair' and rules['remask'] not in ('wrong', 'random'):
-        raise UserError(f"repair finds what to change by re-masking: use --remask=wrong or random, not {rules['remask']}")
+    if task == 'repair' and rules['remask'] not in ('wrong', 'random', 'critic'):
+        raise UserError(f"repair finds what to change by re-masking: use --remask=wrong, random or critic, not {rules['remask']}")
+    for name in ('guide', 'best_of'):
+        if name in rules:
+            check_energy_head(config, name)
     if rules.get('remask_rate', 0) > 1 and rules.get('remask') != 'p2':
         raise UserError(f"remask_rate is a probability, in 0..1 (only p2's is not), got {rules['remask_rate']}")
+    inside = inside or 'guide' in rules                                        # the causal pass has no steps to guide
     best = best_rules(config, inside, judge=judge, **{name: rules.get(name) for name in ('commit', 'remask', 'ar_prefix')})
     return {**rules, **best}
+
+
+def check_energy_head(config, name):
+    """Raises UserError if the checkpoint of this config has no energy head, which the setting called name needs."""
+    if not config.get('energy_head'):
+        raise UserError(f'{name} needs a checkpoint with an energy head: give this one a head with '
+                        'python energy.py --init_from=CHECKPOINT and sample from what that writes')
 
 
 def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=None, judge=False):
@@ -373,6 +436,8 @@ def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=
                         '--remask_from)')
     if commit == 'abstain' and not config.get('allow_abstain'):
         raise UserError('commit=abstain needs a checkpoint trained with --allow_abstain=True')
+    if remask == 'critic':
+        check_energy_head(config, 'remask=critic')
     if remask in ('wrong', 'p2') and not (detects or judge):
         raise UserError('this checkpoint was not trained to find wrong tokens: train with training_type joint'
                         + (', or give a remasking one as --remask_from=PATH' if remask == 'wrong' else ''))

@@ -28,9 +28,9 @@ from configurator import UserError
 from corruption import modelled
 from model import (causal_nll, check_same_model, configure_compute, identity, load_checkpoint, nelbo, random_subset,
                    write_atomically)
-from rules import (COMMIT_RULES, CORRECTING, REMASK_RULES, REMDM_SCHEDULES, TASKS, WHOLE_CANVAS, choose_rules, close_rows,
-                   commit_order, displaced, doubted, draft_pass, fine, first_of, masks_left, p_wrong, propose, remdm_rate, share_at,
-                   spare_lengths, speculate, spread, supports)
+from rules import (COMMIT_RULES, CORRECTING, REMASK_RULES, REMDM_SCHEDULES, TASKS, WHOLE_CANVAS, choose_by_energy, choose_rules,
+                   close_rows, commit_order, displaced, doubted, draft_pass, fine, first_of, guided, masks_left, p_wrong, propose,
+                   remdm_rate, share_at, spare_lengths, speculate, spread, supports, text_of)
 
 # -----------------------------------------------------------------------------
 # the checkpoint
@@ -69,13 +69,17 @@ commit_threshold = 0.9     # commit=threshold: candidates at least this probable
 priority = '()=+*'         # commit=priority: candidates of these characters first
 ar_prefix: int = None      # tokens drawn left to right with the causal pass first; None: 0 (a causal checkpoint: all)
 # which visible tokens are re-masked
-remask: str = None         # none | random | wrong | confidence | remdm | p2 | causal
-remask_rate: float = None  # how often, see generate_diffusion; None: 1 for wrong, confidence and p2, 0.3 for the others
+remask: str = None         # none | random | wrong | critic | confidence | remdm | p2 | causal
+remask_rate: float = None  # how often, see generate_diffusion; None: 1 for wrong, critic, confidence and p2, else 0.3
 remask_random_ratio = 0.0  # 0: re-mask by doubt alone, 1: at random alone
 remask_threshold: float = None  # re-mask what is doubted more than this, each position once
 remask_schedule: tuple = None   # re-mask a share of the visible tokens that goes from the first to the second number: 0.3,0.05
+rewrite: bool = None       # draw what is doubted anew at once, in the light of what stands there; None: in repair, if trained on noise
 remdm = 'cap'              # remask=remdm: cap | rescale | loop
 correct_share: float = None     # share of the steps, at the end, that only re-mask and refill; None: 0.25
+# what the energy head is asked, in a checkpoint that has one (energy.py)
+guide: int = None          # at every step draw this many whole completions and go on with one, the likelier the lower its energy
+best_of: int = None        # draw this many samples for one and keep one, the likelier the lower its energy
 # drawing
 temperature: float = None  # 0: the most probable token, 1: the model's own distribution; None: 1 (repair: 0)
 top_k: int = None          # draw among the k most probable tokens only
@@ -94,7 +98,7 @@ attention = 'auto'         # auto | plain | sdpa
 compile = False            # torch.compile the network
 # -----------------------------------------------------------------------------
 
-RATES = dict(wrong=1.0, confidence=1.0, p2=1.0)   # remask_rate where it is not given; 0.3 for the others, see EXPERIMENTS.md
+RATES = dict(wrong=1.0, critic=1.0, confidence=1.0, p2=1.0)   # remask_rate where it is not given; 0.3 for the others, see EXPERIMENTS.md
 DRAFT_WINDOW = 8  # remask=causal drafts this many tokens a round; EXPERIMENTS.md has 4 to 63
 
 
@@ -106,8 +110,8 @@ DRAFT_WINDOW = 8  # remask=causal drafts this many tokens a round; EXPERIMENTS.m
 def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', remask='none', schedule='linear',
                        draft='bidirectional', remask_model=None, remask_rate=None, remask_random_ratio=0.0,
                        remask_threshold=None, remask_schedule=None, remdm='cap', correct_share=0.25, temperature=1.0,
-                       top_k=None, top_p=None, choice_temperature=4.5, commit_threshold=0.9, priority=(), block_length=None,
-                       end_id=None, pad_id=None, closed=None, forbid=(), generator=None, trace=False):
+                       top_k=None, top_p=None, choice_temperature=4.5, commit_threshold=0.9, priority=(), block_length=None, rewrite=False,
+                       end_id=None, pad_id=None, closed=None, forbid=(), guide=None, generator=None, trace=False):
     """
     The one sampling loop: canvas, fixed -> repeat: candidates at masked positions, commit some, re-mask some.
 
@@ -131,17 +135,23 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
       none
       random       any, with probability remask_rate
       wrong        with probability remask_rate * p(WRONG), by this pass or by remask_model on the completed canvas
+      critic       with probability remask_rate * the probability that the energy head calls the token wrong in the canvas
+                   completed by this step's candidates; as many more passes as the head reads
       confidence   with probability remask_rate * (1 - the probability that the token was committed with) (ReMDM-conf)
       remdm        any, with a probability that keeps the forward marginals (ReMDM, remask_rate being its eta): remdm='cap'
                    min(eta, s), 'rescale' eta * s, s = masks left / visible; 'loop' eta while a tenth is held masked
       p2           visible tokens, scored remask_rate * log(1 - p(WRONG)), compete with the candidates for staying (P2)
       causal       the causal pass verifies the draft, so the samples follow the law of the causal mode exactly, in fewer
                    passes than it needs (speculative sampling, see rules.speculate); steps, commit and schedule have no say
-    random, wrong and confidence use the last correct_share of the steps to re-mask and refill the full canvas.
+    random, wrong, critic and confidence use the last correct_share of the steps to re-mask and refill the full canvas.
     remask_random_ratio mixes random's probability in. remask_threshold: instead, all tokens doubted more than that, each
     position once, and a row without masks has finished. remask_schedule: instead, a share of the visible tokens that goes
     linearly from the first to the second number, the most doubted first.
+    rewrite: what random, wrong or confidence would re-mask is drawn anew in the same pass instead, seen as it stands: a network
+    that was trained on noise reads out of a wrong token what it was before (with commit random; all else needs its candidates).
     draft='causal': candidates come from the causal pass, one a step from the left: plain AR sampling.
+    guide: that many whole completions are proposed at each step, and the tokens of one of them, chosen with probability
+    proportional to exp(-energy), are committed (temperature 0: of the lowest energy). Two more passes for each of them.
     end_id, pad_id: once everything left of an end token is decided, what is right of it is padding.
     closed (B,) bool: rows in which none of the ids forbid is drawn; None: those whose end token is fixed.
 
@@ -150,9 +160,11 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     """
     mask = model.mask_token_id
     remask_rate = RATES.get(remask, 0.3) if remask_rate is None else remask_rate
-    check_rules(canvas, mask, fixed, commit, remask, remdm, draft, schedule, temperature, top_k, choice_temperature)
+    check_rules(canvas, mask, fixed, commit, remask, remdm, draft, schedule, temperature, top_k, choice_temperature, guide)
     if remask not in CORRECTING and not (remask_threshold is None and remask_schedule is None):
         raise UserError(f"remask_threshold and remask_schedule are for --remask={', '.join(CORRECTING)}, not for {remask}")
+    if rewrite and (remask not in ('random', 'wrong', 'confidence') or commit != 'random' or remask_model or guide):
+        raise UserError('rewrite goes with --commit=random and --remask=wrong, random or confidence, without a second network or guide')
     canvas = canvas.clone()
     start = (canvas == mask).sum(1)                                            # (B,) tokens to fill
     corrects, loops = remask in CORRECTING, remask == 'remdm' and remdm == 'loop'
@@ -167,6 +179,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     closed = (fixed & (canvas == (-1 if end_id is None else end_id))).any(1) if closed is None else closed         # (B,)
     first, position = (canvas == mask).long().argmax(1), torch.arange(canvas.size(1), device=canvas.device)  # where blocks begin
     surety = torch.zeros(canvas.shape, dtype=fine(canvas.device), device=canvas.device)  # log-probabilities at commit time
+    previous = torch.full_like(canvas, mask) if model.previous is not None else None  # self-conditioning: nothing predicted yet
     tried = fixed.clone()                                                      # remask_threshold doubts a position once
     nfe = torch.zeros_like(start)
     history = [canvas.clone()] if trace else None
@@ -180,12 +193,18 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
         if remask == 'causal':
             x, drafted, q, passes = speculate(model, x, masked, drafted, q, filters, generator)
         else:
-            hidden, passes = draft_pass(model, x, masked, draft), 1            # (R, T, C)
+            shown = None if previous is None else previous[rows].masked_fill(~masked, mask)
+            hidden, passes = draft_pass(model, x, masked, draft, shown), 1     # (R, T, C)
+            if shown is not None:
+                previous[rows] = shown
             progress = ((step + 1) / fill[rows]).clamp(max=1)                  # (R,)
             left = (start[rows] * masks_left(progress, schedule, loops) + 1e-4).long()                # (R,) masks after this step
             judge = None if last else remask_model
             candidates = None
-            if judge or commit in WHOLE_CANVAS:
+            if guide:
+                candidates = guided(model, hidden, x, masked, guide, filters, generator, end_id, pad_id, closed[rows], forbid)
+                passes += model.config.energy_head * guide
+            elif judge or remask == 'critic' or commit in WHOLE_CANVAS:
                 candidates = propose(model, hidden, masked, filters, generator, closed[rows], forbid)
             score = commit_order(commit, model, hidden, masked, candidates, priority=priority, generator=generator,
                                  noise_scale=choice_temperature * (1 - progress[:, None]))            # (R, T)
@@ -196,18 +215,23 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
                 ready = masked & (block == block.masked_fill(~masked, x.size(1)).amin(1, keepdim=True))
 
             again = torch.zeros_like(masked)                                   # what is re-masked
-            if remask != 'none' and not last:
+            if remask != 'none' and (rewrite or not last):
                 doubt, rate = torch.ones_like(score), remask_rate              # random: all are doubted alike
                 if remask in ('wrong', 'p2'):
                     whole = torch.where(masked, candidates[0], x) if judge else x
                     states = judge(whole) if judge else hidden
                     doubt = spread(visible, p_wrong(judge or model, states[visible], whole[visible])).to(surety.dtype)
                     passes += judge is not None
+                elif remask == 'critic':
+                    whole, text = text_of(torch.where(masked, candidates[0], x), end_id, pad_id, forbid)
+                    doubt = model.token_energy(whole, text).sigmoid().to(surety.dtype)
+                    passes += model.config.energy_head
                 elif remask == 'confidence':
                     doubt = 1 - surety[rows].exp()
                 elif remask == 'remdm':
                     rate = remdm_rate(remdm, remask_rate, left, visible.sum(1), progress)[:, None]   # (R, 1)
-                doubt = spare_lengths(doubt, x, visible, end_id, pad_id)
+                if not rewrite:                                                # there the lengths are to be mended too
+                    doubt = spare_lengths(doubt, x, visible, end_id, pad_id)
                 if remask == 'p2':
                     again = displaced(score, masked, rate * (-doubt).log1p().clamp(min=-1e3), visible, left)
                 else:
@@ -225,8 +249,10 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
             elif commit == 'threshold' and not last:
                 count = (ready & (candidates[1] >= math.log(commit_threshold))).sum(1).clamp(min=1)
             elif not last:
-                count = count + again.sum(1) - left
+                count = count + (0 if rewrite else again.sum(1)) - left
             chosen = first_of(score, masked, count)
+            if rewrite:
+                chosen, again, masked = chosen | again, torch.zeros_like(again), masked | visible
             ids, confidence, _ = candidates or propose(model, hidden, chosen, filters, generator, closed[rows], forbid)
             surety[rows] = torch.where(chosen, confidence, surety[rows])
             x = torch.where(chosen, ids, x).masked_fill(again, mask)
@@ -243,7 +269,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     return canvas, nfe, history
 
 
-def check_rules(canvas, mask, fixed, commit, remask, remdm, draft, schedule, temperature, top_k, choice_temperature):
+def check_rules(canvas, mask, fixed, commit, remask, remdm, draft, schedule, temperature, top_k, choice_temperature, guide=None):
     """Raises UserError where a rule does not exist or does not fit the canvas."""
     for name, value, known in (('commit', commit, COMMIT_RULES), ('remask', remask, REMASK_RULES),
                                ('remdm', remdm, REMDM_SCHEDULES), ('schedule', schedule, ('linear', 'cosine')),
@@ -256,6 +282,8 @@ def check_rules(canvas, mask, fixed, commit, remask, remdm, draft, schedule, tem
     if 'causal' in (remask, draft) and (masked.cummax(1).values & ~masked).any():
         raise UserError('the causal pass cannot see what is right of a hole: with a fixed suffix or a given length '
                         'use --remask=wrong, random or none and --ar_prefix=0')
+    if guide and 'causal' in (remask, draft):
+        raise UserError('guide chooses among whole completions, which causal sampling does not have: use --remask=none, wrong or critic')
     greedy = temperature == 0 or top_k == 1 or (commit == 'confidence' and choice_temperature == 0)
     empty = masked.sum(1) >= canvas.size(1) - 1                                # nothing is given but the start symbol
     if commit in (*WHOLE_CANVAS, 'abstain') and commit != 'priority' and greedy and empty.sum() > 1:
@@ -268,12 +296,15 @@ def check_rules(canvas, mask, fixed, commit, remask, remdm, draft, schedule, tem
 # batches of canvases
 
 
-def fill(model, meta, canvas, fixed, *, ar_prefix=0, batch_size=256, seed=1337, progress=False, trace=False, **rules):
+@torch.no_grad()
+def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=256, seed=1337, progress=False, trace=False, **rules):
     """
     Runs generate_diffusion on canvas, fixed (B, T) in batches: a list of B dicts text, tokens (ids from the first position to
     the end), nfe, finished; with trace also trace (S, T), the row's canvases.
 
     ar_prefix: that many tokens are drawn left to right with the causal pass first (hybrid generation).
+    best_of: that many samples are drawn for every canvas and one is kept, chosen with probability proportional to exp(-energy)
+    (temperature 0: the one of the lowest energy); nfe is then what all of them took, with the passes that the head reads.
     rules: the keywords of generate_diffusion.
     """
     device = next(model.parameters()).device
@@ -281,9 +312,9 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, batch_size=256, seed=1337, 
     ends = dict(end_id=meta['eos'], pad_id=meta['pad'], generator=generator)
     inside = [meta[name] for name in ('bos', 'eos', 'pad') if meta[name] is not None]  # nothing but an end may end a text
     filters = {key: rules[key] for key in ('temperature', 'top_k', 'top_p') if key in rules}
-    samples, num = [], canvas.size(0)
+    samples, num, batch_size = [], canvas.size(0), max(1, batch_size // (best_of or 1))
     for first in tqdm(range(0, num, batch_size), disable=not progress or num <= batch_size, desc='sampling', leave=False):
-        x, kept = canvas[first:first + batch_size].to(device), fixed[first:first + batch_size].to(device)
+        x, kept = (part[first:first + batch_size].to(device).repeat_interleave(best_of or 1, 0) for part in (canvas, fixed))
         nfe, steps = 0, []
         if ar_prefix:
             width = min(x.size(1), int((x == model.mask_token_id).long().argmax(1).max()) + ar_prefix)
@@ -294,11 +325,17 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, batch_size=256, seed=1337, 
             masked, x = x == model.mask_token_id, torch.cat((head, x[:, width:]), 1)
             x = close_rows(x, masked, model.mask_token_id, meta['eos'], meta['pad'])
         x, more, history = generate_diffusion(model, x, kept, forbid=inside, trace=trace, **rules, **ends)
-        for row, (ids, passes) in enumerate(zip(x.tolist(), (nfe + more).tolist())):
+        nfe, steps = nfe + more, steps + (history or [])
+        if best_of:
+            energy = model.energy(*text_of(x, meta['eos'], meta['pad'], inside)).view(-1, best_of)
+            chosen = choose_by_energy(energy, generator, filters.get('temperature') == 0)
+            chosen += best_of * torch.arange(len(chosen), device=device)
+            x, steps, nfe = x[chosen], [step[chosen] for step in steps], nfe.view(-1, best_of).sum(1) + model.config.energy_head * best_of
+        for row, (ids, passes) in enumerate(zip(x.tolist(), nfe.tolist())):
             text, finished = decode(meta, ids)
             samples.append(dict(text=text, tokens=until_end(meta, ids), nfe=passes, finished=finished))
             if trace:
-                samples[-1]['trace'] = torch.stack([step[row] for step in steps + history])
+                samples[-1]['trace'] = torch.stack([step[row] for step in steps])
     return samples
 
 
@@ -380,7 +417,8 @@ def check_settings():
                             ('top_k', 1, None), ('top_p', 0, 1), ('temperature', 0, None), ('ar_prefix', 0, None),
                             ('choice_temperature', 0, None), ('remask_rate', 0, None),
                             ('remask_random_ratio', 0, 1), ('remask_threshold', 0, None), ('commit_threshold', 0, None),
-                            ('block_length', 1, None), ('correct_share', 0, 1), ('merge_weight', 0, 1)):
+                            ('block_length', 1, None), ('guide', 1, None), ('best_of', 1, None), ('correct_share', 0, 1),
+                            ('merge_weight', 0, 1)):
         value = globals()[name]
         if value is not None and (value < low or (high is not None and value > high)):
             raise UserError(f'{name} must be {f"in {low}..{high}" if high is not None else f"at least {low}"}, got {value}')
@@ -514,7 +552,8 @@ def main():
             config, preset=preset, task=task, inside=task == 'repair' or bool((masked.cummax(1).values & ~masked).any()),
             judge=judge is not None, steps=steps, schedule=schedule, commit=commit, block_length=block_length, ar_prefix=ar_prefix,
             choice_temperature=choice_temperature, remask=remask, remask_rate=remask_rate, remask_threshold=remask_threshold,
-            remask_schedule=remask_schedule, correct_share=correct_share, temperature=temperature)
+            remask_schedule=remask_schedule, correct_share=correct_share, rewrite=rewrite, guide=guide,
+            best_of=best_of, temperature=temperature)
         print(', '.join(f'{name}={value}' for name, value in rules.items()))
         samples = fill(
             model, meta, canvas, fixed, batch_size=batch_size, seed=seed, progress=True,

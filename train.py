@@ -17,13 +17,14 @@ import signal
 import sys
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import configurator
-from canvas import load_task
+from canvas import encode, load_task
 from configurator import UserError
-from corruption import KINDS, NOISE, corrupt, modelled, own_guesses, parse_mixture
+from corruption import KINDS, NOISE, corrupt, extent, modelled, own_guesses, pack, parse_mixture
 from data.loader import load_data, random_rows, spread_rows
 from evaluation import evaluate
 from model import (GPT, GPTConfig, atomically, check_same_model, configure_compute, identity, load_checkpoint, model_args,
@@ -46,18 +47,21 @@ wandb_project = 'nanoremask'     # its project
 wandb_run_name = 'run'           # its run; the training type is appended
 # data
 dataset = 'arithmetic'           # a folder under data/; it is prepared on the first run
+coarse = ''                      # characters that all become the first of them: 0123456789 leaves the skeleton of a string
 batch_size = 64                  # rows a step
 gradient_accumulation_steps = 1  # batches summed up into one step
 block_size = 64                  # length of a row
 # the task: what becomes (input, target, weight)
 training_type = 'joint'          # unmasking | remasking | joint | denoising | causal
 causal_ratio = 0.0               # share of every batch that trains the causal mode (next token, causal attention)
+views = 0                        # n: every row trains the training type n times, corrupted anew, and the causal mode as well
 remask_ratio = 0.5               # joint, denoising: share of the other rows in which visible tokens may be wrong
 corruption = 'own'               # own (the network's guesses) | random | fragment | sticky, or own:0.7,random:0.3
 guess_from: str = None           # corruption=own: the checkpoint whose guesses they are; None: the network itself
 sigma_min = 0.1                  # denoising: least noise level, the share of the tokens that are hit
 sigma_max = 0.9                  # denoising: highest noise level
 high_noise_bias = 0.0            # denoising: share of the rows with a level from the upper fifth
+prefix_ratio = 0.0               # share of the rows whose first 1..16 tokens are given: trained for hybrid generation
 noise_mix = 'mask:0.5,replace:0.2,swap:0.15,delete:0.075,insert:0.075'  # denoising: what happens to a token
 remasking_loss_type = 'all_positions'  # all_positions: clean visible tokens count too | corrupted_only
 remask_target = 'wrong'          # at a wrong token the target is [WRONG] | original: the clean token
@@ -80,6 +84,8 @@ n_head = 4                       # attention heads
 n_embd = 128                     # width
 n_recur = 2                      # how often the stack is applied
 dropout = 0.0                    # for small data and long runs
+noise_condition = False          # tell the network which share of its canvas is noise
+self_condition = False           # show it its previous prediction; half of the rows go without
 draft_head = False               # train a head that drafts for --remask=causal: the same law in far fewer passes
 # optimiser
 optimizer = 'muon'               # muon: torch.optim.Muon for the matrices, AdamW for the rest | adamw: for everything
@@ -274,12 +280,12 @@ def check_settings(config):
         if config[name] < 1:
             raise UserError(f'{name} must be at least 1, got {config[name]}')
     for name in ('causal_ratio', 'remask_ratio', 'reward_correct_unmask', 'decay_share', 'ema_decay', 'sigma_min',
-                 'sigma_max', 'high_noise_bias', 'target_mask_prob'):
+                 'sigma_max', 'high_noise_bias', 'target_mask_prob', 'prefix_ratio'):
         if not 0 <= config[name] <= 1:
             raise UserError(f'{name} must be in 0..1, got {config[name]}')
     for name in ('learning_rate', 'muon_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'proofreading_warmup_iters',
                  'masking_warmup_iters', 'weight_unmask_task', 'weight_remask_task', 'penalty_mask_correct',
-                 'eval_samples', 'keep_every', 'seed', 'mask_control_rate', 'mask_bias_limit'):
+                 'eval_samples', 'keep_every', 'seed', 'views', 'mask_control_rate', 'mask_bias_limit'):
         if config[name] < 0:
             raise UserError(f'{name} must not be negative, got {config[name]}')
     kind, kinds = config['training_type'], dict(parse_mixture('corruption', config['corruption'], KINDS))
@@ -322,6 +328,22 @@ def curricula(step, config):
                 penalty_mask_correct=config['penalty_mask_correct'] * ramp(step, config['masking_warmup_iters']))
 
 
+def conditioned(model, input, segment, level):
+    """
+    The hidden states (R, T, C) of canvases (R, T), the network being told what it is conditioned on.
+
+    noise_condition: the level (R, T) of noise. self_condition: its own prediction at the masks, from a pass before; every other
+    row goes without, so that the network can start from nothing.
+    """
+    previous = None
+    if model.previous is not None:
+        with torch.no_grad():
+            guess = model.logits(model(input, segment=segment, level=level), real_only=True).argmax(-1)      # (R, T)
+        shown = (input == model.mask_token_id) & (torch.arange(len(input), device=input.device) % 2 == 0)[:, None]
+        previous = torch.where(shown, guess, model.mask_token_id)
+    return model(input, segment=segment, previous=previous, level=level)
+
+
 def training_step(model, x0, meta, config, step, generator, price=None, guesser=None):
     """
     One batch, forward and backward: adds to the gradients, returns the parts of the loss by task.
@@ -333,27 +355,35 @@ def training_step(model, x0, meta, config, step, generator, price=None, guesser=
     free, real = modelled(x0, meta)
     parts = {}
     if num_causal:
-        width = int(real[:num_causal].any(0).nonzero()[-1]) + 1                # the causal pass needs no padding
-        rows, weight = x0[:num_causal, :width], real[:num_causal, :width] * (num_causal / real[:num_causal].sum())
-        hidden = model(rows, causal=True)
+        rows, counted, segment = x0[:num_causal], real[:num_causal], None
+        if meta['pad'] is not None:                                            # the causal pass needs no padding
+            rows, counted, segment = pack(x0.size(1) - counted.flip(1).long().argmax(1), rows, counted)
+        weight = counted * (num_causal / counted.sum())
+        hidden = model(rows, causal=True, segment=segment)
         total, parts = loss(model, rows, rows, weight, causal=True, hidden=hidden)
         (total / (num * accumulate)).backward()
         if model.drafter is not None:
             mean, more = draft_loss(model, hidden, rows, weight)
             (mean / accumulate).backward()
             parts.update(more)
-    if num_causal < num:
+    others = x0.repeat(config['views'], 1) if config['views'] else x0[num_causal:]
+    if len(others) and config['training_type'] != 'causal':
+        x0, (free, real) = others, modelled(others, meta)
         input, target, weight = corrupt(
-            x0[num_causal:], free[num_causal:], real[num_causal:], mask_token_id=model.mask_token_id,
+            x0, free, real, mask_token_id=model.mask_token_id,
             wrong_token_id=model.wrong_token_id, pad_id=meta['pad'], generator=generator,
             guess=own_guesses(guesser or model, generator), corruption=parse_mixture('corruption', config['corruption'], KINDS),
             sigma=(config['sigma_min'], config['sigma_max'], config['high_noise_bias']),
             noise_mix=parse_mixture('noise_mix', config['noise_mix'], NOISE), **curricula(step, config),
-            **{name: config[name] for name in ('training_type', 'remasking_loss_type', 'remask_target',
+            **{name: config[name] for name in ('training_type', 'remasking_loss_type', 'remask_target', 'prefix_ratio',
                                                'weight_unmask_task', 'weight_remask_task')})
+        segment, level = None, (input != x0).float().mean(1, keepdim=True).expand(x0.shape)  # (B, T), for noise_condition
+        if meta['pad'] is not None:
+            length = extent(input, weight, meta['pad'], generator)
+            input, target, weight, level, segment = pack(length, input, target, weight, level)
         total, more = loss(model, input, target, weight, reward_correct_unmask=config['reward_correct_unmask'],
-                           keep_mask_price=price, pad_id=meta['pad'])
-        (total / (num * accumulate)).backward()
+                           keep_mask_price=price, pad_id=meta['pad'], hidden=conditioned(model, input, segment, level))
+        (total / (num * max(1, config['views']) * accumulate)).backward()
         parts.update(more)
     return parts
 
@@ -504,8 +534,13 @@ def main():
     check_settings(config)                                                     # before any work
     meta, data = load_data(dataset)
     check_fits(config, meta)
+    if coarse:
+        first, *others = encode(meta, coarse)
+        data = {split: torch.where(torch.isin(ids, torch.tensor(others)), first, ids) if meta['format'] == 'rows'
+                else np.where(np.isin(ids, others), np.uint16(first), ids) for split, ids in data.items()}
     torch.manual_seed(seed)
-    args = model_args(GPTConfig(block_size, meta['vocab_size'], n_layer, n_head, n_embd, n_recur, dropout, draft_head))
+    args = model_args(GPTConfig(block_size, meta['vocab_size'], n_layer, n_head, n_embd, n_recur, dropout, draft_head,
+                                noise_condition=noise_condition, self_condition=self_condition))
     model = GPT(GPTConfig(**args))
     newest = os.path.join(out_dir, checkpoint_name(training_type, remasking_loss_type))
     path = newest if init_from == 'resume' else init_from

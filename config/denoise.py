@@ -1,15 +1,16 @@
-# the universal denoiser: in half of the rows every token may be masked, replaced, swapped, deleted or preceded by a new one,
-# and the clean token is the target everywhere; the other half trains plain unmasking, so that it can write from nothing
+# the universal denoiser of the seed, on one network: in half of the rows of the denoising task every token may be masked, replaced,
+# swapped, deleted or preceded by a new one, and the clean token is the target everywhere; the other half is plain unmasking, up to
+# the full mask, so that it can write from nothing; a quarter of the batch trains the causal mode, for warm starts
 training_type = 'denoising'
 remask_target = 'original'
 remask_ratio = 0.5
-sigma_min, sigma_max = 0.1, 1.0
-high_noise_bias = 0.3        # three rows in ten are nearly all noise
+causal_ratio = 0.25
+sigma_min, sigma_max = 0.1, 0.9
 
 proofreading_warmup_iters = 300
 masking_warmup_iters = 300
 
 dataset = 'arithmetic'
 batch_size = 64
-max_iters = 1000
-eval_interval = 250
+max_iters = 2000
+eval_interval = 500

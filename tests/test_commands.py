@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ import configurator
 import train
 from data import loader
 from model import GPTConfig, check_config, load_checkpoint
+from suites import arithmetic, checkpoints
+from suites.common import standard_error
 
 TINY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--n_recur=1', '--batch_size=4', '--max_iters=4',
         '--eval_interval=4',
@@ -157,11 +160,9 @@ def test_settings_reach_the_sampler(trained):
 
 
 def test_bench_measures_what_the_checkpoint_can_do():
-    bench = load_script('bench')
-
     def names(**config):
         return [(name.split(':')[0], protocol, rules) for name, protocol, rules in
-                bench.sampler_rows(default_config(**config), 20, 64)]
+                arithmetic.sampler_rows(default_config(**config), 20, 64)]
     ar = ('AR', 'free', dict(ar_prefix=64))
     assert names(training_type='causal') == [ar] and names(training_type='remasking') == []
     for kind, ratio, causal, wrong in (('unmasking', 0.0, 0, False), ('unmasking', 0.3, 1, False),
@@ -174,12 +175,11 @@ def test_bench_measures_what_the_checkpoint_can_do():
 
 
 def test_bench_standard_errors():
-    bench = load_script('bench')
-    assert bench.standard_error([0.2], 'valid', 100) == pytest.approx(0.04)                       # binomial
-    assert bench.standard_error([0.1, 0.2, 0.3], 'valid', 100) == pytest.approx((0.16 / 300) ** 0.5)
-    assert bench.standard_error([0.2, 0.4, 0.6], 'unique', 100) == pytest.approx(0.2 / 3 ** 0.5)  # over seeds
-    assert bench.standard_error([0.2], 'unique', 100) is None
-    assert bench.standard_error([12.0], 'nfe', 100) is None
+    assert standard_error([0.2], 'valid', 100) == pytest.approx(0.04)                       # binomial
+    assert standard_error([0.1, 0.2, 0.3], 'valid', 100) == pytest.approx((0.16 / 300) ** 0.5)
+    assert standard_error([0.2, 0.4, 0.6], 'unique', 100) == pytest.approx(0.2 / 3 ** 0.5)  # over seeds
+    assert standard_error([0.2], 'unique', 100) is None
+    assert standard_error([12.0], 'nfe', 100) is None
 
 
 def test_bench(run, trained, tmp_path):
@@ -208,10 +208,9 @@ def test_bench(run, trained, tmp_path):
     assert len(rows) == 4 and all(row['valid_se'] is not None and row['seeds'] == 2 for row in rows)
 
 
-def fresh_bench(*words):
-    bench = load_script('bench')
-    configurator.configure(vars(bench), [*CPU, *words])
-    return bench
+def bench_settings(*words):
+    """What bench.py hands to a suite: its settings, with the changes of a command line."""
+    return SimpleNamespace(**configurator.configure(vars(load_script('bench')), [*CPU, *words]))
 
 
 def test_bench_compares_runs(run, trained, tmp_path):
@@ -244,7 +243,7 @@ def test_bench_compares_runs(run, trained, tmp_path):
 
 def test_bench_knows_what_makes_two_runs_alike():
     """Not the seed, nor where it ran; of another checkpoint that it started from or learned from only that there is one."""
-    recipe = load_script('bench').recipe
+    recipe = checkpoints.recipe
     same = [dict(seed=1, guess_from='a.pt', init_from='x.pt', dtype='float32'), dict(seed=2, guess_from='b.pt', init_from='y.pt')]
     assert recipe(default_config(**same[0])) == recipe(default_config(**same[1]))
     plain = recipe(default_config())
@@ -253,26 +252,26 @@ def test_bench_knows_what_makes_two_runs_alike():
         assert recipe(default_config(**changes)) != plain, changes
 
 
-def test_bench_merges_pair_by_pair(tmp_path):
-    bench, seen = fresh_bench(), []
+def test_bench_merges_pair_by_pair(tmp_path, monkeypatch):
+    seen = []
     for name in ('a1', 'a2', 'b1', 'b2'):
         write_checkpoint(tmp_path / f'{name}.pt', seed=int(name[1]))
-    bench.init_from, bench.merge_from = f'{tmp_path}/a*.pt', f'{tmp_path}/b*.pt'
     score = dict.fromkeys(('valid', 'correct', 'length_tv', 'unique', 'nfe'), 1.0)
-    bench.checkpoint_scores = lambda path, other: seen.append((path[-5:], other[-5:])) or ({'nelbo': 1.0}, {'x': score})
-    rows, _ = bench.checkpoints()
+    monkeypatch.setattr(checkpoints, 'checkpoint_scores', lambda s, path, other: (
+        seen.append((path[-5:], other[-5:])) or ({'nelbo': 1.0}, {'x': score})))
+    rows, _ = checkpoints.run(bench_settings(f'--init_from={tmp_path}/a*.pt', f'--merge_from={tmp_path}/b*.pt'))
     assert seen == [('a1.pt', 'b1.pt'), ('a2.pt', 'b2.pt')]
     assert [row['seeds'] for row in rows] == [2, 2] and rows[0]['auc'] is None
 
 
-def test_bench_scores_a_judge_beside_the_writer_it_learned_from(tmp_path):
+def test_bench_scores_a_judge_beside_the_writer_it_learned_from(tmp_path, monkeypatch):
     """Both take a pass, so that each of the two gets half of the steps."""
     writer = write_checkpoint(tmp_path / 'w.pt', training_type='unmasking')
     judge = write_checkpoint(tmp_path / 'j.pt', tiny_gpt(18, 64, seed=1, n_recur=1), training_type='remasking', guess_from=writer)
-    bench, calls = fresh_bench('--num_samples=3', '--steps=10', '--eval_rows=6', '--remask_rate=0.7'), []
-    generate = bench.generate
-    bench.generate = lambda model, *args, **more: calls.append((model, more)) or generate(model, *args, **more)
-    validation, scores = bench.checkpoint_scores(judge)
+    s, calls = bench_settings('--num_samples=3', '--steps=10', '--eval_rows=6', '--remask_rate=0.7'), []
+    generate = checkpoints.generate
+    monkeypatch.setattr(checkpoints, 'generate', lambda model, *args, **more: calls.append((model, more)) or generate(model, *args, **more))
+    validation, scores = checkpoints.checkpoint_scores(s, judge)
     assert set(validation) == {'auc', 'fixed', 'refilled'} and set(scores) == {'remask=none', 'remask=wrong'}
     networks = [load_checkpoint(path)[0].wte.weight for path in (writer, judge)]
     assert all(torch.equal(model.wte.weight, networks[0]) for model, _ in calls)
@@ -280,8 +279,8 @@ def test_bench_scores_a_judge_beside_the_writer_it_learned_from(tmp_path):
     assert none['steps'] == 10 and none['remask'] == 'none'
     assert (wrong['steps'], wrong['remask'], wrong['remask_rate']) == (5, 'wrong', 0.7)
     assert torch.equal(wrong['remask_model'].wte.weight, networks[1]) and scores['remask=wrong']['nfe'] == 9
-    bench.only = 'none'
-    assert set(bench.checkpoint_scores(judge)[1]) == {'remask=none'}
+    s.only = 'none'
+    assert set(checkpoints.checkpoint_scores(s, judge)[1]) == {'remask=none'}
 
 
 @pytest.mark.parametrize('path', sorted(glob.glob(os.path.join(ROOT, 'config', '*.py'))), ids=os.path.basename)

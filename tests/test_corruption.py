@@ -7,7 +7,7 @@ import torch
 from conftest import ARITHMETIC, chi_square, tiny_gpt
 
 from configurator import UserError
-from corruption import KINDS, NOISE, corrupt, mixed_noise, modelled, noise_level, own_guesses, parse_mixture
+from corruption import KINDS, NOISE, corrupt, extent, mixed_noise, modelled, noise_level, own_guesses, pack, parse_mixture
 
 V, T = 6, 10
 MASK, WRONG = V, V + 1
@@ -45,11 +45,17 @@ def random_guess(seed=5):
 # (input, target, weight)
 
 
-def expected_weight(x0, input, free, proofread, keep, unmask, remask):
-    """The documented weights, a row and a position at a time."""
+def expected_weight(x0, input, free, proofread, keep, unmask, remask, noisy=None, real=None, pad_id=None):
+    """The documented weights, a row and a position at a time; noisy: the rows whose errors are mixed noise."""
     weight = torch.zeros(x0.shape)
     for b in range(len(x0)):
         masked = [t for t in range(T) if input[b, t] == MASK]
+        if noisy is not None and noisy[b]:
+            text = [bool(real[b, t]) or input[b, t] != pad_id for t in range(T)]
+            counted = [t for t in range(T) if free[b, t] and (text[t] or text[t - 1])]    # one padding behind the text
+            for t in counted:
+                weight[b, t] = remask * (1.0 if input[b, t] != x0[b, t] else keep) / len(counted)
+            continue
         visible = [t for t in range(T) if free[b, t] and input[b, t] != MASK]
         for t in masked:
             weight[b, t] = unmask / len(masked)
@@ -552,20 +558,51 @@ def test_noise_shares():
 def test_denoising(loss_type):
     """In the first rows, a share remask_ratio, everything may be wrong; the others are plain unmasking."""
     x0, free = clean_rows(64)
+    x0 = torch.where(torch.arange(T) < 2 + torch.arange(64)[:, None] % 9, x0 % 3, 3)      # 2 to 10 tokens, and padding
     free[:] = True
     free[:, 0] = False
+    real = free & (x0 != 3)
     more = dict(sigma=(0.2, 0.9, 0.5), noise_mix=MIX, remask_target='original', remasking_loss_type=loss_type,
-                weight_unmask_task=1.5, weight_remask_task=0.25, penalty_mask_correct=0.7, real=free & (x0 != 3), pad_id=3)
+                weight_unmask_task=1.5, weight_remask_task=0.25, penalty_mask_correct=0.7, real=real, pad_id=3)
     plain = corrupted(x0, free, 'unmasking', weight_unmask_task=1.5)
     for ratio, rows in ((0.3, 19), (0.0, 0), (1.0, 64)):
         input, target, weight = corrupted(x0, free, 'denoising', remask_ratio=ratio, **more)
         assert torch.equal(target, x0)
         proofread = torch.arange(64) < rows
         keep = 0.7 if loss_type == 'all_positions' else 0.0
-        assert torch.allclose(weight, expected_weight(x0, input, free, proofread, keep, 1.5, 0.25), atol=1e-7)
+        assert torch.allclose(weight, expected_weight(x0, input, free, proofread, keep, 1.5, 0.25, proofread, real, 3), atol=1e-7)
         assert all(torch.equal(a[rows:], b[rows:]) for a, b in zip((input, target, weight), plain))
         wrong = (input != x0) & (input != MASK)
-        assert not wrong[rows:].any() and wrong[:rows].any(1).double().sum() >= 0.7 * rows
+        assert not wrong[rows:].any() and wrong[:rows].any(1).double().sum() >= 0.5 * rows
+        joint = corrupted(x0, free, 'joint', remask_ratio=ratio, corruption=(('noise', 1.0),), **more)
+        assert all(torch.equal(a, b) for a, b in zip((input, target, weight), joint))     # the same by another name
+
+
+@pytest.mark.parametrize('what, counted', [('mask', 4), ('swap', 4), ('delete', 4), ('insert', 7)])
+def test_how_far_the_loss_of_a_denoiser_reaches(what, counted):
+    """As far as the text, the clean one or the noisy one if that is longer, and the first padding: that is where it ends."""
+    x0 = torch.tensor([[4, 0, 1, 2, 5, 5, 5, 5, 5, 5]]).repeat(9, 1)
+    free, real = x0 != 4, x0 < 4
+    input, _, weight = corrupted(x0, free, 'denoising', real=real, pad_id=5, remask_ratio=1.0, sigma=(1.0, 1.0, 0.0),
+                                 noise_mix=((what, 1.0),), weight_remask_task=2.0, penalty_mask_correct=0.25)
+    shares = torch.where(input != x0, 2 / counted, 0.5 / counted)
+    assert torch.allclose(weight[:, 1:counted + 1], shares[:, 1:counted + 1]) and not weight[:, counted + 1:].any()
+    assert not weight[:, 0].any() and (input != x0).any() and (what != 'insert' or (weight[:, 5:7] > 0.25).any())
+
+
+def test_noise_in_a_mixture():
+    """Its rows, and only these, weigh as a denoiser's: all positions together weight_remask_task, without an unmasking loss."""
+    x0, free = clean_rows(400)
+    free[:] = True
+    more = dict(sigma=(0.3, 0.6, 0.0), noise_mix=(('mask', 1.0), ('replace', 1.0)), weight_unmask_task=2.0, weight_remask_task=0.5)
+    for order in ([('noise', 0.5), ('random', 0.5)], [('random', 0.5), ('noise', 0.5)]):
+        input, target, weight = corrupted(x0, free, 'joint', corruption=tuple(order), remask_ratio=1.0, **more)
+        total, masks = weight.sum(1), (input == MASK).any(1)
+        noisy = (total - 0.5).abs() < 1e-5
+        assert 150 < (noisy & masks).sum() and (~noisy).sum() > 130
+        assert torch.allclose(weight[noisy], torch.tensor(0.05)) and torch.equal(target == WRONG, (input != x0) & (input != MASK))
+        shares = (weight * (input == MASK)).sum(1)[~noisy]
+        assert torch.allclose(shares, torch.tensor(2.0))
 
 
 def test_denoising_levels():
@@ -581,3 +618,62 @@ def test_denoising_levels():
     spread = hits(0.1, 0.9, 0.0)
     assert spread.mean().item() == pytest.approx(0.5, abs=0.02) and spread.std().item() == pytest.approx(0.8 / 12 ** 0.5, abs=0.02)
     assert hits(0.1, 0.9, 1.0).mean().item() == pytest.approx(0.81, abs=0.01)
+
+# -----------------------------------------------------------------------------
+# given prefixes
+
+
+@pytest.mark.parametrize('training_type, kind', [('unmasking', 'random'), *[
+    (name, kind) for name in ('remasking', 'joint') for kind in KINDS[:4]], ('denoising', 'noise')])
+def test_a_given_prefix_is_left_alone(training_type, kind):
+    """In a share of the rows the first 1 .. prefix_length tokens, half of the row at most, are as they were and weigh nothing."""
+    x0, free = torch.arange(30000).view(-1, T) % (V - 1), (torch.arange(T) > 0).expand(3000, T)
+    for ratio, most in ((1.0, 1), (0.5, 3), (1.0, 99)):
+        input, _, weight = corrupted(x0, free, training_type, corruption=((kind, 1.0),), guess=lambda input, _: (input + 1) % V,
+                                     sigma=(0.9, 0.9, 0.0), noise_mix=MIX, pad_id=5, remask_ratio=1.0, prefix_ratio=ratio,
+                                     prefix_length=most)
+        law = {0: 1 - ratio}                                              # of the number of given tokens
+        for n in range(1, most + 1):
+            law[min(n, 5)] = law.get(min(n, 5), 0) + ratio / most
+        heard = (input != x0) | (weight > 0)
+        for place in range(T):                                            # n free tokens: each is masked with (n + 1) / 2n
+            expected = sum(p * ((10 - n) / (18 - 2 * n) if training_type == 'unmasking' else 1) for n, p in law.items() if n < place)
+            assert heard[:, place].double().mean().item() == pytest.approx(expected, abs=0.04 if 0 < expected < 1 else 1e-9), place
+
+# -----------------------------------------------------------------------------
+# several texts in a row
+
+
+@pytest.mark.parametrize('length', [[1] * 7, [T] * 5, [6, 5, 4, 3, 2, 1, 9, 10, 1, 3], [1], [6, 6, 6]], ids=str)
+def test_pack_keeps_every_text_whole_and_adds_nothing(length):
+    B = len(length)
+    ids, other = torch.arange(1, B * T + 1).view(B, T), torch.rand(B, T, generator=seeded())
+    packed, parts, segment = pack(torch.tensor(length), ids, other)
+    assert packed.shape == parts.shape == segment.shape and packed.size(1) == T and parts.dtype == other.dtype
+    texts = [packed[row][segment[row] == number] for row in range(len(packed)) for number in segment[row].unique() if number]
+    assert sorted(map(torch.Tensor.tolist, texts)) == [ids[b, :n].tolist() for b, n in enumerate(length)]     # none in two rows
+    for row in range(len(packed)):                                        # and each in one piece
+        changes = (segment[row, 1:] != segment[row, :-1]).sum() + 1
+        assert changes == len(segment[row].unique())
+    room = segment == 0
+    assert not packed[room].any() and not parts[room].any() and (packed[~room] > 0).all()
+    assert torch.equal(parts[~room], other.flatten()[packed[~room] - 1])  # the tensors stay side by side
+    for row in range(1, len(packed)):                                     # no text had room in a row before its own
+        assert segment[row][~room[row]].unique(return_counts=True)[1].min() > room[:row].sum(1).max()
+
+
+def test_how_much_of_a_row_a_pass_sees():
+    """All that is text or has weight; of the padding behind it, which is visible and weightless, a random part."""
+    B, pad = 40000, 3
+    input, weight = torch.full((B, 41), pad), torch.zeros(B, 41)
+    input[:, 5] = 0                                                       # padding lies before the last token as well
+    weight[B // 2:, 9] = 0.1                                              # a padding that counts
+    n = extent(input, weight, pad, seeded())
+    for part, last in ((n[:B // 2], 6), (n[B // 2:], 10)):
+        more = (part - last).double()
+        assert more.min() == 0 and more.max() == 41 - last                # from none of it to all of it
+        assert more.mean().item() == pytest.approx((41 - last) / 4, rel=0.05) and (more == 0).double().mean() > 0.2
+    input[:, -1] = 1                                                      # text to the end: nothing to leave out
+    assert (extent(input, weight, pad, seeded()) == 41).all()
+    input[:, -1], weight[:, -1] = pad, 0.1
+    assert (extent(input, weight, pad, seeded()) == 41).all()

@@ -85,6 +85,50 @@ def test_plain_and_sdpa_attention_agree(causal):
     assert torch.allclose(short, sdpa[:, :5], atol=1e-5) == causal
 
 
+@torch.no_grad()
+@pytest.mark.parametrize('causal', [False, True])
+@pytest.mark.parametrize('heads', [{}, dict(noise_condition=True, self_condition=True)], ids=['plain', 'conditioned'])
+def test_texts_that_share_a_row_are_as_if_each_were_alone(causal, heads):
+    model = tiny_gpt(V=7, T=16, n_layer=2, scale=6, **heads)
+    lengths = [[5, 1, 9, 1], [16], [3, 3, 3, 7]]                          # the numbers of the texts may be any
+    segment = torch.stack([torch.arange(9, 9 - len(row), -1).repeat_interleave(torch.tensor(row)) for row in lengths])
+    x, previous = torch.randint(8, (2, 3, 16), generator=seeded())
+    level = segment / 10 if heads else None
+    for network in plain_and_sdpa(model):
+        packed = network(x, causal=causal, segment=segment, previous=previous, level=level)
+        for row, sizes in enumerate(lengths):
+            for own in torch.arange(16).split(sizes):
+                alone = network(x[row:row + 1, own], causal=causal, previous=previous[row:row + 1, own],
+                                level=level[row:row + 1, own] if heads else None)
+                assert torch.allclose(packed[row, own], alone[0], atol=1e-4)
+        unaware = network(x, causal=causal, previous=previous, level=level)
+        assert torch.allclose(packed[1], unaware[1], atol=1e-4) and (packed[0] - unaware[0]).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_what_the_network_is_conditioned_on():
+    """None is no prediction, and the share of masks as the level; the causal pass is told neither."""
+    model = tiny_gpt(V=5, T=8, noise_condition=True, self_condition=True)
+    x = torch.tensor([[1, 5, 5, 0, 5, 2, 3, 4], [5, 1, 2, 3, 4, 0, 1, 2]])
+    plain, share = model(x), torch.tensor([[3 / 8], [1 / 8]])
+    guess, one = torch.where(x == 5, 2, 5), torch.full_like(x, 5).index_fill(1, torch.tensor(2), 3)
+    for told in (dict(previous=torch.full_like(x, 5)), dict(level=share), dict(level=share.expand(2, 8))):
+        assert torch.allclose(model(x, **told), plain, atol=1e-6)
+    for told in (dict(previous=guess), dict(level=share + 0.1), dict(previous=one)):
+        assert ((model(x, **told) - plain).abs().amax(-1) > 1e-4).all()   # and all positions hear of it
+        assert torch.equal(model(x, causal=True, **told), model(x, causal=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name, weights', [('noise_condition', 32 * 16), ('self_condition', 16 * 16)])
+def test_a_fresh_condition_changes_no_number(name, weights):
+    def fresh(**more):
+        torch.manual_seed(0)
+        return GPT(GPTConfig(block_size=4, vocab_size=3, n_layer=1, n_head=2, n_embd=16, **more))
+    x, told = torch.tensor([[0, 3, 2, 1], [1, 1, 3, 3]]), fresh(**{name: True})
+    assert torch.equal(fresh()(x), told(x, previous=x, level=torch.rand(2, 1))) and told.num_params() == fresh().num_params() + weights
+
+
 def test_attention_is_scaled_softmax_of_normalised_rotated_heads():
     """One block against the formulas, written head by head and position by position."""
     model = tiny_gpt(V=5, T=6, n_recur=1, n_embd=8, n_head=2)
@@ -108,7 +152,7 @@ def test_attention_is_scaled_softmax_of_normalised_rotated_heads():
     y = x[0] + heads.view(T, 8) @ block.attn_proj.weight.T
     y = y + (ln(y) @ block.fc.weight.T).relu().square() @ block.proj.weight.T
     for plain in (True, False):
-        assert torch.allclose(block(x, model.cos, model.sin, False, plain)[0], y, atol=1e-5)
+        assert torch.allclose(block(x, model.cos, model.sin, False, None, plain)[0], y, atol=1e-5)
 
 
 def test_bf16_roughly_agrees():
@@ -509,7 +553,6 @@ def test_checkpoints_that_do_not_fit(tmp_path):
             (dict(model=bad), "'blocks.0.fc.weight' holds NaN"),
             (dict(ema=bad), "'blocks.0.fc.weight' holds NaN"),
             (dict(model_args={**args, 'n_kv_head': 2}), "field 'n_kv_head'"),
-            (dict(model_args={k: v for k, v in args.items() if k != 'n_recur'}), "field 'n_recur'"),
             (dict(model_args={**args, 'n_embd': 32}), r"has shape \(\d+.*the network needs \(\d+"),
             (dict(model={**weights, 'head.weight': torch.zeros(1)}), "tensor 'head.weight'"),
             (dict(model=fewer), "tensor 'causal_embd'")):
@@ -517,6 +560,20 @@ def test_checkpoints_that_do_not_fit(tmp_path):
         with pytest.raises(UserError, match=message) as error:
             load_checkpoint(path)
         assert str(error.value).startswith(path) and '\n' not in str(error.value)
+
+
+def test_a_checkpoint_from_before_a_field_was_there(tmp_path):
+    """What it does not know has its default, so that older checkpoints go on working; tensors must fit all the same."""
+    path, model = str(tmp_path / 'ckpt.pt'), tiny_gpt()
+    new = ('draft_head', 'energy_head', 'noise_condition', 'self_condition')
+    old = {name: value for name, value in model_args(model.config).items() if name not in new}
+    torch.save(checkpoint_of(model, model_args=old), path)
+    loaded, checkpoint = load_checkpoint(path)
+    assert loaded.config == model.config and checkpoint['model_args'] == model_args(model.config)
+    assert all(not checkpoint['model_args'][name] for name in new)
+    torch.save(checkpoint_of(tiny_gpt(self_condition=True), model_args=old), path)
+    with pytest.raises(UserError, match="tensor 'previous.weight'"):
+        load_checkpoint(path)
 
 
 def test_check_same_model():

@@ -47,16 +47,16 @@ class Oracle:
     def __init__(self, V, T, law, causal_law=None, wrong=None):
         self.V, self.T, self.x = V, T, all_sequences(V, T)
         self.laws = {False: law, True: law if causal_law is None else causal_law}
-        self.config = SimpleNamespace(block_size=T, vocab_size=V, n_embd=V + 2)
+        self.config = SimpleNamespace(block_size=T, vocab_size=V, n_embd=V + 2, energy_head=2)
         self.mask_token_id, self.wrong_token_id = V, V + 1
         wrong = torch.zeros(T) if wrong is None else torch.as_tensor(wrong)
         self.odds = (wrong / (1 - wrong)).double().log()
-        self.seen, self.drafter = [], None
+        self.seen, self.drafter, self.previous = [], None, None
 
     def parameters(self):
         yield torch.zeros(1)
 
-    def __call__(self, idx, causal=False):
+    def __call__(self, idx, causal=False, previous=None):
         self.seen.append((idx.clone(), causal))
         T = idx.size(1)
         assert T <= self.T
@@ -460,7 +460,7 @@ def reluctant(keep, V=3):
         def __init__(self):
             vars(self).update(vars(oracle))
 
-        def __call__(self, idx, causal=False):
+        def __call__(self, idx, causal=False, previous=None):
             hidden = answer(idx, causal)
             hidden[..., V] = torch.as_tensor(keep, dtype=hidden.dtype)[:idx.size(1)]
             return hidden
@@ -538,13 +538,36 @@ def test_correct_share_ends_the_filling_early():
         assert (nfe == 8).all()                                           # the rest of the steps looks for errors
 
 
+@pytest.mark.parametrize('remask', ['none', 'random'])
+@torch.no_grad()
+def test_a_self_conditioned_network_is_shown_its_last_prediction(monkeypatch, remask):
+    """Its likeliest real tokens where a mask stood in the step before and still stands; the mask token everywhere else."""
+    V, T, asked = 5, 8, []
+    model = tiny_gpt(V, T, self_condition=True)
+    model.mask_logit_bias.fill_(50.0)                                     # it would rather abstain
+    forward = model.forward
+    monkeypatch.setattr(model, 'forward', lambda idx, previous: asked.append((idx.clone(), previous.clone())) or
+                        forward(idx, previous=previous))
+    canvas, again = torch.tensor([[1, V, V, 2, V, V, V, V]]).repeat(20, 1), 0
+    generate_diffusion(model, canvas, torch.arange(T).expand(20, T) == 0, steps=6, remask=remask, remask_rate=0.3,
+                       correct_share=0.0, generator=seeded())
+    assert len(asked) == 6 and (asked[0][1] == V).all()
+    for (x, shown), (after, shown_after) in zip(asked, asked[1:]):
+        likeliest = model.logits(forward(x, previous=shown))[..., :V].argmax(-1)
+        held = (x == V) & (after == V)
+        again += ((x != V) & (after == V)).sum()
+        assert torch.equal(shown_after, torch.where(held, likeliest, V)) and held.any()
+        assert (likeliest != model.logits(forward(x))[..., :V].argmax(-1)).any() == (shown != V).any()   # it has its say
+    assert (again > 0) == (remask == 'random')
+
+
 def test_repair_finds_the_errors_itself():
     """Nothing is fixed and nothing masked; the network doubts the tokens that never occur in its law."""
     law = torch.zeros(81, dtype=torch.float64)
     law[all_sequences(3, 4).eq(1).all(1)] = 1.0                           # only 1 1 1 1 exists
 
     class Doubter(Oracle):
-        def __call__(self, idx, causal=False):
+        def __call__(self, idx, causal=False, previous=None):
             out = super().__call__(idx.masked_fill(idx != 1, 3), causal)
             out[..., 4] = torch.where(idx == 1, -30.0, 30.0)
             return out

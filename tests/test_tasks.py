@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ARITHMETIC, default_config, tiny_gpt, write_checkpoint
-from test_commands import CPU, STREAM, fresh_bench, read_samples, refused
+from test_commands import CPU, STREAM, bench_settings, read_samples, refused
 from test_model import any_order_nll
 from test_sample import seeded
 from test_show import Page
@@ -19,6 +19,7 @@ from configurator import UserError
 from model import causal_nll, load_checkpoint
 from rules import COMMIT_RULES, PRESETS, REMASK_RULES, TASKS, choose_rules
 from sample import judge_rows, marks
+from suites import common, samplers, tasks
 
 BOS, EOS, PAD, MASK = 15, 16, 17, 18
 
@@ -147,7 +148,7 @@ def test_what_was_chosen_wins_over_the_preset_and_that_over_the_task_and_that_ov
     ('joint', dict(preset='remdn'), "unknown preset 'remdn'; did you mean remdm?"),
     ('joint', dict(preset='zzz'), "unknown preset 'zzz'; there are ancestral, maskgit, .*universal"),
     ('joint', dict(task='repair', remask='none'),
-     'repair finds what to change by re-masking: use --remask=wrong or random, not none'),
+     'repair finds what to change by re-masking: use --remask=wrong, random or critic, not none'),
     ('joint', dict(task='repair', preset='ancestral'), 'not none'), ('joint', dict(task='repair', remask='p2'), 'not p2'),
     ('joint', dict(task='repair', preset='remdm'), 'not remdm'),
     ('unmasking', dict(task='repair'), 'not trained to find wrong tokens'),
@@ -471,19 +472,18 @@ def test_p2_takes_any_rate_and_the_others_do_not(sampled, run, made):
 
 
 def quick_bench(monkeypatch, *words):
-    """A fresh bench whose set of training strings is empty: reading all of them takes longer than the rest."""
-    bench = fresh_bench('--num_samples=4', '--num_seeds=1', *words)
-    monkeypatch.setattr(bench, 'training_strings', lambda meta: (sample.load_task('arithmetic'), set()))
-    return bench
+    """bench's settings; the set of training strings is empty: reading all of them takes longer than the rest."""
+    monkeypatch.setattr(common, 'training_strings', lambda s, meta: (sample.load_task('arithmetic'), set()))
+    return bench_settings('--num_samples=4', '--num_seeds=1', *words)
 
 
 def test_repair_is_measured_beside_doing_nothing(monkeypatch):
     """By hand: the accuracy of the noisy rows themselves, and that of the same rows with their masks filled in perfectly."""
-    bench, model = quick_bench(monkeypatch, '--batch_size=3'), tiny_gpt(18, 64, n_recur=1)
+    s, model = quick_bench(monkeypatch, '--batch_size=3'), tiny_gpt(18, 64, n_recur=1)
     clean = torch.full((8, 64), PAD)
     for row, n in zip(clean, range(5, 40, 5)):
         row[:n + 2] = torch.cat((torch.tensor([BOS]), torch.randint(15, (n,), generator=seeded(n)), torch.tensor([EOS])))
-    rows = bench.repair_rows(model, ARITHMETIC, default_config(training_type='joint'), clean[:7])
+    rows = tasks.repair_rows(s, model, ARITHMETIC, default_config(training_type='joint'), clean[:7])
     table = {(row['name'], row['sampler']): row for row in rows}
     hows = ['nothing', 'nothing, masks filled perfectly', 'the likeliest token everywhere', '--task=repair']
     assert list(table) == [(protocol, how) for protocol in ("the seed's protocol", 'with insertions') for how in hows]
@@ -493,17 +493,17 @@ def test_repair_is_measured_beside_doing_nothing(monkeypatch):
         assert [row['nfe'] for row in (nothing, filled, likeliest)] == [0, 0, 1] and 1 <= repair['nfe'] <= 16
         assert all(0 <= row['accuracy'] <= 1 and row['accuracy_se'] > 0 and 0 <= row['exact'] <= 1 for row in table.values())
     assert table["the seed's protocol", 'nothing']['accuracy'] > table['with insertions', 'nothing']['accuracy']
-    rows = bench.repair_rows(model, ARITHMETIC, default_config(training_type='unmasking'), clean[:7])
+    rows = tasks.repair_rows(s, model, ARITHMETIC, default_config(training_type='unmasking'), clean[:7])
     assert [row['sampler'] for row in rows] == hows[:3] * 2                   # it cannot find the errors itself
-    untouched = bench.repair_rows(model, ARITHMETIC, default_config(training_type='joint'), clean[:7], sigma=0.0)
+    untouched = tasks.repair_rows(s, model, ARITHMETIC, default_config(training_type='joint'), clean[:7], sigma=0.0)
     assert all(row['accuracy'] == row['exact'] == 1 for row in untouched if row['sampler'].startswith('nothing'))
 
 
 def test_the_suite_of_samplers_has_every_rule_and_preset(monkeypatch, made):
     """Every rule that a checkpoint knows has a row, and a row named after a preset has its rules; tables and rows agree."""
-    bench = quick_bench(monkeypatch, f"--init_from={made['joint']}", '--budgets=2,3')
-    asked = bench.budget_rows(default_config(training_type='joint', causal_ratio=0.5), 64)
-    rows, table = bench.samplers()
+    s = quick_bench(monkeypatch, f"--init_from={made['joint']}", '--budgets=2,3')
+    asked = samplers.budget_rows(default_config(training_type='joint', causal_ratio=0.5), 64)
+    rows, table = samplers.run(s)
     expected = [(name, n) for name, takes, _ in asked for n in ((2, 3) if takes else (None,))]
     assert [(row['name'], row['budget']) for row in rows] == expected
     for row in rows:
@@ -515,11 +515,11 @@ def test_the_suite_of_samplers_has_every_rule_and_preset(monkeypatch, made):
     assert [line.count('|') for line in (first + '\n' + second).splitlines()] == [4] * 2 * (len(asked) + 2)
     assert 'valid % · length_tv' in first and '2 passes' in first and 'correct % · unique % · novel %' in second
     assert {rules.get('commit', 'random') for _, _, rules in asked} == set(COMMIT_RULES) - {'abstain'}
-    assert {rules.get('remask', 'none') for _, _, rules in asked} == set(REMASK_RULES)
+    assert {rules.get('remask', 'none') for _, _, rules in asked} == set(REMASK_RULES) - {'critic'}
     plain = dict(commit='random', remask='none')
     named = {name.split('preset ')[1].rstrip(')'): {**plain, **rules} for name, _, rules in asked if 'preset ' in name}
     assert set(named) >= set(PRESETS) - {'hybrid'} and all(rules == {**plain, **PRESETS[name]} for name, rules in named.items())
-    kinds = {kind: [rules for _, _, rules in bench.budget_rows(default_config(training_type=kind), 64)]
+    kinds = {kind: [rules for _, _, rules in samplers.budget_rows(default_config(training_type=kind), 64)]
              for kind in ('unmasking', 'causal')}
     assert not {'wrong', 'p2', 'causal'} & {rules.get('remask') for rules in kinds['unmasking']}
     assert len(kinds['unmasking']) > 10
@@ -527,8 +527,8 @@ def test_the_suite_of_samplers_has_every_rule_and_preset(monkeypatch, made):
 
 
 def test_the_suite_of_tasks(monkeypatch, made):
-    bench = quick_bench(monkeypatch, f"--init_from={made['joint']}", '--budgets=2,3')
-    rows, table = bench.tasks()
+    s = quick_bench(monkeypatch, f"--init_from={made['joint']}", '--budgets=2,3')
+    rows, table = tasks.run(s)
     kinds = ['remask=none', 'remask=random', 'remask=wrong']
     found = [(row['name'], row['sampler']) for row in rows]
     assert found[:4] == [('infill expr=_', how) for how in [*kinds, 'remask=causal']]
@@ -544,23 +544,23 @@ def test_the_suite_of_tasks(monkeypatch, made):
 
 @pytest.mark.parametrize('only, names', [('edit', {'edit'}), ('repair', {"the seed's protocol", 'with insertions'})])
 def test_one_of_the_tasks_alone(monkeypatch, made, only, names):
-    bench = quick_bench(monkeypatch, f"--init_from={made['plain']}", '--budgets=2,3', f'--only={only}')
-    rows, table = bench.tasks()
+    s = quick_bench(monkeypatch, f"--init_from={made['plain']}", '--budgets=2,3', f'--only={only}')
+    rows, table = tasks.run(s)
     assert {row['name'] for row in rows} == names and all(name in table for name in names)
 
 
 def test_a_perfect_sampler_gets_every_task_right(monkeypatch, made):
     """What is right is decided by the arithmetic: here the samples are the held-out strings themselves."""
-    bench = quick_bench(monkeypatch, f"--init_from={made['plain']}", '--budgets=2,3', '--only=infill,edit')
-    clean = bench.spread_rows(bench.load_data('arithmetic')[1]['val'], 4, 64)
+    s = quick_bench(monkeypatch, f"--init_from={made['plain']}", '--budgets=2,3', '--only=infill,edit')
+    clean = tasks.spread_rows(tasks.load_data('arithmetic')[1]['val'], 4, 64)
     texts = [sample.decode(ARITHMETIC, ids)[0] for ids in clean.tolist()]
     asked = []
 
     def fill(model, meta, canvas, fixed, **how):
         asked.append((canvas, fixed, how))
         return [dict(text=text, nfe=1) for text in texts]
-    monkeypatch.setattr(bench, 'fill', fill)
-    rows, _ = bench.tasks()
+    monkeypatch.setattr(tasks, 'fill', fill)
+    rows, _ = tasks.run(s)
     assert all(row['valid'] == row['correct'] == 1 for row in rows) and len(asked) == len(rows)
     for (canvas, fixed, how), row in zip(asked, rows):
         assert torch.equal(canvas[fixed], clean[fixed]) and (canvas[~fixed] == MASK).all()    # all that is given is true

@@ -21,7 +21,7 @@ from test_corruption import MASK, T, V, WRONG, clean_rows, corrupted, seeded
 import configurator
 import train
 from configurator import UserError
-from corruption import corrupt, own_guesses
+from corruption import corrupt, extent, own_guesses
 from data import loader
 from data.loader import load_data, random_rows, spread_rows
 from model import GPT, GPTConfig, causal_nll, load_checkpoint, nelbo
@@ -257,14 +257,20 @@ def arithmetic_rows(num, seed=0):
 
 
 @pytest.mark.parametrize('accumulate', [1, 4])
+@pytest.mark.parametrize('views', [0, 2])
 @pytest.mark.parametrize('training_type, ratio', [('causal', 0.0), ('unmasking', 0.0), ('joint', 0.5),
                                                   ('unmasking', 1.0)])
-def test_training_step(training_type, ratio, accumulate):
-    """Its gradient is that of the mean over the rows: a row's own loss, or the causal rows' mean loss a real token."""
-    model, x0 = tiny_gpt(18, 64, n_recur=1), arithmetic_rows(8)
-    config = default_config(training_type=training_type, causal_ratio=ratio, gradient_accumulation_steps=accumulate,
+def test_training_step(training_type, ratio, views, accumulate):
+    """
+    Its gradient is that of the mean over the rows: a row's own loss, or the causal rows' mean loss a real token. It packs the
+    rows, which must not matter: here every row is on its own, as long as extent says, the causal ones whole.
+    """
+    model, x0, passes = tiny_gpt(18, 64, n_recur=1), arithmetic_rows(8), []
+    config = default_config(training_type=training_type, causal_ratio=ratio, gradient_accumulation_steps=accumulate, views=views,
                             proofreading_warmup_iters=10, masking_warmup_iters=20, weight_remask_task=0.5)
+    hook = model.register_forward_hook(lambda module, args, out: passes.append(len(out)))
     parts = training_step(model, x0, ARITHMETIC, config, 5, seeded(1))
+    hook.remove()
     grads = gradients(model)
     num_causal = 8 if training_type == 'causal' else int(8 * ratio)
     total = torch.zeros(())
@@ -274,16 +280,84 @@ def test_training_step(training_type, ratio, accumulate):
         ce = F.cross_entropy(logits.transpose(1, 2), rows, reduction='none')
         total = total + num_causal * ce[(rows != 15) & (rows != 17)].mean()
         assert parts['causal'][1].item() == pytest.approx(num_causal, rel=1e-5)
-    if num_causal < 8:
-        rows, generator = x0[num_causal:], seeded(1)
+        assert passes[0] < num_causal                                     # it did pack them
+    bidirectional = training_type != 'causal' and (views or num_causal < 8)
+    if bidirectional:
+        rows, generator = x0.repeat(views, 1) if views else x0[num_causal:], seeded(1)
         batch = corrupt(rows, rows != 15, (rows != 15) & (rows != 17), training_type=training_type, mask_token_id=18, wrong_token_id=19,
                         generator=generator, guess=own_guesses(model, generator), remask_ratio=0.25,
                         penalty_mask_correct=0.25, weight_remask_task=0.5)
-        total = total + loss(model, *batch)[0]
+        for row, n in enumerate(extent(batch[0], batch[2], 17, generator)):
+            total = total + loss(model, *[part[row:row + 1, :n] for part in batch])[0] / max(1, views)
     (total / 8 / accumulate).backward()
     assert_close(gradients(model), grads)
-    others = {'unmask', 'detect', 'keep'} if num_causal < 8 else set()
-    assert set(parts) == others | ({'causal'} if num_causal else set())
+    assert set(parts) == ({'unmask', 'detect', 'keep'} if bidirectional else set()) | ({'causal'} if num_causal else set())
+
+
+def test_more_views_leave_the_scale_of_the_gradient_as_it_is(monkeypatch):
+    """Where every view is corrupted alike they teach what one of them does; with 0 the causal rows have no part in it."""
+    model, x0, asked = tiny_gpt(18, 64, n_recur=1), arithmetic_rows(8), []
+
+    def all_masked(x0, free, real, **more):
+        asked.append(x0)
+        return x0.masked_fill(free, 18), x0, free / free.sum(1, keepdim=True)
+    monkeypatch.setattr(train, 'corrupt', all_masked)
+    found = {}
+    for ratio in (0.0, 0.5):
+        for views in (0, 1, 3):
+            training_step(model, x0, ARITHMETIC, default_config(causal_ratio=ratio, views=views), 5, seeded(1))
+            found[ratio, views] = gradients(model)
+            assert torch.equal(asked.pop(), x0.repeat(views, 1) if views else x0[int(8 * ratio):])
+    for ratio, views in ((0.0, 0), (0.0, 3), (0.5, 3)):
+        assert_close(found[ratio, views], found[ratio, 1])
+    assert (found[0.5, 1]['wte.weight'] - found[0.5, 0]['wte.weight']).abs().max() > 1e-3
+
+
+def test_rows_without_padding_are_not_packed():
+    """In a stream the same step is one pass a mode over rows as they are."""
+    model, x0, seen = tiny_gpt(3, 8, n_recur=1), torch.randint(3, (6, 8), generator=seeded()), []
+    model.register_forward_hook(lambda module, args, more, out: seen.append((len(args[0]), more.get('segment'))), with_kwargs=True)
+    config = default_config(training_type='unmasking', causal_ratio=0.5)
+    training_step(model, x0, dict(ARITHMETIC, bos=None, pad=None), config, 5, seeded(1))
+    assert seen == [(3, None), (3, None)]
+
+
+@pytest.mark.parametrize('level', [False, True])
+def test_what_a_conditioned_network_is_shown_in_training(level):
+    """Of every other row its likeliest tokens at the masks, found by a first pass that is told the same level and no prediction."""
+    model, asked = tiny_gpt(V, T, self_condition=True, noise_condition=level), []
+    model.mask_logit_bias.fill_(50.0)
+    x0, input, _, _ = joint_batch()
+    segment, noise = (torch.arange(T) > 5).long().expand(24, T), torch.rand(24, T, generator=seeded())
+    model.register_forward_hook(lambda module, args, more, out: asked.append((more, out)), with_kwargs=True)
+    hidden = train.conditioned(model, input, segment, noise)
+    (first, guess), (second, out) = asked
+    assert first.get('previous') is None and out is hidden and hidden.requires_grad and not guess.requires_grad
+    assert all(more['segment'] is segment and more['level'] is noise for more, _ in asked)
+    likeliest = F.linear(guess, model.wte.weight)[..., :V].argmax(-1)
+    shown = (input == MASK) & (torch.arange(24) % 2 == 0)[:, None]
+    assert torch.equal(second['previous'], torch.where(shown, likeliest, MASK)) and shown.any()
+    asked.clear()
+    plain = tiny_gpt(V, T)
+    assert torch.equal(train.conditioned(plain, input, segment, None), plain(input, segment=segment)) and not asked
+
+
+def test_the_level_is_the_share_of_the_row_that_is_noise(monkeypatch):
+    """Masked or wrong, and of the whole row, as it is when the network samples: whatever else shares the row with it."""
+    asked, clean = [], arithmetic_rows(8)
+    monkeypatch.setattr(train, 'conditioned', lambda model, *args: asked.append(args) or model(args[0]))
+    monkeypatch.setattr(train, 'corrupt', lambda *args, **more: asked.append(corrupt(*args, **more)) or asked[-1])
+    config = default_config(training_type='joint', corruption='random', remask_ratio=0.5, proofreading_warmup_iters=0)
+    for meta in (ARITHMETIC, dict(ARITHMETIC, pad=None)):
+        asked.clear()
+        training_step(tiny_gpt(18, 64, n_recur=1, noise_condition=True), clean, meta, config, 5, seeded(1))
+        (input, target, _), (_, segment, level) = asked
+        share = (input != clean).sum(1) / 64
+        assert ((target == 19).any(1) & (input == 18).any(1)).any()
+        if segment is None:
+            assert torch.equal(level, share[:, None].expand(8, 64))
+        else:
+            assert torch.allclose(level, torch.cat((torch.zeros(1), share))[segment])
 
 
 def test_training_step_asks_for_what_the_settings_say(monkeypatch):
@@ -295,7 +369,7 @@ def test_training_step_asks_for_what_the_settings_say(monkeypatch):
     config = default_config(training_type='denoising', remask_target='original', remask_ratio=0.8, sigma_min=0.2, sigma_max=0.7,
                             high_noise_bias=0.4, noise_mix='mask:0.4,swap:0.6', corruption='sticky', weight_unmask_task=0.3,
                             weight_remask_task=0.6, penalty_mask_correct=0.9, proofreading_warmup_iters=10,
-                            masking_warmup_iters=30, reward_correct_unmask=0.7)
+                            masking_warmup_iters=30, reward_correct_unmask=0.7, prefix_ratio=0.1)
     for meta, pad in ((ARITHMETIC, 17), (dict(ARITHMETIC, pad=None), None)):
         training_step(model, x0, meta, config, 5, seeded(1), price=0.25)
         (clean, free, real), more = asked[-1]
@@ -303,9 +377,11 @@ def test_training_step_asks_for_what_the_settings_say(monkeypatch):
         assert torch.equal(real, (x0 != 15) & (x0 != pad) if pad else x0 != 15)
         expected = dict(training_type='denoising', remask_target='original', remask_ratio=0.4, sigma=(0.2, 0.7, 0.4), pad_id=pad,
                         noise_mix=(('mask', 0.4), ('swap', 0.6)), corruption=(('sticky', 1.0),), weight_unmask_task=0.3,
-                        weight_remask_task=0.6, remasking_loss_type='all_positions', mask_token_id=18, wrong_token_id=19)
+                        weight_remask_task=0.6, remasking_loss_type='all_positions', mask_token_id=18, wrong_token_id=19,
+                        prefix_ratio=0.1)
         assert {name: more[name] for name in expected} == expected
         assert more['penalty_mask_correct'] == pytest.approx(0.15)
+        assert counted[-1].pop('hidden').requires_grad                    # see conditioned
         assert counted[-1] == dict(reward_correct_unmask=0.7, keep_mask_price=0.25, pad_id=pad)
 
 
@@ -812,6 +888,8 @@ def test_same_command_same_weights_and_other_seed_others(tmp_path):
      'ckpt_denoising.pt'),
     (['--training_type=joint', '--corruption=fragment:1,sticky:1', '--allow_abstain', '--penalty_keep_mask=0',
       '--target_mask_prob=0.2', '--proofreading_warmup_iters=0'], 'ckpt_joint_all_positions.pt'),
+    (['--training_type=joint', '--corruption=own:1,noise:1', '--views=2', '--causal_ratio=1', '--prefix_ratio=0.5',
+      '--noise_condition', '--self_condition', '--proofreading_warmup_iters=0', '--draft_head'], 'ckpt_joint_all_positions.pt'),
 ])
 def test_every_kind_of_run(tmp_path, words, name):
     start(str(tmp_path), *words, '--max_iters=2', '--eval_interval=1')
@@ -822,6 +900,32 @@ def test_every_kind_of_run(tmp_path, words, name):
     assert set(checkpoint['config']) == set(configurator.settings(train.__file__))
     fresh = GPT(GPTConfig(**checkpoint['model_args']))
     assert model.wte.weight.shape == fresh.wte.weight.shape
+    for field, part in (('noise_condition', model.level), ('self_condition', model.previous)):
+        wanted = f'--{field}' in words
+        assert checkpoint['model_args'][field] == wanted == (part is not None) and (not wanted or part.weight.any())   # it has learned
+
+
+@pytest.mark.parametrize('fmt', ['rows', 'stream'])
+def test_coarse_characters_become_one(tmp_path, monkeypatch, fmt):
+    """In the rows that it learns from and in those that it is measured on; the others are what they were."""
+    write_dataset(tmp_path, fmt)
+    monkeypatch.setattr(loader, 'HERE', str(tmp_path / 'data'))
+
+    def rows(*words):
+        seen = []
+
+        def watch(module):
+            step, evaluate = module.training_step, module.evaluate
+            module.training_step = lambda model, x0, *rest: seen.append(x0) or step(model, x0, *rest)
+            module.evaluate = lambda model, x0, *rest, **more: seen.append(x0) or evaluate(model, x0, *rest, **more)
+        start(str(tmp_path / 'out'), '--dataset=small', '--block_size=8', '--training_type=causal', '--max_iters=1',
+              '--eval_samples=0', *words, patch=watch)
+        return seen
+    for coarse, first in (('db', [0, 3, 2, 3]), ('bcd', [0, 1, 1, 1]), ('a', [0, 1, 2, 3])):
+        plain, changed = rows(), rows(f'--coarse={coarse}')
+        assert len(plain) == 3 and all(torch.equal(torch.tensor(first)[a], b) for a, b in zip(plain, changed))
+    with pytest.raises(UserError, match="'x'"):
+        rows('--coarse=ax')
 
 
 def test_the_loss_of_the_draft_head_by_hand():
@@ -1273,6 +1377,8 @@ def test_check_settings_table():
                              (dict(sigma_max=1.1), 'sigma_max must be in 0..1'),
                              (dict(high_noise_bias=1.1), 'high_noise_bias must be in 0..1'),
                              (dict(target_mask_prob=1.1), 'target_mask_prob must be in 0..1'),
+                             (dict(prefix_ratio=1.1), 'prefix_ratio must be in 0..1'),
+                             (dict(prefix_ratio=-0.1), 'prefix_ratio must be in 0..1'),
                              (dict(sigma_min=0.6, sigma_max=0.5), 'sigma_min=0.6 is above sigma_max=0.5'),
                              (remasking, 'no guesses of its own.*--guess_from=PATH'),
                              (dict(remasking, corruption='random:1,own:1'), 'no guesses of its own'),
@@ -1313,6 +1419,6 @@ def test_check_fits():
 def test_negative_settings():
     for name in ('learning_rate', 'muon_lr', 'weight_decay', 'penalty_mask_correct', 'weight_unmask_task', 'grad_clip',
                  'weight_remask_task', 'warmup_iters', 'proofreading_warmup_iters', 'masking_warmup_iters', 'eval_samples',
-                 'keep_every', 'seed', 'mask_control_rate', 'mask_bias_limit'):
+                 'keep_every', 'seed', 'views', 'mask_control_rate', 'mask_bias_limit'):
         with pytest.raises(UserError, match=f'{name} must not be negative'):
             train.check_settings(default_config(**{name: type(default_config()[name])(-1)}))

@@ -1,0 +1,109 @@
+"""
+Consistency distillation: a student that reaches in a few passes where its teacher needs many.
+
+    python distill.py --init_from=ckpt                     500 steps from the newest checkpoint under out_dir
+    python sample.py --init_from=out/ckpt_distilled.pt --steps=4
+
+The student starts as a copy of the teacher. Rows are masked as in training, the teacher completes them with its sampler in
+teacher_steps passes, and the student learns to say in one pass what came out (Song et al. 2023, on masks as Deschenaux and
+Gulcehre 2024, SDTT, but with drawn tokens in the place of averaged probabilities). One pass draws its tokens independently, so
+what can be gained is that every single one is surer; how sure is up to the teacher's sampler.
+"""
+
+import copy
+import os
+import time
+
+import torch
+
+import configurator
+from canvas import load_task
+from configurator import UserError
+from corruption import corrupt, modelled
+from data.loader import load_data, random_rows
+from model import configure_compute, load_checkpoint, save_checkpoint
+from rules import PRESETS, choose_rules, supports
+from sample import find_checkpoint, generate, generate_diffusion
+from train import loss, make_optimizers
+
+# -----------------------------------------------------------------------------
+init_from = 'ckpt'       # the teacher: 'ckpt', the newest checkpoint under out_dir, or a path
+out_dir = 'out'          # where 'ckpt' looks, and where the student goes: ckpt_distilled.pt
+teacher_preset = 'maskgit'  # the teacher's sampler, see sample.py
+teacher_steps = 16       # its passes
+max_iters = 500          # steps
+batch_size = 32          # rows a step
+learning_rate = 3e-4     # of AdamW, falling linearly to 0
+ema_decay = 0.98         # average of the student's weights, which is what is saved
+log_interval = 25        # steps between lines on screen
+seed = 1337              # of rows, masks and the teacher's draws
+device = 'auto'          # auto | cpu | cuda | cuda:1 | mps
+dtype = 'auto'           # auto | float32 | bfloat16
+attention = 'auto'       # auto | plain | sdpa
+# -----------------------------------------------------------------------------
+
+
+def main():
+    for name in ('teacher_steps', 'max_iters', 'batch_size', 'log_interval'):
+        if globals()[name] < 1:
+            raise UserError(f'{name} must be at least 1, got {globals()[name]}')
+    path = find_checkpoint(init_from, out_dir)
+    goal = os.path.join(out_dir, 'ckpt_distilled.pt')
+    if os.path.abspath(path) == os.path.abspath(goal):
+        raise UserError(f'{goal} would overwrite its own teacher: give another --out_dir')
+    teacher, checkpoint = load_checkpoint(path)
+    meta, config = checkpoint['meta'], checkpoint['config']
+    if not supports(config)[0]:
+        raise UserError(f"{path} cannot unmask (training_type={config['training_type']}), so it has nothing to teach")
+    rules = choose_rules(config, preset=teacher_preset, inside=True, steps=teacher_steps)
+    if teacher_preset not in PRESETS or rules['remask'] == 'causal' or rules['ar_prefix']:
+        raise UserError(f"the teacher fills holes in any place, which the preset '{teacher_preset}' cannot")
+    rules.pop('ar_prefix')
+    _, data = load_data(meta['name'])
+    teacher, choices = configure_compute(teacher, device, dtype, attention)
+    print(f'{path} teaches: {", ".join(f"{name}={value}" for name, value in rules.items())}\n{choices}')
+    student, average = copy.deepcopy(teacher).train(), copy.deepcopy(teacher)
+    optimizer, = make_optimizers(student, 'adamw', learning_rate, 0.0, 0.0, (0.9, 0.95))
+    torch.manual_seed(seed)
+    rows = torch.Generator().manual_seed(seed)
+    noise = torch.Generator(next(student.parameters()).device).manual_seed(seed + 1)
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{out_dir}: cannot be made a folder for checkpoints: {error.strerror}') from error
+    mean, t0 = 0.0, time.time()
+    for step in range(max_iters):
+        x0 = random_rows(data['train'], batch_size, teacher.config.block_size, rows).to(noise.device)
+        free, real = modelled(x0, meta)
+        input, _, weight = corrupt(x0, free, real, training_type='unmasking', mask_token_id=teacher.mask_token_id,
+                                   wrong_token_id=teacher.wrong_token_id, generator=noise)
+        target, _, _ = generate_diffusion(teacher, input, input != teacher.mask_token_id, end_id=meta['eos'], pad_id=meta['pad'],
+                                          forbid=[i for i in (meta['bos'],) if i is not None], generator=noise, **rules)
+        total, _ = loss(student, input, target, weight)
+        if not torch.isfinite(total):
+            raise UserError(f'the loss is no longer finite at step {step}: lower --learning_rate')
+        (total / batch_size).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.param_groups[0]['lr'] = optimizer.param_groups[1]['lr'] = learning_rate * (1 - step / max_iters)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - ema_decay)
+        mean += total.item() / batch_size
+        if (step + 1) % log_interval == 0:
+            speed = (step + 1) / (time.time() - t0)
+            left = int((max_iters - step - 1) / speed)
+            print(f'step {step + 1}/{max_iters}  loss {mean / log_interval:.3f}  {speed:.1f} it/s  {left // 60}:{left % 60:02d} left')
+            mean = 0.0
+    keep = {name: checkpoint[name] for name in ('model_args', 'meta')}
+    own = {name: globals()[name] for name in configurator.settings(__file__)}
+    save_checkpoint(goal, dict(keep, model=student.state_dict(), ema=average.state_dict(), iter_num=max_iters,
+                               config={**config, 'training_type': 'unmasking', 'causal_ratio': 0.0, 'energy_head': 0}, distilled=own))
+    task = load_task(meta['name'])
+    for text in [sample['text'] for sample in generate(average.eval(), meta, 4, seed=seed, steps=8)]:
+        print(f'    {text}   {task.verdict(text)}' if task else f'    {text!r}')
+    print(f'saved {goal}; sample from it: python sample.py --init_from={goal} --steps=4')
+
+
+if __name__ == '__main__':
+    configurator.run(globals())
