@@ -2,8 +2,8 @@
 Give a trained network an energy head: a number for every text that says how little it looks like the data.
 
     python energy.py --init_from=ckpt                                    1000 steps from the newest checkpoint under out_dir
-    python sample.py --init_from=out/ckpt_energy.pt --best_of=8          of 8 samples one, the likelier the lower its energy
-    python sample.py --init_from=out/ckpt_energy.pt --guide=4 --steps=8  the same at every step
+    python sample.py --init_from=out/ckpt_energy.pt --best_of=4          of 4 samples the one of the lowest energy
+    python sample.py --init_from=out/ckpt_energy.pt --guide=4 --steps=8  a choice among 4 at every step, by exp(-energy)
     python sample.py --init_from=out/ckpt_energy.pt --remask=critic      re-mask what the head calls wrong
 
 The network is frozen; what learns is the critic of model.py, 20,000 parameters on the passes over the text (stage 2 of the
@@ -228,7 +228,7 @@ def main():
     weights = {name: checkpoint.get(name) and with_critic(checkpoint[name], model) for name in ('model', 'ema')}
     save_checkpoint(goal, dict(keep, **weights, config=dict(config, energy_head=passes), result=checkpoint.get('result'),
                                energy=dict(settings=settings, result=result)))
-    print(f'saved {goal}; sample with it: python sample.py --init_from={goal} --best_of=8')
+    print(f'saved {goal}; sample with it: python sample.py --init_from={goal} --best_of=4')
 
 
 if __name__ == '__main__':

@@ -389,7 +389,8 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
         near = difflib.get_close_matches(preset, PRESETS, 1)
         raise UserError(f"unknown preset '{preset}'; {f'did you mean {near[0]}' if near else 'there are ' + ', '.join(PRESETS)}?")
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    usual = REWRITE if task == 'repair' and saw_noise(config) and chosen.get('rewrite', True) else TASKS[task]
+    rewrites = task == 'repair' and saw_noise(config) and chosen.get('rewrite', True)
+    usual = REWRITE if rewrites and preset is None and not {'commit', 'remask', 'guide'} & set(chosen) else TASKS[task]
     rules = {**usual, **PRESETS.get(preset, {}), **chosen}
     if 'remask_schedule' in chosen and 'remask_threshold' not in chosen:
         rules.pop('remask_threshold', None)

@@ -28,7 +28,7 @@ from configurator import UserError
 from corruption import modelled
 from model import (causal_nll, check_same_model, configure_compute, identity, load_checkpoint, nelbo, random_subset,
                    write_atomically)
-from rules import (COMMIT_RULES, CORRECTING, REMASK_RULES, REMDM_SCHEDULES, TASKS, WHOLE_CANVAS, choose_by_energy, choose_rules,
+from rules import (COMMIT_RULES, CORRECTING, REMASK_RULES, REMDM_SCHEDULES, TASKS, WHOLE_CANVAS, choose_rules,
                    close_rows, commit_order, displaced, doubted, draft_pass, fine, first_of, guided, masks_left, p_wrong, propose,
                    remdm_rate, share_at, spare_lengths, speculate, spread, supports, text_of)
 
@@ -79,7 +79,7 @@ remdm = 'cap'              # remask=remdm: cap | rescale | loop
 correct_share: float = None     # share of the steps, at the end, that only re-mask and refill; None: 0.25
 # what the energy head is asked, in a checkpoint that has one (energy.py)
 guide: int = None          # at every step draw this many whole completions and go on with one, the likelier the lower its energy
-best_of: int = None        # draw this many samples for one and keep one, the likelier the lower its energy
+best_of: int = None        # draw this many times the samples and keep one in that many, the lowest energy, lengths as drawn
 # drawing
 temperature: float = None  # 0: the most probable token, 1: the model's own distribution; None: 1 (repair: 0)
 top_k: int = None          # draw among the k most probable tokens only
@@ -303,8 +303,8 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
     the end), nfe, finished; with trace also trace (S, T), the row's canvases.
 
     ar_prefix: that many tokens are drawn left to right with the causal pass first (hybrid generation).
-    best_of: that many samples are drawn for every canvas and one is kept, chosen with probability proportional to exp(-energy)
-    (temperature 0: the one of the lowest energy); nfe is then what all of them took, with the passes that the head reads.
+    best_of: that many samples are drawn for every canvas and one in that many is kept, by its energy, see best_samples; nfe is
+    then what all of them took, with the passes that the head reads.
     rules: the keywords of generate_diffusion.
     """
     device = next(model.parameters()).device
@@ -312,9 +312,10 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
     ends = dict(end_id=meta['eos'], pad_id=meta['pad'], generator=generator)
     inside = [meta[name] for name in ('bos', 'eos', 'pad') if meta[name] is not None]  # nothing but an end may end a text
     filters = {key: rules[key] for key in ('temperature', 'top_k', 'top_p') if key in rules}
-    samples, num, batch_size = [], canvas.size(0), max(1, batch_size // (best_of or 1))
+    canvas, fixed = (part.repeat(best_of or 1, 1) for part in (canvas, fixed))
+    samples, num = [], canvas.size(0)
     for first in tqdm(range(0, num, batch_size), disable=not progress or num <= batch_size, desc='sampling', leave=False):
-        x, kept = (part[first:first + batch_size].to(device).repeat_interleave(best_of or 1, 0) for part in (canvas, fixed))
+        x, kept = canvas[first:first + batch_size].to(device), fixed[first:first + batch_size].to(device)
         nfe, steps = 0, []
         if ar_prefix:
             width = min(x.size(1), int((x == model.mask_token_id).long().argmax(1).max()) + ar_prefix)
@@ -327,16 +328,32 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
         x, more, history = generate_diffusion(model, x, kept, forbid=inside, trace=trace, **rules, **ends)
         nfe, steps = nfe + more, steps + (history or [])
         if best_of:
-            energy = model.energy(*text_of(x, meta['eos'], meta['pad'], inside)).view(-1, best_of)
-            chosen = choose_by_energy(energy, generator, filters.get('temperature') == 0)
-            chosen += best_of * torch.arange(len(chosen), device=device)
-            x, steps, nfe = x[chosen], [step[chosen] for step in steps], nfe.view(-1, best_of).sum(1) + model.config.energy_head * best_of
+            nfe = nfe + model.config.energy_head
+            energy = model.energy(*text_of(x, meta['eos'], meta['pad'], inside)).cpu()
         for row, (ids, passes) in enumerate(zip(x.tolist(), nfe.tolist())):
             text, finished = decode(meta, ids)
             samples.append(dict(text=text, tokens=until_end(meta, ids), nfe=passes, finished=finished))
             if trace:
                 samples[-1]['trace'] = torch.stack([step[row] for step in steps])
-    return samples
+            if best_of:
+                samples[-1]['energy'] = energy[row].item()
+    return samples if not best_of else best_samples(samples, canvas.tolist(), num // best_of)
+
+
+def best_samples(samples, canvases, num):
+    """
+    Of samples with an energy, the first num of them followed by as many further candidates for the same canvases, again and
+    again, num: each of the first is replaced by the candidate of the lowest energy, for an equal canvas and of its own length,
+    that is not taken yet.
+
+    Of its own length, because long texts have more in them that can be wrong: candidates that compete over all lengths get shorter.
+    """
+    kinds = [(tuple(canvas), len(sample['tokens'])) for sample, canvas in zip(samples, canvases)]
+    candidates = {}
+    for i in sorted(range(len(samples)), key=lambda i: -samples[i]['energy']):
+        candidates.setdefault(kinds[i], []).append(samples[i])                 # the best last
+    spent = [sum(sample['nfe'] for sample in samples[i::num]) for i in range(num)]
+    return [dict(candidates[kind].pop(), nfe=passes) for kind, passes in zip(kinds, spent)]
 
 
 def generate(model, meta, num, *, prompt=(), lengths=None, **how):

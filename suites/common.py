@@ -18,7 +18,7 @@ from model import configure_compute, load_checkpoint
 from sample import find_checkpoint, generate, load_merged
 
 METRICS = ('balanced', 'valid', 'correct', 'unique', 'novel', 'mean_length', 'length_tv', 'nfe')
-SHARES = ('balanced', 'valid', 'correct', 'unique', 'novel', 'fixed', 'refilled', 'accuracy', 'exact', 'anchors')
+SHARES = ('balanced', 'valid', 'correct', 'unique', 'novel', 'fixed', 'refilled', 'accuracy', 'by_string', 'exact', 'anchors')
 
 
 def standard_error(values, name, n):

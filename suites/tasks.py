@@ -52,7 +52,7 @@ def run(s):
     tables = [markdown([*head, *[f'{m} %' for m in metrics], 'nfe'],
                        [[row['name'], row['sampler'], *[cell(row, m) for m in (*metrics, 'nfe')]] for row in part])
               for head, metrics, part in ((('task', 'sampler'), ('valid', 'correct'), rows),
-                                          (('repair', 'how'), ('accuracy', 'exact'), mended)) if part]
+                                          (('repair', 'how'), ('accuracy', 'by_string', 'exact'), mended)) if part]
     print(f'{len(texts)} held-out strings, {s.num_seeds} draws each, ± standard error over the strings')
     return rows + mended, '\n\n'.join(tables)
 
@@ -65,7 +65,8 @@ def first_operand_open(texts):
 
 def repair_rows(s, model, meta, config, clean, sigma=0.2, noise_mix='mask:0.5,replace:0.2,swap:0.15,delete:0.075,insert:0.075'):
     """
-    Repair of clean rows (N, T) under mixed noise: accuracy over the real tokens and exact, the share that is right as a whole.
+    Repair of clean rows (N, T) under mixed noise: accuracy over the real tokens; by_string, the mean over strings of their share of
+    right tokens, start symbol included (the seed's measure, kinder to short strings); exact, the share that is right as a whole.
 
     In the seed's protocol an insertion never fires, in the other it does. Beside the repair: doing nothing; doing nothing but
     fill the masks perfectly; one pass that takes the likeliest token everywhere. Greedy, so one draw.
@@ -93,5 +94,7 @@ def repair_rows(s, model, meta, config, clean, sigma=0.2, noise_mix='mask:0.5,re
             exact = (right | ~real).all(1).double().mean().item()
             row = with_errors(dict(name=protocol, sampler=how, nfe=nfe[how], exact=exact), len(clean))
             row['accuracy'], row['accuracy_se'] = per_token((right & real).sum(1).double(), real.sum(1))
+            share = ((right & real).sum(1) + 1).double() / (real.sum(1) + 1)  # (N,) the start symbol counts, as in the seed
+            row['by_string'], row['by_string_se'] = share.mean().item(), share.std().item() / len(clean) ** 0.5
             rows.append(row)
     return rows

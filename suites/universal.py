@@ -53,6 +53,7 @@ RUNS = {
     'skeleton': [*DENOISE, '--coarse=0123456789', '--causal_ratio=0.0'],
     'ours': ['train.py', 'config/universal.py'],
     'energy': ['energy.py', '--init_from={ours}'],
+    'energy without causal pass': ['energy.py', '--init_from={ours}', '--passes=1'],
     'student': ['distill.py', '--init_from={base}'],
 }
 WRITTEN = {'energy.py': 'ckpt_energy.pt', 'distill.py': 'ckpt_distilled.pt'}   # the checkpoint of a script that cannot resume
@@ -71,6 +72,8 @@ GENERATION = [
     *[(f'{run}: AR warm start of {n} then maskgit 20', run, dict(MASKGIT, steps=20, ar_prefix=n))
       for run in ('base', 'hybrid-aware') for n in (3, 5, 8, 16)],
     *[(f'energy: best of {n} by maskgit 20', 'energy', dict(MASKGIT, steps=20, best_of=n)) for n in (5, 10)],
+    *[(f'energy without causal pass: best of {n} by intelligent {steps}', 'energy without causal pass',
+       dict(PRESETS['intelligent'], steps=steps, best_of=n)) for n, steps in ((2, 28), (3, 20))],
     ('energy: guided 16', 'energy', dict(steps=16, guide=4)),
     ('energy: remask=critic 16', 'energy', dict(steps=16, remask='critic')),
     ('skeleton alone: maskgit 20', 'skeleton', dict(MASKGIT, steps=20, shown_as='1')),
@@ -83,7 +86,7 @@ GENERATION = [
     ('ours: AR', 'ours', dict(ar_prefix=64)),
 ]
 REPAIR = [(f'{run}: repair and edit', run, {}) for run in DENOISERS]
-DETECTION = [('energy: detection', 'energy', {})]
+DETECTION = [(f'{run}: detection', run, {}) for run in ('energy', 'energy without causal pass')]
 
 SEED_NOISE = 'mask:0.5,replace:0.2,swap:0.15,delete:0.075,insert:0'            # an insertion never fired there
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -474,15 +477,15 @@ def tables(s, rows):
 
 
 def repair_table(rows):
-    """A line a checkpoint and way to repair; what needs no checkpoint comes first and once."""
-    lines = []
-    for number, row in enumerate(rows):
+    """A line a checkpoint; what needs no checkpoint comes first and once."""
+    lines, nothing = [], {}
+    for row in rows:
         ways = {}
         for part in row['repair']:                                             # two protocols, the same ways
-            ways.setdefault(part['sampler'], []).extend((cell(part, 'accuracy'), cell(part, 'exact')))
-        own = [[row['run'], how, *cells] for how, cells in ways.items() if not how.startswith('nothing')]
-        worth = [*[cell(row['edit'], m) for m in ('valid', 'correct', 'anchors')], *[cell(row, m) for m in ('nelbo', 'causal_nll', 'auc')]]
-        lines += [['', how, *cells, *[''] * 6] for how, cells in ways.items() if how.startswith('nothing') and not number]
-        lines += [line + (['' for _ in worth] if i else worth) for i, line in enumerate(own)]
-    return markdown(['repair', 'how', 'accuracy %', 'exact %', 'with insertions: accuracy %', 'exact %', 'edit: valid %', 'correct %',
-                     'anchors kept %', 'nelbo', 'causal nll', 'auc'], lines)
+            ways.setdefault(part['sampler'], []).append(' · '.join(cell(part, m) for m in ('accuracy', 'by_string', 'exact')))
+        nothing.update({how: cells for how, cells in ways.items() if how.startswith('nothing')})
+        edit = ' · '.join(cell(row['edit'], m) for m in ('valid', 'correct', 'anchors'))
+        lines.append([row['run'], *ways['--task=repair'], edit, *[cell(row, m) for m in ('nelbo', 'causal_nll', 'auc')]])
+    head = ['repair', 'accuracy % · by string % · exact %', 'the same, with insertions', 'edit: valid % · correct % · anchors kept %',
+            'nelbo', 'causal nll', 'auc']
+    return markdown(head, [[how, *cells, '', '', '', ''] for how, cells in nothing.items()] + lines)

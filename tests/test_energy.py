@@ -13,7 +13,7 @@ from test_sample import Oracle, distance, empty, product_law, random_law, remask
 from configurator import UserError
 from model import GPT, load_checkpoint
 from rules import best_rules, choose_by_energy, choose_rules, text_of
-from sample import fill, generate_diffusion, start_canvas
+from sample import best_samples, fill, generate_diffusion, start_canvas
 
 CPU = ['--device=cpu', '--dtype=float32']
 TINY = ['--max_iters=4', '--batch_size=12', '--own_samples=16', '--eval_rows=12', '--log_interval=2', *CPU]
@@ -139,19 +139,19 @@ def test_guiding_two_steps_commits_a_token_of_the_chosen_text():
     assert statistic < bound and (nfe == 10).all()
 
 
-def test_best_of_two_follows_the_law_of_resampling(monkeypatch):
-    B, model, energies = 6000, headed(3, 2), 2 * torch.randn(9, generator=seeded(4))
-    monkeypatch.setattr(GPT, 'energy', lambda self, ids, real: energies[(ids * torch.tensor([3, 1])).sum(1)])
-    canvas, fixed = start_canvas(model, LETTERS, B, lengths=torch.full((B,), 2))
-    with torch.no_grad():
-        law = product_law(model.logits(model(canvas[:1])[0], real_only=True)[:, :3].softmax(-1))
-    samples = fill(model, LETTERS, canvas, fixed, steps=1, best_of=2, batch_size=501)
-    statistic, bound = distance(torch.tensor([sample['tokens'] for sample in samples]), 3, chosen_of_two(law, energies), B)
-    assert statistic < bound and {sample['nfe'] for sample in samples} == {2 * (1 + 2)}
+def test_the_best_are_kept_and_no_length_is_lost():
+    """Three samples and six more candidates, on two canvases: lengths stay, in every kind the lowest energies are kept, none twice."""
+    def candidate(length, energy):
+        return dict(tokens=[0] * length, energy=energy, nfe=length)
+    a, b = [9, 9], [9, 8]
+    samples = [candidate(*each) for each in ((2, 0.5), (2, 0.4), (5, 3.0), (2, 0.1), (3, -9.0), (5, 2.0), (2, 0.3), (2, 0.2), (2, -8.0))]
+    kept = best_samples(samples, [a, a, b] * 3, 3)
+    assert [(len(sample['tokens']), sample['energy']) for sample in kept] == [(2, 0.1), (2, 0.2), (5, 2.0)]
+    assert [sample['nfe'] for sample in kept] == [2 + 2 + 2, 2 + 3 + 2, 5 + 5 + 2]
 
 
 def test_best_of_keeps_every_row_its_own_canvas_and_trace(monkeypatch):
-    """Each row begins with a token of its own; at temperature 0 the lowest energy wins, here that of the greatest number."""
+    """Each row begins with a token of its own; the lowest energy wins, here that of the greatest number."""
     model, seen = headed(3, 3), []
 
     def energy(self, ids, real):
@@ -159,11 +159,14 @@ def test_best_of_keeps_every_row_its_own_canvas_and_trace(monkeypatch):
         return -seen[-1].float()
     monkeypatch.setattr(GPT, 'energy', energy)
     canvas = torch.tensor([[2, 3, 3], [0, 3, 3], [1, 3, 3], [0, 3, 3], [2, 1, 3]])
-    samples = fill(model, LETTERS, canvas, canvas != 3, best_of=8, batch_size=16, temperature=0.0, trace=True)
-    best = torch.cat(seen).view(5, 8).amax(1)
+    samples = fill(model, LETTERS, canvas, canvas != 3, best_of=8, batch_size=16, trace=True)
+    numbers = torch.cat(seen).view(8, 5)
+    best = numbers.amax(0)
+    best[[1, 3]] = numbers[:, [1, 3]].flatten().topk(2).values                # these two share a canvas, and its candidates
     for row, sample, number in zip(canvas, samples, best.tolist()):
         ids, trace = torch.tensor(sample['tokens']), sample['trace']
-        assert (ids * torch.tensor([9, 3, 1])).sum() == number and torch.equal(trace[0], row) and torch.equal(trace[-1], ids)
+        assert (ids * torch.tensor([9, 3, 1])).sum() == number == -sample['energy']
+        assert torch.equal(trace[0], row) and torch.equal(trace[-1], ids)
         assert torch.equal(ids[row != 3], row[row != 3]) and sample['nfe'] == 8 * ((row == 3).sum().item() + 2)
 
 

@@ -980,3 +980,38 @@ def test_a_given_length_is_the_length():
         samples = generate(model, dict(ARITHMETIC, block_size=16), len(lengths), lengths=lengths, **rules)
         assert [len(sample['text']) for sample in samples] == lengths.tolist()
         assert all(sample['finished'] for sample in samples)
+
+
+# -----------------------------------------------------------------------------
+# rewriting in place
+
+REPAIRS = dict(commit='random', remask='wrong', remask_threshold=0.5, rewrite=True, temperature=0.0)
+
+
+def test_rewriting_is_one_look_and_the_likeliest_token_wherever_another_is_less_likely_than_not():
+    model, x = tiny_gpt(5, 9), torch.randint(6, (50, 9), generator=seeded(3))              # 5 is the mask
+    fixed = (torch.arange(9) < 2) & (x != 5)
+    result, nfe, _ = generate_diffusion(model, x, fixed, steps=1, **REPAIRS, generator=seeded())
+    with torch.no_grad():
+        logits = model.logits(model(x))
+    unsure = logits.softmax(-1).gather(-1, x[..., None])[..., 0] < 0.5
+    rewritten = (x == 5) | (unsure & ~fixed)
+    assert torch.equal(result, torch.where(rewritten, logits[..., :5].argmax(-1), x)) and (nfe == 1).all()
+    assert (result != x)[x != 5].any() and (result == x)[x != 5].any()
+
+
+def test_a_rewritten_end_moves_the_padding():
+    """The end token 2 is doubted and becomes text; behind the new end there is padding, whatever the network would like there."""
+    class Told(Oracle):
+        def __call__(self, idx, causal=False, previous=None):
+            return 20 * F.one_hot(torch.tensor([[0, 1, 1, 2, 0]]), 6).double()
+    canvas = torch.tensor([[0, 1, 2, 3, 3]])
+    result, _, _ = generate_diffusion(Told(4, 5, None), canvas, canvas < 0, steps=1, **REPAIRS, end_id=2, pad_id=3, generator=seeded())
+    assert result.tolist() == [[0, 1, 1, 2, 3]]
+
+
+def test_rewriting_needs_rules_that_do_not_look_at_candidates():
+    model, x = tiny_gpt(5, 9), torch.full((1, 9), 5)
+    for more in (dict(commit='confidence'), dict(remask='none'), dict(remask='p2')):
+        with pytest.raises(UserError, match='rewrite goes with'):
+            generate_diffusion(model, x, x < 0, **{**REPAIRS, 'remask_threshold': None, **more})

@@ -17,7 +17,7 @@ import sample
 from canvas import holes, spans, task_canvas
 from configurator import UserError
 from model import causal_nll, load_checkpoint
-from rules import COMMIT_RULES, PRESETS, REMASK_RULES, TASKS, choose_rules
+from rules import COMMIT_RULES, PRESETS, REMASK_RULES, REWRITE, TASKS, choose_rules
 from sample import judge_rows, marks
 from suites import common, samplers, tasks
 
@@ -123,6 +123,15 @@ def test_task_canvases_that_do_not_fit(task, text, more, message):
 
 # -----------------------------------------------------------------------------
 # which rules, and what is said of a text
+
+
+def test_who_has_seen_noise_repairs_by_rewriting():
+    for noisy in (default_config(training_type='denoising'), default_config(training_type='joint', corruption='own:0.5,noise:0.5')):
+        assert choose_rules(noisy, task='repair', inside=True) == {**REWRITE, 'ar_prefix': 0}
+        assert choose_rules(noisy, task='repair', inside=True, temperature=0.7)['temperature'] == 0.7
+        for more in (dict(rewrite=False), dict(remask='random'), dict(commit='confidence'), dict(preset='intelligent')):
+            assert choose_rules(noisy, task='repair', inside=True, **more)['remask_threshold'] == 0.8
+    assert 'rewrite' not in choose_rules(default_config(training_type='unmasking', corruption='noise'), inside=True)
 
 
 def test_what_was_chosen_wins_over_the_preset_and_that_over_the_task_and_that_over_the_best():

@@ -154,7 +154,7 @@ def test_the_tables_can_be_measured(s):
 
 
 def test_every_kind_of_row(s, trainings):
-    s.only = ('single shot at 0.5,skeleton,energy: guided,energy: best of 5,critic,detection,base: repair,base: anchor,priority,'
+    s.only = ('single shot at 0.5,skeleton,energy: guided,energy: best of 5,critic,energy: detection,base: repair,base: anchor,priority,'
               'hybrid-aware: AR warm start of 5,corrector,ours: AR,self-conditioning: maskgit')
     rows, text = universal.run(s)
     assert [row['table'] for row in rows] == ['generation'] * (len(rows) - 4) + ['repair'] + ['detection'] * 3
