@@ -288,7 +288,7 @@ def edit_row(s, model, meta, task, clean):
 # -----------------------------------------------------------------------------
 # detection
 
-SCORES = ('contains a mask', 'mean confidence', 'max p(WRONG)', 'causal NLL', 'leave-one-out', 'energy')
+SCORES = ('contains a mask', 'mean confidence', 'max p(WRONG)', 'causal NLL', 'leave-one-out', 'energy', 'energy or a mask')
 
 
 def detection_rows(s, network, name, run, how):
@@ -360,7 +360,9 @@ def suspicion(model, meta, ids, causal=True, batch_size=125, most=200):
                       model.energy(*text_of(filled, meta['eos'], meta['pad'], [meta['bos']])) if model.critic is not None else None))
     columns = ([part.cpu() for part in column if part is not None] for column in zip(*parts))
     found = {name: torch.cat(column) if column else None for name, column in zip(SCORES, columns)}
-    return {**found, 'leave-one-out': found['leave-one-out'][:most]}
+    if found['energy'] is not None:                                            # a text with a mask in it is no text yet
+        found['energy or a mask'] = found['energy'] + 1e4 * found['contains a mask']
+    return {**dict.fromkeys(SCORES), **found, 'leave-one-out': found['leave-one-out'][:most]}
 
 
 def leave_one_out(model, ids, visible):
