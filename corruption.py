@@ -119,11 +119,11 @@ def pack(length, *rows):
     room, place = [], [None] * B                                               # first fit, the longest first
     for row in length.argsort(descending=True).tolist():
         n = int(length[row])
-        bin = next((i for i, left in enumerate(room) if left >= n), len(room))
-        if bin == len(room):
+        shelf = next((i for i, left in enumerate(room) if left >= n), len(room))
+        if shelf == len(room):
             room.append(T)
-        place[row] = bin * T + T - room[bin]
-        room[bin] -= n
+        place[row] = shelf * T + T - room[shelf]
+        room[shelf] -= n
     position = torch.arange(T, device=length.device)
     inside = position < length[:, None]                                        # (B, T)
     at = (torch.tensor(place, device=length.device)[:, None] + position)[inside]             # (N,) in R * T
