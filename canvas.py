@@ -43,6 +43,12 @@ def until_end(meta, ids):
     return ids[:ids.index(meta['eos']) + 1] if meta['eos'] in ids else ids
 
 
+def rows_of(samples, meta, T):
+    """The tokens of samples, dicts as sample.fill returns them, as rows with padding behind the end: (B, T)."""
+    pad = 0 if meta['pad'] is None else meta['pad']
+    return torch.tensor([sample['tokens'] + [pad] * (T - len(sample['tokens'])) for sample in samples])
+
+
 def text_canvas(model, meta, texts, ends):
     """
     Texts on a canvas: (canvas (B, T) ids, fixed (B, T) bool). Every mask in them is open, all else is fixed.

@@ -21,7 +21,7 @@ from canvas import load_task
 from configurator import UserError
 from corruption import corrupt, modelled
 from data.loader import load_data, random_rows
-from model import configure_compute, load_checkpoint, save_checkpoint
+from model import configure_compute, load_checkpoint, make_folder, save_checkpoint
 from rules import PRESETS, choose_rules, supports
 from sample import find_checkpoint, generate, generate_diffusion
 from train import loss, make_optimizers
@@ -67,10 +67,7 @@ def main():
     torch.manual_seed(seed)
     rows = torch.Generator().manual_seed(seed)
     noise = torch.Generator(next(student.parameters()).device).manual_seed(seed + 1)
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'{out_dir}: cannot be made a folder for checkpoints: {error.strerror}') from error
+    make_folder(out_dir)
     mean, t0 = 0.0, time.time()
     for step in range(max_iters):
         x0 = random_rows(data['train'], batch_size, teacher.config.block_size, rows).to(noise.device)

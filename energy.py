@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 import configurator
-from canvas import load_task
+from canvas import load_task, rows_of
 from configurator import UserError
 from corruption import NOISE, corrupt, mixed_noise, modelled, noise_level, own_guesses, parse_mixture
 from data.loader import load_data, random_rows, spread_rows
@@ -92,9 +92,7 @@ def draw_samples(model, meta, config, num):
         if share:
             samples += generate(model, meta, share, seed=seed + i, progress=True, **choose_rules(config, commit='random', **how))
             print(f"{share} samples, {', '.join(f'{name}={value}' for name, value in how.items())}: {time.time() - t0:.0f} s", flush=True)
-    ids = torch.full((num, model.config.block_size), 0 if meta['pad'] is None else meta['pad'])
-    for row, sample in zip(ids, samples):
-        row[:len(sample['tokens'])] = torch.tensor(sample['tokens'])
+    ids = rows_of(samples, meta, model.config.block_size)
     order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
     return ids[order], [samples[i]['text'] for i in order.tolist()]
 

@@ -412,6 +412,14 @@ def write_atomically(path, text):
         raise UserError(f'{path}: cannot be written: {error.strerror}') from error
 
 
+def make_folder(path):
+    """Makes the folder that checkpoints go to, if it is not there. Raises UserError if that cannot be."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be made a folder for checkpoints: {error.strerror}') from error
+
+
 def save_checkpoint(path, checkpoint):
     """Writes a checkpoint atomically."""
     with atomically(path) as temporary:

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import configurator
-from canvas import decode, encode, load_task, start_canvas, task_canvas, until_end
+from canvas import decode, encode, load_task, rows_of, start_canvas, task_canvas, until_end
 from configurator import UserError
 from corruption import modelled
 from model import (causal_nll, check_same_model, configure_compute, identity, load_checkpoint, nelbo, random_subset,
@@ -151,7 +151,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     that was trained on noise reads out of a wrong token what it was before (with commit random; all else needs its candidates).
     draft='causal': candidates come from the causal pass, one a step from the left: plain AR sampling.
     guide: that many whole completions are proposed at each step, and the tokens of one of them, chosen with probability
-    proportional to exp(-energy), are committed (temperature 0: of the lowest energy). Two more passes for each of them.
+    proportional to exp(-energy), are committed (temperature 0: of the lowest energy). Each takes as many more passes as the head reads.
     end_id, pad_id: once everything left of an end token is decided, what is right of it is padding.
     closed (B,) bool: rows in which none of the ids forbid is drawn; None: those whose end token is fixed.
 
@@ -527,10 +527,7 @@ def marks(before, trace, mask_token_id):
 
 def judge_samples(model, meta, config, samples, width):
     """Adds to every sample what judge_rows says of it; p_wrong is cut to its tokens."""
-    canvas = torch.full((len(samples), width), 0 if meta['pad'] is None else meta['pad'])
-    for row, sample in zip(canvas, samples):
-        row[:len(sample['tokens'])] = torch.tensor(sample['tokens'])
-    for sample, judged in zip(samples, judge_rows(model, meta, canvas, config)):
+    for sample, judged in zip(samples, judge_rows(model, meta, rows_of(samples, meta, width), config)):
         sample.update(judged)
         if 'p_wrong' in judged:
             sample['p_wrong'] = judged['p_wrong'][:len(sample['tokens'])]

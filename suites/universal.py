@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import configurator
-from canvas import decode, encode, start_canvas, task_canvas
+from canvas import decode, encode, rows_of, start_canvas, task_canvas
 from configurator import UserError
 from corruption import NOISE, mixed_noise, modelled, parse_mixture
 from data.loader import load_data, spread_rows
@@ -234,11 +234,6 @@ def write_digits(model, meta, samples, **how):
     digits = torch.isin(canvas, torch.tensor(encode(meta, '0123456789')))
     written = fill(model, meta, canvas.masked_fill(digits, model.mask_token_id), ~digits, **how)
     return [dict(new, nfe=old['nfe'] + new['nfe']) for old, new in zip(samples, written)]
-
-
-def rows_of(samples, meta, T):
-    """The tokens of samples as rows, padding behind the end: (N, T)."""
-    return torch.tensor([sample['tokens'] + [meta['pad']] * (T - len(sample['tokens'])) for sample in samples])
 
 
 def generation_rows(s, network, name, run, how):

@@ -1,0 +1,45 @@
+"""The log of a training run, a JSON object a line, and its curves."""
+
+import json
+import os
+
+from model import atomically, write_atomically
+
+
+def start_log(path, start):
+    """An empty log; if a run is resumed at step start, the log up to there."""
+    lines = []
+    if start and os.path.exists(path):
+        with open(path, encoding='utf-8') as file:
+            for line in file:
+                if not line.endswith('}\n') or json.loads(line)['step'] > start:   # torn, or to be written again
+                    break
+                lines.append(line)
+    write_atomically(path, ''.join(lines))
+
+
+def draw_curves(log, path):
+    """log.jsonl as curves, one panel for what belongs together, if matplotlib is there; returns whether it is."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    with open(log, encoding='utf-8') as file:
+        records = [json.loads(line) for line in file]
+    groups = {'nats, training': ('causal', 'draft', 'unmask', 'detect', 'keep'), 'nats a token, validation': ('nelbo', 'causal_nll'),
+              'share': ('auc', 'fixed', 'refilled', 'valid', 'correct'), 'abstention': ('p(MASK)', 'penalty_keep_mask'),
+              'bias on the logit of [MASK]': ('mask_logit_bias',), 'curricula': ('remask_ratio', 'penalty_mask_correct'),
+              'learning rate': ('learning_rate',)}
+    groups = {title: [name for name in names if any(name in record for record in records)] for title, names in groups.items()}
+    groups = {title: names for title, names in groups.items() if names}
+    figure = Figure(figsize=(10, 2.6 * -(-len(groups) // 2)), layout='constrained')
+    for number, (title, names) in enumerate(groups.items(), 1):
+        axes = figure.add_subplot(-(-len(groups) // 2), 2, number, title=title)
+        for name in names:
+            points = [(record['step'], record[name]) for record in records if name in record]
+            axes.plot(*zip(*points), label=name, marker='.' if len(points) < 20 else None)
+        axes.legend(fontsize='small')
+        axes.grid(alpha=0.3)
+    with atomically(path) as temporary:
+        figure.savefig(temporary, format='png', dpi=110)
+    return True
