@@ -16,8 +16,8 @@ import sys
 from types import SimpleNamespace
 
 import configurator
+from checkpoint import write_atomically
 from configurator import UserError
-from model import write_atomically
 from sample import check_folder
 
 # -----------------------------------------------------------------------------

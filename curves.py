@@ -3,7 +3,7 @@
 import json
 import os
 
-from model import atomically, write_atomically
+from checkpoint import atomically, write_atomically
 
 
 def start_log(path, start):

@@ -18,10 +18,11 @@ import torch
 
 import configurator
 from canvas import load_task
+from checkpoint import load_checkpoint, make_folder, save_checkpoint
 from configurator import UserError
 from corruption import corrupt, modelled
 from data.loader import load_data, random_rows
-from model import configure_compute, load_checkpoint, make_folder, save_checkpoint
+from model import configure_compute
 from rules import PRESETS, choose_rules, supports
 from sample import find_checkpoint, generate, generate_diffusion
 from train import loss, make_optimizers

@@ -22,11 +22,12 @@ import torch.nn.functional as F
 
 import configurator
 from canvas import load_task, rows_of
+from checkpoint import load_checkpoint, save_checkpoint
 from configurator import UserError
 from corruption import NOISE, corrupt, mixed_noise, modelled, noise_level, own_guesses, parse_mixture
 from data.loader import load_data, random_rows, spread_rows
 from evaluation import roc_auc
-from model import GPT, GPTConfig, configure_compute, load_checkpoint, save_checkpoint
+from model import GPT, GPTConfig, configure_compute
 from rules import choose_rules, draw, filtered, supports, text_of
 from sample import find_checkpoint, generate
 

@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 import configurator
 from canvas import decode, encode, load_task, rows_of, start_canvas, task_canvas, until_end
+from checkpoint import check_same_model, identity, load_checkpoint, write_atomically
 from configurator import UserError
 from corruption import modelled
-from model import (causal_nll, check_same_model, configure_compute, identity, load_checkpoint, nelbo, random_subset,
-                   write_atomically)
+from model import causal_nll, configure_compute, nelbo, random_subset
 from rules import (COMMIT_RULES, CORRECTING, REMASK_RULES, REMDM_SCHEDULES, TASKS, WHOLE_CANVAS, choose_rules,
                    close_rows, commit_order, displaced, doubted, draft_pass, fine, first_of, guided, masks_left, p_wrong, propose,
                    remdm_rate, share_at, spare_lengths, speculate, spread, supports, text_of)

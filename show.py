@@ -12,8 +12,8 @@ from string import Template
 
 import torch
 
+from checkpoint import write_atomically
 from configurator import UserError
-from model import write_atomically
 from rules import p_wrong
 
 # what a position can be in a frame (its first letter is its name in the page), and how the terminal shows it

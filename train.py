@@ -23,13 +23,14 @@ import torch.nn.functional as F
 
 import configurator
 from canvas import encode, load_task
+from checkpoint import (check_same_model, checkpoint_name, identity, load_checkpoint, load_start, make_checkpoint, make_folder,
+                        model_args, restore, save_checkpoint)
 from configurator import UserError
 from corruption import KINDS, NOISE, corrupt, extent, modelled, own_guesses, pack, parse_mixture
 from curves import draw_curves, start_log
 from data.loader import load_data, random_rows, spread_rows
 from evaluation import evaluate
-from model import (GPT, GPTConfig, check_same_model, configure_compute, identity, load_checkpoint, make_folder, model_args, norm,
-                   save_checkpoint)
+from model import GPT, GPTConfig, configure_compute, norm
 from rules import best_rules, supports
 from sample import generate
 
@@ -262,12 +263,6 @@ def ramp(step, warmup_iters):
 # the run
 
 
-def checkpoint_name(training_type, remasking_loss_type, step=None):
-    """As the plan names them: ckpt_unmasking.pt, ckpt_joint_all_positions.pt, ckpt_unmasking_500.pt, ..."""
-    kind = f'_{remasking_loss_type}' if training_type in ('remasking', 'joint') else ''
-    return f"ckpt_{training_type}{kind}{'' if step is None else f'_{step}'}.pt"
-
-
 def check_settings(config):
     """Raises UserError for settings that make no sense or do not go together."""
     for name, known in (('training_type', ('unmasking', 'remasking', 'joint', 'denoising', 'causal')),
@@ -421,50 +416,6 @@ def check_finite(sums, step, path, model=None):
         kept = f'; the last good checkpoint is {path}' if os.path.exists(path) else ''
         raise UserError(f'the {bad[0]} is no longer finite at step {step}: lower --learning_rate or --muon_lr, '
                         f'or set --dtype=float32{kept}')
-
-
-def make_checkpoint(model, ema, optimizers, generator, noise, step, sums, control, args, config, meta, result):
-    """Everything that sampling needs, and everything that a bit-identical resume needs."""
-    rng = dict(rows=generator.get_state(), noise=noise.get_state(), torch=torch.get_rng_state())
-    if torch.cuda.is_available():
-        rng['cuda'] = torch.cuda.get_rng_state()
-    return dict(model=model.state_dict(), ema=ema.state_dict() if ema is not model else None, iter_num=step,
-                optimizers=[optim.state_dict() for optim in optimizers], rng=rng, sums=sums, control=control,
-                model_args=args, config=config, meta=meta, result=result)
-
-
-def restore(checkpoint, ema, optimizers, generator, noise):
-    """The counterpart of make_checkpoint, the model's weights excepted: returns the step to go on from, sums and control."""
-    if ema is not None and checkpoint['ema']:
-        ema.load_state_dict(checkpoint['ema'])
-    for optim, state in zip(optimizers, checkpoint['optimizers']):
-        optim.load_state_dict(state)
-    generator.set_state(checkpoint['rng']['rows'].cpu())
-    noise.set_state(checkpoint['rng']['noise'].cpu())
-    torch.set_rng_state(checkpoint['rng']['torch'].cpu())
-    if 'cuda' in checkpoint['rng'] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(checkpoint['rng']['cuda'].cpu())
-    return checkpoint['iter_num'], checkpoint['sums'], checkpoint['control']
-
-
-def load_start(path, config, args, meta):
-    """
-    What a run starts from: (weights, checkpoint), the averaged weights unless it resumes.
-
-    args: the model_args of this run. Raises UserError, naming the field in which the checkpoint and this run differ.
-    """
-    resume = config['init_from'] == 'resume'
-    source, checkpoint = load_checkpoint(path, ema=not resume)
-    check_same_model(path, {**identity(checkpoint), 'dropout': args['dropout']}, 'this run', {**args, 'itos': meta['itos']})
-    if resume:
-        missing = [key for key in ('optimizers', 'rng', 'sums', 'control') if key not in checkpoint]
-        if missing:
-            raise UserError(f"{path}: made by another version of train.py, it has no '{missing[0]}' to resume with; start a new "
-                            f'run from its weights with --init_from={path}')
-        check_same_model(path, checkpoint['config'], 'this run', config, ('optimizer', 'dataset', 'training_type'))
-        if checkpoint['iter_num'] >= config['max_iters'] and not config['eval_only']:
-            raise UserError(f"{path} has all of its {checkpoint['iter_num']} steps: to go on, set a higher --max_iters")
-    return source.state_dict(), checkpoint
 
 
 def load_guesser(path, args, meta):

@@ -9,10 +9,11 @@ import statistics
 
 from tqdm import tqdm
 
+from checkpoint import load_checkpoint
 from configurator import UserError
 from data.loader import load_data, spread_rows
 from evaluation import evaluate
-from model import configure_compute, load_checkpoint
+from model import configure_compute
 from rules import supports
 from sample import generate
 from suites.common import SHARES, cell, load, markdown, training_strings

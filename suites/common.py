@@ -12,9 +12,10 @@ import torch
 from tqdm import tqdm
 
 from canvas import decode, load_task
+from checkpoint import load_checkpoint
 from configurator import UserError
 from data.loader import load_data
-from model import configure_compute, load_checkpoint
+from model import configure_compute
 from sample import find_checkpoint, generate, load_merged
 
 METRICS = ('balanced', 'valid', 'correct', 'unique', 'novel', 'mean_length', 'length_tv', 'nfe')

@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 import configurator
 from canvas import decode, encode, rows_of, start_canvas, task_canvas
+from checkpoint import load_checkpoint, write_atomically
 from configurator import UserError
 from corruption import NOISE, mixed_noise, modelled, parse_mixture
 from data.loader import load_data, spread_rows
 from evaluation import evaluate, roc_auc
-from model import causal_nll, load_checkpoint, write_atomically
+from model import causal_nll
 from rules import PRESETS, choose_rules, p_wrong, supports, text_of
 from sample import fill, generate
 from suites.common import (SHARES, cell, fresh_draws, load, markdown, measure_draws, summary, training_strings, wanted,

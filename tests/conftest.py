@@ -16,7 +16,8 @@ sys.path.insert(0, ROOT)
 import configurator  # noqa: E402
 import canvas  # noqa: E402
 import sample  # noqa: E402
-from model import GPT, GPTConfig, model_args  # noqa: E402
+from checkpoint import model_args  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
 
 # what data/arithmetic/prepare.py writes, without the token counts
 ARITHMETIC = dict(name='arithmetic', format='rows', block_size=64, vocab_size=18, tokenizer='char',

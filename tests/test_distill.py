@@ -10,7 +10,7 @@ from conftest import ROOT, load_script, write_checkpoint
 from test_commands import CPU, read_samples, refused
 
 import configurator
-from model import load_checkpoint
+from checkpoint import load_checkpoint
 
 TINY = ['--teacher_steps=3', '--max_iters=6', '--batch_size=4', '--log_interval=3', *CPU]
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from conftest import ARITHMETIC, ROOT, all_sequences, chi_square, default_config, load_script, tiny_gpt, write_checkpoint
 from test_sample import Oracle, distance, empty, product_law, random_law, remasked_share, seeded, within_noise
 
+from checkpoint import load_checkpoint
 from configurator import UserError
-from model import GPT, load_checkpoint
+from model import GPT
 from rules import best_rules, choose_by_energy, choose_rules, text_of
 from sample import best_samples, fill, generate_diffusion, start_canvas
 

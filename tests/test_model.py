@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from conftest import all_sequences, chi_square, tiny_gpt
 
 import model as model_module
+from checkpoint import check_same_model, identity, load_checkpoint, model_args, save_checkpoint
 from configurator import UserError
-from model import (GPT, Drafter, GPTConfig, causal_nll, check_same_model, configure_compute, identity, load_checkpoint,
-                   model_args, nelbo, random_subset, save_checkpoint, stratified_k)
+from model import GPT, Drafter, GPTConfig, causal_nll, configure_compute, nelbo, random_subset, stratified_k
 
 
 def seeded(seed=0):

@@ -15,8 +15,9 @@ from test_show import Page
 
 import sample
 from canvas import holes, spans, task_canvas
+from checkpoint import load_checkpoint
 from configurator import UserError
-from model import causal_nll, load_checkpoint
+from model import causal_nll
 from rules import COMMIT_RULES, PRESETS, REMASK_RULES, REWRITE, TASKS, choose_rules
 from sample import judge_rows, marks
 from suites import common, samplers, tasks

@@ -20,11 +20,12 @@ from test_corruption import MASK, T, V, WRONG, clean_rows, corrupted, seeded
 
 import configurator
 import train
+from checkpoint import load_checkpoint
 from configurator import UserError
 from corruption import corrupt, extent, own_guesses
 from data import loader
 from data.loader import load_data, random_rows, spread_rows
-from model import GPT, GPTConfig, causal_nll, load_checkpoint, nelbo
+from model import GPT, GPTConfig, causal_nll, nelbo
 from evaluation import evaluate, per_token, roc_auc
 from train import (checkpoint_name, loss, lr_scale, make_optimizers, ramp, start_log, steer, training_step)
 

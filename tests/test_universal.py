@@ -11,9 +11,9 @@ from test_sample import seeded
 
 import sample
 from canvas import encode, start_canvas
+from checkpoint import load_checkpoint
 from configurator import UserError
 from data import loader
-from model import load_checkpoint
 from rules import choose_rules
 from suites import universal
 
