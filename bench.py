@@ -7,7 +7,11 @@ Everything that is measured, a suite a file in suites/.
     python bench.py --suite=samplers                                    every rule and preset at 8, 16, 32 and 64 passes
     python bench.py --suite=tasks                                       infill, repair and edit held-out strings
     python bench.py --suite=checkpoints --init_from='out/*/ckpt_*.pt'   training runs compared, seeds of one config together
+    python bench.py --suite=diagnose --train_args="config/unmask.py --n_layer=3"   can this set-up learn, does nothing leak?
+    python bench.py --suite=diagnose --init_from=ckpt                   the same of a checkpoint's set-up, and of its weights
+    python bench.py --suite=faults --num_samples=40                     training runs killed and resumed: is anything lost?
     python bench.py --suite=universal                                   the universal denoiser's table; trains what it needs
+    python bench.py --suite=text --num_samples=100 --budgets=32,64,128  likelihood, samples, infill and repair of text; trains too
 """
 
 import importlib
@@ -21,16 +25,16 @@ from configurator import UserError
 from sample import check_folder
 
 # -----------------------------------------------------------------------------
-suite = 'arithmetic'     # what to measure: arithmetic | samplers | tasks (of one checkpoint) | checkpoints | universal
+suite = 'arithmetic'     # arithmetic | samplers | tasks (of one checkpoint) | checkpoints | universal | text | diagnose | faults
 init_from = 'ckpt'       # 'ckpt': the newest checkpoint under out_dir; or a path; checkpoints: paths or patterns, a comma between
 merge_from: str = None   # another checkpoint, merged with the first (see sample.py); checkpoints: as many as init_from
 merge_weight = 0.5       # its share
-out_dir = 'out'          # where 'ckpt' looks; universal: its runs, its rows and its table go to the folder universal in it
-train_args = ''          # universal: words for every training script that has them: --max_iters=20 --eval_samples=0 --own_samples=50
-num_samples = 1000       # samples a row and seed
-num_seeds = 3            # arithmetic, samplers, universal: seeds a row; tasks: draws a string
-steps = 64               # arithmetic, checkpoints: passes that the diffusion samplers get
-budgets = (8, 16, 32, 64)  # samplers: passes
+out_dir = 'out'          # where 'ckpt' looks; universal, text: runs, rows and table go to the folder of that name in it
+train_args = ''          # diagnose: words for train.py; universal, text: words for all training scripts that have them
+num_samples = 1000       # samples a row and seed; faults: kills
+num_seeds = 3            # arithmetic, samplers, universal, text: seeds a row; tasks: draws a string
+steps = 64               # arithmetic, checkpoints: passes that the diffusion samplers get; faults --only=soak: minutes
+budgets = (8, 16, 32, 64)  # samplers, text: passes
 remask_rate = 0.3        # checkpoints: of remask=wrong
 eval_rows = 1000         # checkpoints, universal: rows of the validation split
 only: str = None         # measure only the rows whose name contains this text, or one of several with commas between
@@ -43,7 +47,7 @@ attention = 'auto'       # auto | plain | sdpa
 compile = False          # torch.compile the network
 # -----------------------------------------------------------------------------
 
-SUITES = ('arithmetic', 'samplers', 'tasks', 'checkpoints', 'universal')
+SUITES = ('arithmetic', 'samplers', 'tasks', 'checkpoints', 'universal', 'text', 'diagnose', 'faults')
 
 
 def main():
@@ -63,6 +67,9 @@ def main():
         command = 'python bench.py ' + ' '.join(sys.argv[1:])
         write_atomically(json, jsonlib.dumps(dict(command=command, rows=rows), indent=1) + '\n')
         print(f'written to {json}')
+    problems = [row['name'] for row in rows if row.get('status') == 'problem']     # of diagnose
+    if problems:
+        raise UserError(f"problems with {', '.join(problems)}; what to do stands above")
 
 
 if __name__ == '__main__':

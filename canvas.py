@@ -9,23 +9,28 @@ import os
 import torch
 
 from configurator import UserError
+from data.common import gpt2
 
 
 def encode(meta, text):
-    """text -> list of ids. Raises UserError for a character outside the dataset's vocabulary."""
+    """text -> list of ids. Raises UserError for a character outside the dataset's vocabulary, and if tiktoken is missing."""
     if meta['tokenizer'] == 'gpt2':
-        import tiktoken
-        return tiktoken.get_encoding('gpt2').encode_ordinary(text)
+        return gpt2().encode_ordinary(text)
     stoi = {s: i for i, s in enumerate(meta['itos'])}
     unknown = sorted({c for c in text if c not in stoi})
     if unknown:
         known = ''.join(s for s in meta['itos'] if len(s) == 1)
-        raise UserError(f"{unknown[0]!r} in {text!r} is not in the vocabulary of {meta['name']}: {known!r}")
+        more = f' and {len(known) - 200:,} more' if len(known) > 200 else ''
+        raise UserError(f"{unknown[0]!r} in {text!r} is not in the vocabulary of {meta['name']}: {known[:200]!r}{more}")
     return [stoi[c] for c in text]
 
 
 def decode(meta, ids):
-    """ids, from the first position on -> (text up to the end token, whether there is one)."""
+    """
+    ids, from the first position on -> (text up to the end token, whether there is one).
+
+    No id may be [MASK] or [WRONG]. Bytes that are no UTF-8, which GPT-2's tokens can make up, become '\\ufffd'.
+    """
     ids = [i for i in ids if i != meta['bos']]
     while ids[-2:] == [meta['pad']] * 2:                                       # one is enough to see that there is no end
         ids.pop()
@@ -33,8 +38,7 @@ def decode(meta, ids):
     if finished:
         ids = ids[:ids.index(meta['eos'])]
     if meta['tokenizer'] == 'gpt2':
-        import tiktoken
-        return tiktoken.get_encoding('gpt2').decode(ids), finished
+        return gpt2().decode(ids), finished
     return ''.join(meta['itos'][i] for i in ids), finished
 
 

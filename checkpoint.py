@@ -3,13 +3,17 @@ Checkpoints and the other files of a run: written whole or not at all, read with
 """
 
 import contextlib
+import glob
+import json
+import math
 import os
 import pickle
+import socket
 from dataclasses import asdict, fields
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, expected
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -47,54 +51,243 @@ def make_folder(path):
         raise UserError(f'{path}: cannot be made a folder for checkpoints: {error.strerror}') from error
 
 
+def append_line(path, line):
+    """Adds a line to a text file, whole or not at all. Raises UserError if there is no room for it."""
+    try:
+        with open(path, 'ab') as file:
+            size = file.tell()
+            try:
+                file.write(line.encode() + b'\n')
+                file.flush()
+            except OSError:
+                os.truncate(path, size)                                        # half a line would harm the next
+                raise
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written: {error.strerror}') from error
+
+
+# -----------------------------------------------------------------------------
+# one run a folder
+
+
+def read_lock(folder):
+    """(pid, host) of the run that train.lock in the folder speaks of; (0, '') if there is no such file, or half of one."""
+    try:
+        with open(os.path.join(folder, 'train.lock'), encoding='utf-8') as file:
+            pid, host = file.read().split()
+            return int(pid), host
+    except (OSError, ValueError):
+        return 0, ''
+
+
+def lives(pid, host):
+    """Whether a run is there still; yes on another host, from where it cannot be told."""
+    if not pid:
+        return False
+    if host != socket.gethostname() or os.name == 'nt':                        # there, asking would interrupt it
+        return True
+    try:
+        os.kill(pid, 0)
+    except PermissionError:                                                    # it is someone else's
+        return True
+    except (OSError, OverflowError):
+        return False
+    return pid != os.getpid()                                                  # in a new container numbers start again
+
+
+def check_unlocked(folder):
+    """Raises UserError if another run trains into the folder."""
+    pid, host = read_lock(folder)
+    if lives(pid, host):
+        raise UserError(f'{folder} is in use: process {pid} on {host} trains into it. Give another --out_dir, or stop that run '
+                        f"first; if it is no training run any more, delete {os.path.join(folder, 'train.lock')}")
+
+
+def lock(folder):
+    """Makes this process the one that trains into the folder, until unlock. Raises UserError if another one does."""
+    check_unlocked(folder)
+    path = os.path.join(folder, 'train.lock')
+    try:
+        if os.path.exists(path):                                               # of a run that was killed, like what it half wrote
+            for torn in glob.glob(os.path.join(glob.escape(folder), f'*.{read_lock(folder)[0]}.tmp')):
+                os.remove(torn)
+            os.remove(path)
+        with open(path, 'x', encoding='utf-8') as file:                        # O_EXCL: of two that come at once one fails
+            file.write(f'{os.getpid()} {socket.gethostname()}\n')
+    except OSError as error:
+        check_unlocked(folder)
+        raise UserError(f'{path}: cannot be written: {error.strerror}') from error
+
+
+def unlock(folder):
+    """Takes the lock away, if it is this process that trains into the folder."""
+    if read_lock(folder) == (os.getpid(), socket.gethostname()):
+        os.remove(os.path.join(folder, 'train.lock'))
+
+
+def check_overwrite(path, config):
+    """
+    Looks at what a new run would write over; raises UserError if that is another network, or of another dataset.
+
+    Returns a line to print: what is written over, or ''.
+    """
+    if not os.path.exists(path) or config['init_from'] == 'resume' or config['eval_only']:
+        return ''
+    if config['overwrite']:
+        return f'{path} will be written over'
+    how = 'go on with it by --init_from=resume, give another --out_dir, or write over it by --overwrite=True'
+    try:
+        old = read_checkpoint(path)['config']
+    except UserError as error:
+        raise UserError(f'this run would write over a file that it cannot read; {how} ({error})') from error
+    for name in ('dataset', 'coarse', *[field.name for field in fields(GPTConfig) if field.name != 'dropout']):
+        if name in config and old.get(name, config[name]) != config[name]:
+            raise UserError(f'{path} is of another run, with {name}={old[name]!r} where this one has {config[name]!r}: {how}')
+    return f'{path} will be written over: it is of the same network and dataset'
+
+
 # -----------------------------------------------------------------------------
 # reading and writing a checkpoint
 
+# what sampling asks a checkpoint for: settings of train.py, entries of the dataset's meta.json
+NEEDED = ('training_type', 'causal_ratio', 'remasking_loss_type', 'corruption', 'block_size')
+NEEDED_META = ('name', 'vocab_size', 'tokenizer', 'itos', 'bos', 'eos', 'pad')
+
 
 def save_checkpoint(path, checkpoint):
-    """Writes a checkpoint atomically."""
-    with atomically(path) as temporary:
-        torch.save(checkpoint, temporary)
+    """Writes a checkpoint atomically. Raises UserError if it cannot be written."""
+    try:
+        with atomically(path) as temporary:
+            torch.save(checkpoint, temporary)
+    except (OSError, RuntimeError) as error:                                   # a full disk is a RuntimeError of torch.save
+        why = getattr(error, 'strerror', None) or f'is the disk full? {str(error).splitlines()[0]}'
+        raise UserError(f'{path}: cannot be written: {why}') from error
+
+
+def last_good(path):
+    """Which checkpoint there still is, for someone who just lost a newer one."""
+    return f'the last good checkpoint is {path}' if os.path.exists(path) else 'there is no checkpoint yet'
+
+
+def import_safetensors():
+    """The package safetensors. Raises UserError if it is not installed."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise UserError('files that end in .safetensors need the package of that name: pip install safetensors') from None
+    return safetensors
+
+
+def export_safetensors(path, model, checkpoint):
+    """
+    The weights of a network as a .safetensors file, and what sampling needs beside them as JSON in its metadata.
+
+    model: as load_checkpoint returned it, so the averaged weights where there are some. load_checkpoint reads the result.
+    """
+    safetensors = import_safetensors()
+    keep = json.dumps({key: checkpoint[key] for key in ('model_args', 'config', 'meta', 'iter_num')})
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        with atomically(path) as temporary:
+            safetensors.torch.save_file(weights, temporary, {'nanoremask': keep})
+    except Exception as error:                                                 # safetensors has errors of its own
+        raise UserError(f'{path}: cannot be written: {str(error).splitlines()[0]}') from error
+
+
+def read_safetensors(path, device):
+    """The counterpart of export_safetensors: a checkpoint as a dict."""
+    with import_safetensors().safe_open(path, 'pt', device=str(device)) as file:
+        keep = json.loads((file.metadata() or {}).get('nanoremask', '{}'))
+        return {**keep, 'model': {name: file.get_tensor(name) for name in file.keys()}, 'ema': None}
+
+
+def read_checkpoint(path, device='cpu'):
+    """
+    A checkpoint, or what --export made of one (.safetensors), as a dict of what it must have. Nothing in it can run code.
+
+    Raises UserError, naming the file and what is wrong with it.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f'{path}: no such checkpoint; train one with python train.py config/remask_all.py')
+    try:
+        if path.endswith('.safetensors'):
+            checkpoint = read_safetensors(path, device)
+        else:
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise UserError(f'{path}: refused, because it is no plain checkpoint: {first_line(error)}') from error
+    except Exception as error:  # whatever a reader of damaged bytes may raise
+        raise UserError(f'{path}: truncated or damaged ({first_line(error)}); take an older one or train again') from error
+    for key, kind in (('model', dict), ('model_args', dict), ('config', dict), ('meta', dict), ('iter_num', int)):
+        if not isinstance(checkpoint, dict) or key not in checkpoint:
+            raise UserError(f"{path}: not a checkpoint of train.py: it has no '{key}'")
+        if not isinstance(checkpoint[key], kind):
+            raise UserError(f"{path}: not a checkpoint of train.py: its '{key}' is no {kind.__name__}")
+    for part, names in (('config', NEEDED), ('meta', NEEDED_META)):
+        missing = [name for name in names if name not in checkpoint[part]]
+        if missing:
+            raise UserError(f"{path}: not a checkpoint of train.py: its {part} has no '{missing[0]}'")
+    return checkpoint
+
+
+def first_line(error):
+    """The first line of what an error says; its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def load_checkpoint(path, device='cpu', ema=True):
     """
     Reads a checkpoint: (model in eval mode, the checkpoint as a dict).
 
-    ema: take the averaged weights where the checkpoint has them. Nothing in the file can run code (weights_only).
-    Raises UserError, naming the file and what is wrong with it.
+    ema: take the averaged weights where the checkpoint has them. Raises UserError, naming the file and what is wrong with it.
     """
-    if not os.path.isfile(path):
-        raise UserError(f'{path}: no such checkpoint; train one with python train.py config/remask_all.py')
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f'{path}: refused, because it is no plain checkpoint: {str(error).splitlines()[0]}') from error
-    except Exception as error:  # whatever a reader of damaged bytes may raise
-        raise UserError(f'{path}: truncated or damaged ({str(error).splitlines()[0] if str(error) else "empty"}); '
-                        f'take an older one or train again') from error
-    missing = [key for key in ('model', 'model_args', 'config', 'meta', 'iter_num')
-               if not isinstance(checkpoint, dict) or key not in checkpoint]
-    if missing:
-        raise UserError(f"{path}: not a checkpoint of train.py: it has no '{missing[0]}'")
+    checkpoint = read_checkpoint(path, device)
     known = {field.name: field.default for field in fields(GPTConfig)}
-    odd = sorted(set(checkpoint['model_args']) - set(known))
+    odd = sorted(set(checkpoint['model_args']) - set(known), key=str)
     if odd:
         raise UserError(f"{path}: made by another version of model.py, which has the field '{odd[0]}'")
-    checkpoint['model_args'] = {**known, **checkpoint['model_args']}           # what an older version did not have is off
-    model = GPT(GPTConfig(**checkpoint['model_args'])).to(device)
+    checkpoint['model_args'] = args = {**known, **checkpoint['model_args']}    # what an older version did not have is off
+    check_args(path, args, known, checkpoint['meta'])
     weights = checkpoint['ema'] if ema and checkpoint.get('ema') else checkpoint['model']
-    own = model.state_dict()
-    for name in sorted(set(own) | set(weights)):
+    try:
+        model = GPT(GPTConfig(**args)).to(device)
+    except Exception as error:                                                 # check_config's, or too much memory
+        raise UserError(f'{path}: its model_args make no network: {first_line(error)}') from error
+    check_weights(path, weights, model.state_dict())
+    model.load_state_dict(weights)
+    return model.eval(), checkpoint
+
+
+def check_args(path, args, known, meta):
+    """Raises UserError if the model_args of a file are no numbers, or the vocabulary in its meta is not the network's."""
+    for name, default in known.items():
+        if not isinstance(args[name], (int, float) if isinstance(default, float) else int):
+            raise UserError(f'{path}: damaged: {name} is {args[name]!r}, not {expected(type(default))}')
+    itos, size = meta['itos'], meta['vocab_size']
+    fits = isinstance(size, int) and size == args['vocab_size']
+    if not fits or not (itos is None or isinstance(itos, list) and len(itos) == size):
+        raise UserError(f"{path}: damaged: the network knows {args['vocab_size']} tokens, its vocabulary has "
+                        f"{len(itos) if isinstance(itos, list) else size!r}")
+    if not isinstance(meta['name'], str) or os.path.basename(meta['name']) != meta['name']:   # task.py of that name will be run
+        raise UserError(f"{path}: damaged: {meta['name']!r} is no name of a dataset")
+
+
+def check_weights(path, weights, own):
+    """Raises UserError, naming the tensor, if weights from a file are not what the network needs, its state dict own."""
+    if not isinstance(weights, dict):
+        raise UserError(f'{path}: damaged: its averaged weights are no dict')
+    for name in sorted({*own, *weights}, key=str):
         if name not in own or name not in weights:
             raise UserError(f"{path}: made by another version of model.py: they differ in the tensor '{name}'")
+        if not isinstance(weights[name], torch.Tensor) or not weights[name].is_floating_point():
+            raise UserError(f"{path}: '{name}' is no tensor of floating-point numbers")
         if own[name].shape != weights[name].shape:
             raise UserError(f"{path}: tensor '{name}' has shape {tuple(weights[name].shape)}, "
                             f"the network needs {tuple(own[name].shape)}")
         if not torch.isfinite(weights[name]).all():
             raise UserError(f"{path}: tensor '{name}' holds NaN or infinity; take an older checkpoint")
-    model.load_state_dict(weights)
-    return model.eval(), checkpoint
 
 
 def check_same_model(path, model_args, other_path, other_args, names=None):
@@ -125,28 +318,44 @@ def checkpoint_name(training_type, remasking_loss_type, step=None):
     return f"ckpt_{training_type}{kind}{'' if step is None else f'_{step}'}.pt"
 
 
-def make_checkpoint(model, ema, optimizers, generator, noise, step, sums, control, args, config, meta, result):
+def make_checkpoint(model, ema, optimizers, generator, noise, step, sums, control, skipped, args, config, meta, result):
     """Everything that sampling needs, and everything that a bit-identical resume needs."""
     rng = dict(rows=generator.get_state(), noise=noise.get_state(), torch=torch.get_rng_state())
     if torch.cuda.is_available():
         rng['cuda'] = torch.cuda.get_rng_state()
     return dict(model=model.state_dict(), ema=ema.state_dict() if ema is not model else None, iter_num=step,
                 optimizers=[optim.state_dict() for optim in optimizers], rng=rng, sums=sums, control=control,
-                model_args=args, config=config, meta=meta, result=result)
+                skipped=skipped, model_args=args, config=config, meta=meta, result=result)
 
 
-def restore(checkpoint, ema, optimizers, generator, noise):
-    """The counterpart of make_checkpoint, the model's weights excepted: returns the step to go on from, sums and control."""
-    if ema is not None and checkpoint['ema']:
-        ema.load_state_dict(checkpoint['ema'])
-    for optim, state in zip(optimizers, checkpoint['optimizers']):
-        optim.load_state_dict(state)
-    generator.set_state(checkpoint['rng']['rows'].cpu())
-    noise.set_state(checkpoint['rng']['noise'].cpu())
-    torch.set_rng_state(checkpoint['rng']['torch'].cpu())
-    if 'cuda' in checkpoint['rng'] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(checkpoint['rng']['cuda'].cpu())
-    return checkpoint['iter_num'], checkpoint['sums'], checkpoint['control']
+def restore(path, checkpoint, ema, optimizers, generator, noise):
+    """
+    The counterpart of make_checkpoint, the model's weights excepted: (the step to go on from, sums, control, skipped).
+
+    Raises UserError, naming the path, if what it says does not fit the run.
+    """
+    try:
+        if ema is not None and checkpoint['ema']:
+            check_weights(path, checkpoint['ema'], ema.state_dict())
+            ema.load_state_dict(checkpoint['ema'])
+        for optim, state in zip(optimizers, checkpoint['optimizers'], strict=True):
+            optim.load_state_dict(state)
+        generator.set_state(checkpoint['rng']['rows'].cpu())
+        noise.set_state(checkpoint['rng']['noise'].cpu())
+        torch.set_rng_state(checkpoint['rng']['torch'].cpu())
+        if 'cuda' in checkpoint['rng'] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(checkpoint['rng']['cuda'].cpu())
+        control = {name: checkpoint['control'][name] for name in ('p_mask', 'bias', 'price')}
+        numbers = [value for name, value in control.items() if name != 'p_mask' or value is not None]
+        if not all(isinstance(value, float) and math.isfinite(value) for value in numbers):
+            raise ValueError('its controller holds no numbers')
+        sums = {name: part.to(noise.device) for name, part in checkpoint['sums'].items()}
+        return checkpoint['iter_num'], sums, control, checkpoint.get('skipped', dict(steps=0, in_a_row=0))
+    except UserError:
+        raise
+    except Exception as error:                                                 # as many kinds as there are ways to be wrong
+        raise UserError(f'{path}: damaged: the state of its run does not fit this one ({first_line(error)}); start a new run '
+                        f'from its weights with --init_from={path}') from error
 
 
 def load_start(path, config, args, meta):

@@ -26,8 +26,8 @@ def draw_curves(log, path):
         return False
     with open(log, encoding='utf-8') as file:
         records = [json.loads(line) for line in file]
-    groups = {'nats, training': ('causal', 'draft', 'unmask', 'detect', 'keep'), 'nats a token, validation': ('nelbo', 'causal_nll'),
-              'share': ('auc', 'fixed', 'refilled', 'valid', 'correct'), 'abstention': ('p(MASK)', 'penalty_keep_mask'),
+    groups = {'nats, training': ('causal', 'draft', 'unmask', 'detect', 'keep'), 'nats a token, validation': ('nelbo', 'causal_nll', 'entropy'),
+              'share': ('auc', 'fixed', 'refilled', 'valid', 'correct', 'distinct_3', 'known_words'), 'abstention': ('p(MASK)', 'penalty_keep_mask'),
               'bias on the logit of [MASK]': ('mask_logit_bias',), 'curricula': ('remask_ratio', 'penalty_mask_correct'),
               'learning rate': ('learning_rate',)}
     groups = {title: [name for name in names if any(name in record for record in records)] for title, names in groups.items()}

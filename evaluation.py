@@ -1,9 +1,17 @@
 """
 What a network is worth on held-out rows: the bound, the likelihood of its causal mode, and how well it finds and mends its own errors.
+And what samples of text look like beside the text that they were learned from.
 """
+
+import collections
+import functools
+import itertools
+import math
+import re
 
 import torch
 
+from canvas import decode
 from corruption import corrupt, modelled, own_guesses
 from model import causal_nll, nelbo
 from rules import p_wrong
@@ -27,12 +35,12 @@ def per_token(nats, tokens):
 
 
 @torch.no_grad()
-def evaluate(model, x0, meta, *, causal, bidirectional, detects, guesser=None, batch_size=256, seed=0):
+def evaluate(model, x0, meta, *, causal, bidirectional, detects, guesser=None, draws=1, batch_size=256, seed=0):
     """
     What the model is worth on clean rows x0 (N, T), by a fixed seed: dict of nats a (real) token, with standard errors.
 
-    nelbo, nelbo_se: the bound of the diffusion mode, padding paid for but not counted as tokens; causal_nll, causal_nll_se:
-    -log p of the causal mode. On wrong tokens that are the guesser's own (None: the model's) -- auc: how well the model's
+    nelbo, nelbo_se: the bound of the diffusion mode, from so many draws of masks a row, padding paid for but not counted as
+    tokens; causal_nll, causal_nll_se: -log p of the causal mode. On wrong tokens that are the guesser's own (None: the model's) -- auc: how well the model's
     p(WRONG) tells them from correct visible ones; fixed: the share where the likeliest other token, read off directly, is
     the right one; refilled: the share that is right after what has p(WRONG) > 1/2 was masked and filled by the guesser.
     """
@@ -46,7 +54,7 @@ def evaluate(model, x0, meta, *, causal, bidirectional, detects, guesser=None, b
         free, real = modelled(rows, meta)
         tokens.append(real.sum(1))
         if bidirectional:
-            bound.append(nelbo(model, rows, free, generator))
+            bound.append(nelbo(model, rows, free, generator, draws))
         if causal:
             exact.append(causal_nll(model, rows, real))
         if detects:
@@ -74,3 +82,72 @@ def evaluate(model, x0, meta, *, causal, bidirectional, detects, guesser=None, b
         result['fixed'] = torch.cat(fixed).float().mean().item()
         result['refilled'] = torch.cat(refilled).float().mean().item()
     return result
+
+
+# -----------------------------------------------------------------------------
+# samples of text
+
+
+def training_text(meta, ids, most=2_000_000):
+    """The text of a split of load_data, of its first tokens if it has more than most."""
+    if isinstance(ids, torch.Tensor):                                          # rows: a text each
+        return '\n'.join(decode(meta, row)[0] for row in ids[:max(1, most // ids.size(1))].tolist())
+    return decode(meta, ids[:most].tolist())[0]
+
+
+@functools.lru_cache(maxsize=2)
+def words_of(text):
+    """The set of the words of a text: maximal runs of letters and apostrophes, in lower case."""
+    return frozenset(find_words(text))
+
+
+def find_words(text):
+    """The words of a text, see words_of, in their order: a list."""
+    return re.findall(r"(?:[^\W\d_]|')+", text.lower())
+
+
+def known_words(texts, words):
+    """The share of the words in texts that are in the set words; 0 if there are none."""
+    found = [word in words for text in texts for word in find_words(text)]
+    return sum(found) / max(1, len(found))
+
+
+def token_statistics(ids):
+    """
+    How varied texts are, given as lists of token ids: dict of entropy, that of single tokens in nats; distinct_1 .. distinct_4,
+    the share of different ones among the n-grams (none crosses from one text to the next); longest_run, of one token repeated.
+
+    All of them depend on how many tokens there are: compare texts of equal length and number only.
+    """
+    counts = collections.Counter(itertools.chain.from_iterable(ids))
+    total = sum(counts.values())
+    result = dict(entropy=sum(n / total * math.log(total / n) for n in counts.values()))
+    for n in range(1, 5):
+        grams = [tuple(row[i:i + n]) for row in ids for i in range(len(row) - n + 1)]
+        result[f'distinct_{n}'] = len(set(grams)) / max(1, len(grams))
+    result['longest_run'] = max((len(list(run)) for row in ids for _, run in itertools.groupby(row)), default=0)
+    return result
+
+
+def longest_copy(text, corpus):
+    """The length in characters of the longest piece of text that occurs word for word in corpus."""
+    best = at = 0
+    while at + best < len(text):
+        skip = best // 3                                                       # the likeliest piece to settle it quickly
+        if text[at + skip:at + best + 1] not in corpus:
+            at += skip + 1                                                     # a longer copy from at .. at + skip would hold it
+        elif text[at:at + best + 1] in corpus:
+            best += 1
+        else:
+            at += 1
+    return best
+
+
+def text_statistics(texts, ids, corpus):
+    """
+    Samples of text, as strings and as lists of token ids, beside the training text corpus: what token_statistics says;
+    known_words, the share of their words that occur there; copy_mean and copy_max over the texts, see longest_copy.
+    """
+    copies = [longest_copy(text, corpus) for text in texts]
+    return dict(token_statistics(ids), known_words=known_words(texts, words_of(corpus)),
+                copy_mean=sum(copies) / len(copies), copy_max=max(copies))

@@ -357,21 +357,24 @@ def random_subset(candidates, k, generator=None):
 
 
 @torch.no_grad()
-def nelbo(model, x0, free, generator=None):
+def nelbo(model, x0, free, generator=None, draws=1):
     """
-    One unbiased estimate a row of the upper bound on -log p(x0): nats a row (B,).
+    An unbiased estimate a row of the upper bound on -log p(x0), the mean of several draws of masks: nats a row (B,).
 
     x0 (B, T) clean ids; free (B, T) bool, the positions that are modelled (the rest is given). With k uniform on 1..n
     and exactly k of n positions masked, n times the mean cross-entropy over the masked positions needs no 1/t weight.
-    Rows without a free position get 0.
+    The draws of a row spread their k evenly over 1..n. Rows without a free position get 0.
     """
     n = free.sum(1)                                                           # (B,)
-    k = stratified_k(n.clamp(min=1), generator)
-    masked = random_subset(free, k, generator)                                # (B, T)
-    hidden = model(x0.masked_fill(masked, model.mask_token_id))[masked]       # (M, C)
-    ce = F.cross_entropy(model.logits(hidden, real_only=True), x0[masked], reduction='none')  # (M,)
-    total = torch.zeros(x0.shape, device=x0.device).masked_scatter(masked, ce).sum(1)
-    return total * n / k
+    some = n.clamp(min=1)
+    first, total = stratified_k(some, generator), torch.zeros(x0.shape, device=x0.device)
+    for draw in range(draws):
+        k = (first - 1 + draw * some // draws) % some + 1                     # (B,)
+        masked = random_subset(free, k, generator)                            # (B, T)
+        hidden = model(x0.masked_fill(masked, model.mask_token_id))[masked]   # (M, C)
+        ce = F.cross_entropy(model.logits(hidden, real_only=True), x0[masked], reduction='none')  # (M,)
+        total += torch.zeros_like(total).masked_scatter(masked, ce) * (n / k)[:, None]
+    return total.sum(1) / draws
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import configurator
 from canvas import decode, encode, load_task, rows_of, start_canvas, task_canvas, until_end
-from checkpoint import check_same_model, identity, load_checkpoint, write_atomically
+from checkpoint import check_same_model, export_safetensors, identity, import_safetensors, load_checkpoint, write_atomically
 from configurator import UserError
 from corruption import modelled
 from model import causal_nll, configure_compute, nelbo, random_subset
@@ -39,6 +39,7 @@ remask_from: str = None    # path of a second, remasking checkpoint that judges 
 merge_from: str = None     # path of a second checkpoint of the same architecture to merge with the first
 merge_weight = 0.5         # its share in the merged weights: 0 is the first checkpoint, 1 the second
 out_dir = 'out'            # where 'ckpt' looks
+export: str = None         # only write the weights (averaged, merged) to this .safetensors file, which init_from takes (pip install safetensors)
 # the task
 task = 'generate'          # generate | infill | repair | edit | score (writes nothing, says what the model thinks of a text)
 prompt = ''                # generate: text that every sample starts with
@@ -460,7 +461,11 @@ def check_settings():
         raise UserError(f'--task={task} needs a text: --text="..." or --file=FILE, one text a line' + (', not both' if file else ''))
     if (task == 'edit') != (mask is not None):
         raise UserError('--mask=3:5 says what --task=edit writes anew' + ('' if task == 'edit' else f'; {task} takes no mask'))
-    for path in (save, html):
+    if export and not export.endswith('.safetensors'):
+        raise UserError(f"export expects the name of a .safetensors file, got '{export}'")
+    if export:
+        import_safetensors()
+    for path in (save, html, export):
         check_folder(path)
 
 
@@ -554,6 +559,9 @@ def report(sample, meta, verdict, before=None):
 def main():
     check_settings()
     model, checkpoint, judge = load_all()
+    if export:
+        export_safetensors(export, model, checkpoint)
+        return print(f'written to {export}; sample from it: python sample.py --init_from={export}')
     meta, config = checkpoint['meta'], checkpoint['config']
     texts, canvas, fixed = canvases(model, meta)
     t0 = time.time()

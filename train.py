@@ -22,14 +22,15 @@ import torch
 import torch.nn.functional as F
 
 import configurator
-from canvas import encode, load_task
-from checkpoint import (check_same_model, checkpoint_name, identity, load_checkpoint, load_start, make_checkpoint, make_folder,
-                        model_args, restore, save_checkpoint)
+from canvas import encode, load_task, until_end
+from checkpoint import (append_line, check_overwrite, check_same_model, check_unlocked, checkpoint_name, identity, last_good,
+                        load_checkpoint, load_start, lock, make_checkpoint, make_folder, model_args, restore, save_checkpoint,
+                        unlock)
 from configurator import UserError
 from corruption import KINDS, NOISE, corrupt, extent, modelled, own_guesses, pack, parse_mixture
 from curves import draw_curves, start_log
 from data.loader import load_data, random_rows, spread_rows
-from evaluation import evaluate
+from evaluation import evaluate, known_words, token_statistics, training_text, words_of
 from model import GPT, GPTConfig, configure_compute, norm
 from rules import best_rules, supports
 from sample import generate
@@ -40,9 +41,11 @@ out_dir = 'out'                  # where checkpoints go
 init_from = 'scratch'            # scratch | resume | the path of a checkpoint to start from
 eval_interval = 250              # steps between evaluations; each one also saves a checkpoint
 eval_rows = 1000                 # rows of the validation split that an evaluation uses
-eval_samples = 100               # samples drawn at every evaluation; the first few are printed
+eval_samples = 100               # samples drawn at every evaluation, of text at most 16; the first few are printed
+sample_prompt = ''               # text that these samples start with
 eval_only = False                # evaluate once, then exit
 log_interval = 25                # steps between lines on screen
+overwrite = False                # write over a checkpoint in out_dir that is of another network or dataset
 keep_every = 0                   # also keep a numbered checkpoint every so many steps; 0: only the newest
 wandb_log = False                # log to Weights & Biases as well
 wandb_project = 'nanoremask'     # its project
@@ -101,6 +104,7 @@ grad_clip = 1.0                  # largest gradient norm; 0: off
 lr_schedule = 'wsd'              # wsd: warmup, stable, linear decay to 0 | cosine: warmup, cosine to 0
 warmup_iters = 50                # steps of linear warmup
 decay_share = 0.4                # wsd: the share of max_iters that decays
+max_bad_steps = 10               # a step whose loss or gradient is not finite is skipped; so many in a row stop the run
 ema_decay = 0.99                 # average of the weights that evaluation and sampling use; 0: off
 # system
 seed = 1337                      # of weights, batches and corruption
@@ -214,20 +218,42 @@ def steer(control, p_mask, target_mask_prob, rate, bias_limit):
 # samples on the way
 
 
-def show_samples(model, meta, config, num, shown=4, seed=0):
-    """Draws num samples by the best rules that the checkpoint supports, prints a few, returns the task's score."""
+def show_samples(model, meta, config, num, usual=None, shown=4, seed=0):
+    """
+    Draws num samples by the best rules that the checkpoint supports, prints a few, returns the task's score, or for text without
+    a task what compare_text says. usual: see usual_text.
+    """
     if config['training_type'] == 'remasking' or not num:
         return {}
-    task = load_task(meta['name'])
-    num = num if task else shown
-    samples = [sample['text'] for sample in generate(model, meta, num, seed=seed, **best_rules(config))]
+    task, prompt = load_task(meta['name']), encode(meta, config['sample_prompt'])
+    drawn = generate(model, meta, usual['num'] if usual else num, prompt=prompt, seed=seed, **best_rules(config))
+    samples = [sample['text'] for sample in drawn]
     for text in samples[:shown]:
         print(f'    {text}   {task.verdict(text)}' if task else f'    {text!r}')
     if not task:
-        return {}
+        return compare_text([text[len(config['sample_prompt']):] for text in samples],
+                            [sample['tokens'][usual['start']:] for sample in drawn], usual)
     score = task.score(samples)
     print(f"    {score['valid']:.0%} of {num} samples are well formed, {score['correct']:.0%} have the right value")
     return {name: score[name] for name in ('valid', 'correct')}
+
+
+def usual_text(ids, meta, config, most=16):
+    """What samples of text are compared with: token_statistics of as many pieces of the training split ids, and its words."""
+    start = len(encode(meta, config['sample_prompt'])) + (meta['bos'] is not None)  # what is given says nothing about a network
+    rows = spread_rows(ids, min(config['eval_samples'], most), config['block_size']).tolist()
+    return dict(token_statistics([until_end(meta, row)[start:] for row in rows]), num=len(rows), start=start, words=words_of(training_text(meta, ids)))
+
+
+def compare_text(texts, ids, usual):
+    """Prints how varied samples are beside the usual (see usual_text), and a warning if they collapse; returns it for the log."""
+    found = dict(token_statistics(ids), known_words=known_words(texts, usual['words']))
+    print(f"    unigram entropy {found['entropy']:.2f} nats (training data {usual['entropy']:.2f}), different 3-grams "
+          f"{found['distinct_3']:.0%} (training data {usual['distinct_3']:.0%}), known words {found['known_words']:.0%}")
+    if found['entropy'] < 0.7 * usual['entropy'] or found['distinct_3'] < usual['distinct_3'] / 3:
+        print('    warning: the samples collapse, they repeat themselves far more than the data. Early on that is usual: train '
+              'longer. Later sample with --temperature=1 and --commit=random, in more --steps')
+    return {name: found[name] for name in ('entropy', 'distinct_3', 'known_words')}
 
 
 # -----------------------------------------------------------------------------
@@ -272,7 +298,7 @@ def check_settings(config):
         if config[name] not in known:
             raise UserError(f"{name} expects one of {', '.join(known)}; got '{config[name]}'")
     for name in ('batch_size', 'block_size', 'max_iters', 'eval_interval', 'eval_rows', 'log_interval',
-                 'gradient_accumulation_steps'):
+                 'gradient_accumulation_steps', 'max_bad_steps'):
         if config[name] < 1:
             raise UserError(f'{name} must be at least 1, got {config[name]}')
     for name in ('causal_ratio', 'remask_ratio', 'reward_correct_unmask', 'decay_share', 'ema_decay', 'sigma_min',
@@ -316,6 +342,13 @@ def check_fits(config, meta):
     if meta['format'] == 'stream' and config['block_size'] >= min(meta['train_tokens'], meta['val_tokens']):
         raise UserError(f"block_size={config['block_size']} is longer than a split of {meta['name']} "
                         f"({meta['val_tokens']} tokens)")
+    try:                                                                       # without a prompt no tokenizer is needed yet
+        given = len(encode(meta, config['sample_prompt'])) if config['sample_prompt'] else 0
+    except UserError as error:
+        raise UserError(f'sample_prompt: {error}') from None
+    if given and given + sum(meta[name] is not None for name in ('bos', 'eos')) >= config['block_size']:
+        raise UserError(f"sample_prompt has {given} tokens, which leaves nothing to write of block_size={config['block_size']}: "
+                        f'shorten it')
 
 
 def curricula(step, config):
@@ -392,6 +425,8 @@ def progress_line(step, config, record, speed):
     if config['training_type'] in ('joint', 'remasking', 'denoising'):
         words.append(f"proofreading {ramp(step, config['proofreading_warmup_iters']):.0%}"
                      f"  masking penalty {ramp(step, config['masking_warmup_iters']):.0%}")
+    if record.get('skipped'):
+        words.append(f"skipped {record['skipped']}")
     left = int((config['max_iters'] - step) / speed)
     return f"step {step}/{config['max_iters']}  {'  '.join(words)}  {speed:.1f} it/s  {left // 60}:{left % 60:02d} left"
 
@@ -408,14 +443,19 @@ def evaluation_line(step, result):
     return f"step {step}  validation: " + ('  '.join(words) or 'nothing to measure for this training type')
 
 
-def check_finite(sums, step, path, model=None):
-    """Raises UserError if a loss since the last line, or a weight of the model, is not finite: nothing is saved then."""
-    bad = [f'{name} loss' for name, part in sums.items() if not torch.isfinite(part).all()]
-    bad += ['network'] if model and not all(torch.isfinite(p).all() for p in model.parameters()) else []
-    if bad:
-        kept = f'; the last good checkpoint is {path}' if os.path.exists(path) else ''
-        raise UserError(f'the {bad[0]} is no longer finite at step {step}: lower --learning_rate or --muon_lr, '
-                        f'or set --dtype=float32{kept}')
+def is_finite(model, parts):
+    """Whether the gradients of a step and its losses (see training_step) are all finite; waits once for the device."""
+    total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return torch.cat((total[None], *parts.values())).isfinite().all().item()
+
+
+def check_finite(model, skipped, step, path, max_bad_steps):
+    """Raises UserError if a weight is not finite, or the last max_bad_steps steps were skipped: nothing is saved then."""
+    for bad, what in ((skipped['in_a_row'] >= max_bad_steps, f"loss or the gradient of {skipped['in_a_row']} steps in a row"),
+                      (not all(torch.isfinite(p).all() for p in model.parameters()), 'network')):
+        if bad:
+            raise UserError(f'the {what} is no longer finite at step {step}: lower --learning_rate or --muon_lr, '
+                            f'or set --dtype=float32; {last_good(path)}')
 
 
 def load_guesser(path, args, meta):
@@ -442,9 +482,13 @@ def stop_on_signal():
     return stop
 
 
-def main():
+def train():
     config = {name: globals()[name] for name in configurator.settings(__file__)}
     check_settings(config)                                                     # before any work
+    newest = os.path.join(out_dir, checkpoint_name(training_type, remasking_loss_type))
+    replaced = check_overwrite(newest, config)
+    if not eval_only:
+        check_unlocked(out_dir)
     meta, data = load_data(dataset)
     check_fits(config, meta)
     if coarse:
@@ -455,7 +499,6 @@ def main():
     args = model_args(GPTConfig(block_size, meta['vocab_size'], n_layer, n_head, n_embd, n_recur, dropout, draft_head,
                                 noise_condition=noise_condition, self_condition=self_condition))
     model = GPT(GPTConfig(**args))
-    newest = os.path.join(out_dir, checkpoint_name(training_type, remasking_loss_type))
     path = newest if init_from == 'resume' else init_from
     if init_from != 'scratch':
         weights, checkpoint = load_start(path, config, args, meta)
@@ -471,10 +514,9 @@ def main():
     noise = torch.Generator(on).manual_seed(seed + 1)                          # how they are corrupted
     # the draft head must not change what the network learns, so it has no say in the clipping either
     trunk = [p for name, p in model.named_parameters() if not name.startswith('drafter.')]
-    start, sums = 0, {}
+    start, sums, skipped = 0, {}, dict(steps=0, in_a_row=0)
     if init_from == 'resume':
-        start, sums, control = restore(checkpoint, ema if ema_decay else None, optimizers, generator, noise)
-        sums = {name: part.to(on) for name, part in sums.items()}
+        start, sums, control, skipped = restore(path, checkpoint, ema if ema_decay else None, optimizers, generator, noise)
     else:
         if init_from == 'scratch':
             for network in (model, ema):
@@ -484,6 +526,8 @@ def main():
           f"{meta['train_tokens']:,} training tokens, vocabulary {meta['vocab_size']} + [MASK] + [WRONG]")
     if init_from != 'scratch':
         print(f'starting from {path}, step {start}')
+    if replaced:
+        print(replaced)
 
     run = None
     if wandb_log:
@@ -495,45 +539,57 @@ def main():
     make_folder(out_dir)
     log = os.path.join(out_dir, 'log.jsonl')
     if not eval_only:
+        lock(out_dir)
         start_log(log, start)
     val = spread_rows(data['val'], eval_rows, block_size)
+    usual = usual_text(data['train'], meta, config) if eval_samples and not load_task(meta['name']) else None
     can_unmask, causal, detects = supports(config)
     stop = stop_on_signal()
     marks = [(start, time.time())]
+    began = time.time() - (checkpoint.get('seconds', 0.0) if init_from == 'resume' else 0.0)  # evaluations and saves taken out
+
+    def attempt(action, *args, last=False):
+        """What an action on files returns. A full disk costs a line on screen, and only the last checkpoint costs the run."""
+        try:
+            return action(*args)
+        except (OSError, UserError) as error:
+            if last:
+                raise UserError(f'{error}; {last_good(newest)}') from error
+            print(f'{error}; the run goes on, {last_good(newest)}', flush=True)
 
     def write(record):
-        with open(log, 'a', encoding='utf-8') as file:
-            file.write(json.dumps(record) + '\n')
+        attempt(append_line, log, json.dumps(record))
         if run:
             run.log(record)
 
-    def save(path, result):
-        save_checkpoint(path, make_checkpoint(model, ema, optimizers, generator, noise, step, sums, control, args, config,
-                                              meta, result))
+    def save(path, result, last=False):
+        state = make_checkpoint(model, ema, optimizers, generator, noise, step, sums, control, skipped, args, config, meta,
+                                result)
+        attempt(save_checkpoint, path, dict(state, seconds=t0 - began), last=last)  # wall time of the training steps
 
     for step in range(start, max_iters + 1):
-        stopping = step == max_iters or stop['asked']
+        t0, stopping = time.time(), step == max_iters or stop['asked']
         due = eval_only or step == max_iters or (step % eval_interval == 0 and (step > start or not start))
         numbered = keep_every and step % keep_every == 0 and step > start
         if due or numbered or stopping:
-            check_finite(sums, step, newest, model)
+            check_finite(model, skipped, step, newest, max_bad_steps)
         if due:
-            t0 = time.time()
             result = evaluate(ema, val, meta, causal=causal, bidirectional=can_unmask,
                               detects=detects and (can_unmask or guesser is not None), guesser=guesser, seed=seed)
             print(evaluation_line(step, result))
-            result.update(show_samples(ema, meta, config, eval_samples if step else 0))
+            result.update(show_samples(ema, meta, config, eval_samples if step else 0, usual))
             if eval_only:
                 break
             write({'step': step, **result})
             marks = [(at, when + time.time() - t0) for at, when in marks]      # speed is the speed of training
         if step > start and (due or stopping):
-            save(newest, result if due else {})
-            plotted = draw_curves(log, os.path.join(out_dir, 'curves.png'))
+            save(newest, result if due else {}, last=stopping)
+            plotted = attempt(draw_curves, log, os.path.join(out_dir, 'curves.png'))
         if numbered:
             save(os.path.join(out_dir, checkpoint_name(training_type, remasking_loss_type, step)), {})
         if stopping:
             break
+        began += time.time() - t0
 
         scale = lr_scale(step, lr_schedule, max_iters, warmup_iters, decay_share)
         for optim, peak in zip(optimizers, [muon_lr, learning_rate] if optimizer == 'muon' else [learning_rate]):
@@ -545,28 +601,33 @@ def main():
             x0 = random_rows(data['train'], batch_size, block_size, generator).to(on)
             more = training_step(model, x0, meta, config, step, noise, control['price'] if allow_abstain else None, guesser)
             parts = {name: parts.get(name, 0) + more.get(name, 0) for name in {**parts, **more}}
-        sums = {name: sums.get(name, 0) + parts.get(name, 0) for name in {**sums, **parts}}
-        if target_mask_prob and 'p(MASK)' in parts:
-            control = steer(control, parts['p(MASK)'], target_mask_prob, mask_control_rate, mask_bias_limit)
-            model.mask_logit_bias.fill_(control['bias'])
-        if grad_clip:
-            torch.nn.utils.clip_grad_norm_(trunk, grad_clip)
-        for optim in optimizers:
-            optim.step()
-            optim.zero_grad(set_to_none=True)
-        if ema_decay:
-            decay = min(ema_decay, (1 + step) / (10 + step))                   # a young average forgets its start
-            with torch.no_grad():
-                torch._foreach_lerp_([*ema.parameters(), ema.mask_logit_bias], [*model.parameters(), model.mask_logit_bias],
-                                     1 - decay)
+        good = is_finite(model, parts)
+        skipped = dict(steps=skipped['steps'] + (not good), in_a_row=0 if good else skipped['in_a_row'] + 1)
+        if good:
+            sums = {name: sums.get(name, 0) + parts.get(name, 0) for name in {**sums, **parts}}
+            if target_mask_prob and 'p(MASK)' in parts:
+                control = steer(control, parts['p(MASK)'], target_mask_prob, mask_control_rate, mask_bias_limit)
+                model.mask_logit_bias.fill_(control['bias'])
+            if grad_clip:
+                torch.nn.utils.clip_grad_norm_(trunk, grad_clip)
+            for optim in optimizers:
+                optim.step()
+            if ema_decay:
+                decay = min(ema_decay, (1 + step) / (10 + step))               # a young average forgets its start
+                with torch.no_grad():
+                    torch._foreach_lerp_([*ema.parameters(), ema.mask_logit_bias],
+                                         [*model.parameters(), model.mask_logit_bias], 1 - decay)
+        elif skipped['in_a_row'] == max_bad_steps:
+            check_finite(model, skipped, step, newest, max_bad_steps)
+        model.zero_grad(set_to_none=True)
 
         if (step + 1) % log_interval == 0:
-            check_finite(sums, step, newest)
             marks = marks[-20:] + [(step + 1, time.time())]
             speed = (marks[-1][0] - marks[0][0]) / max(1e-9, marks[-1][1] - marks[0][1])
             losses = {name: part.tolist() for name, part in sums.items()}
             record = {'step': step + 1, **{name: total / weight for name, (total, weight) in losses.items() if weight > 0},
-                      'learning_rate': scale * learning_rate, **(curricula(step + 1, config) if detects else {}),
+                      'learning_rate': scale * learning_rate, **({'skipped': skipped['steps']} if skipped['steps'] else {}),
+                      **(curricula(step + 1, config) if detects else {}),
                       **(dict(mask_logit_bias=control['bias'], penalty_keep_mask=control['price']) if allow_abstain else {})}
             print(progress_line(step + 1, config, record, speed), flush=True)
             write(record)
@@ -576,6 +637,13 @@ def main():
     elif not eval_only:
         print(f'losses and validation: {log}' + (', curves.png' if plotted else ' (pip install matplotlib for curves.png)'))
         print(f'saved {newest}; sample from it: python sample.py --init_from=' + ('ckpt' if out_dir == 'out' else newest))
+
+
+def main():
+    try:
+        train()
+    finally:
+        unlock(out_dir)
 
 
 if __name__ == '__main__':

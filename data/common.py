@@ -1,44 +1,222 @@
-"""Writing a prepared dataset: train.bin, val.bin and meta.json, all of it or none of it."""
+"""What the prepare.py scripts share: fetching, tokenizing, and writing a dataset, all of it or none of it."""
 
+import contextlib
+import functools
+import glob
 import hashlib
+import http.client
+import importlib
 import json
 import os
+import re
+import sys
+import urllib.request
 
 import numpy as np
 
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a prepare.py may know no more than this folder
+from configurator import UserError  # noqa: E402
+
+SPLITS = ('train', 'val')
+SHORTEST = 65               # tokens in a split: one more than a window of train.py's default block_size
+PIECE = 2**20               # characters that are tokenized at once
+
+
+def library(name):
+    """The module of that name. Raises UserError with what to do if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f'{name} is needed here ({error}): pip install {name}') from error
+
+# -----------------------------------------------------------------------------
+# sources
+
+
+def read_source(what, url, sha256, input=None):
+    """
+    The bytes of a source that never changes, from the file input or else from the web, checked to be exactly that.
+
+    what: its name in messages. Raises UserError if it cannot be had, or is something else.
+    """
+    try:
+        if input is not None:
+            with open(input, 'rb') as file:
+                data = file.read()
+        else:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                size = int(response.headers['Content-Length'] or 0) or None
+                with library('tqdm').tqdm.wrapattr(response, 'read', total=size, desc='download') as file:
+                    data = b''.join(iter(lambda: file.read(2**16), b''))
+    except (OSError, http.client.HTTPException) as error:
+        if input is not None:
+            raise UserError(f'cannot read {input}: {error.strerror}') from error
+        raise UserError(f'download failed ({error}): fetch {url} by hand and pass --input=FILE') from error
+    got = hashlib.sha256(data).hexdigest()
+    if got != sha256:
+        raise UserError(f'{input or url}: this is not {what} (expected sha256 {sha256}, got {got})')
+    return data
+
+
+def load_corpus(name, patterns, hub, input=None):
+    """
+    A corpus through Hugging Face's datasets: for each split in patterns a Dataset with a column 'text', as a list.
+
+    name: where it is on the hub; hub: more that load_dataset takes there. input: a folder with copies of the hub's .parquet
+    files, or with .txt files, a row a line; patterns: {split: glob pattern of its files, without the ending}. Raises UserError.
+    """
+    datasets = library('datasets')
+    kind, how = name, hub
+    if input is not None:
+        for kind, ending in (('parquet', 'parquet'), ('text', 'txt')):
+            files = {split: sorted(glob.glob(os.path.join(glob.escape(input), f'{pattern}.{ending}')))
+                     for split, pattern in patterns.items()}
+            if all(files.values()):
+                break
+        else:
+            raise UserError(f"{input} does not hold the text: expected {' and '.join(f'{p}.txt' for p in patterns.values())}, "
+                            'or the same with .parquet')
+        how = dict(data_files=files)
+    try:
+        return datasets.load_dataset(kind, split=list(patterns), **how)
+    except Exception as error:  # whatever its readers and the network may raise
+        reason = str(error.__cause__ or error).splitlines()[0]
+        if input is not None:
+            raise UserError(f'cannot read the files in {input}: {reason}') from error
+        raise UserError(f'cannot load {name} ({reason}): fetch the .parquet files of https://huggingface.co/datasets/{name}'
+                        f"/tree/main/{hub.get('name', '')} by hand and pass --input=FOLDER") from error
+
+# -----------------------------------------------------------------------------
+# tokens
+
+
+@functools.lru_cache
+def gpt2():
+    """GPT-2's byte-pair encoding, 50257 tokens of which the last is <|endoftext|>. Raises UserError if it cannot be had."""
+    tiktoken = library('tiktoken')
+    try:
+        return tiktoken.get_encoding('gpt2')
+    except (OSError, ValueError) as error:  # no network; a damaged download
+        raise UserError(f"tiktoken cannot load GPT-2's vocabulary ({error}): where there is a network run "
+                        'TIKTOKEN_CACHE_DIR=FOLDER python -c "import tiktoken; tiktoken.get_encoding(\'gpt2\')", '
+                        'and here set TIKTOKEN_CACHE_DIR to a copy of that FOLDER') from error
+
+
+def encode_gpt2(text, desc):
+    """text -> its ids as GPT-2 counts, (N,) uint16, under a progress bar named desc."""
+    # no token reaches from a visible character into a line break behind it, so cutting there changes nothing
+    pieces = re.findall(rf'(?s).{{{PIECE}}}.*?(?<=\S)(?=\n)|.+', text)
+    encoding, ids = gpt2(), [np.zeros(0, np.uint16)]
+    with library('tqdm').tqdm(total=len(text), desc=desc, unit=' characters', unit_scale=True, disable=len(pieces) < 2) as bar:
+        for piece in pieces:
+            ids.append(np.array(encoding.encode_ordinary(piece), dtype=np.uint16))
+            bar.update(len(piece))
+    return np.concatenate(ids)
+
+
+def encode_chars(texts):
+    """texts -> (the characters in them, sorted; each text's ids among these, (N,) uint16). Raises UserError for too many."""
+    itos = sorted(set().union(*texts))
+    if len(itos) > 2**16 - 2:
+        raise UserError(f'{len(itos):,} different characters are more than uint16 can count beside [MASK] and [WRONG] '
+                        f'({2**16 - 2:,}): use --tokenizer=gpt2')
+    table = np.zeros(0x110000, dtype=np.uint16)  # of all code points
+    table[[ord(c) for c in itos]] = np.arange(len(itos))
+    return itos, [table[np.frombuffer(text.encode('utf-32-le'), dtype='<u4')] for text in texts]
+
+# -----------------------------------------------------------------------------
+# files
+
+
+def text_meta(name, tokenizer, itos=None, seed=None):
+    """The meta.json of a stream of text, but for what the writer adds. itos: the characters; None for tokenizer 'gpt2'."""
+    # no end token: the text runs on, and <|endoftext|> between two documents is a token like any other
+    return {'name': name, 'format': 'stream', 'block_size': None, 'vocab_size': 50257 if itos is None else len(itos),
+            'tokenizer': tokenizer, 'itos': itos, 'bos': None, 'eos': None, 'pad': None, 'seed': seed}
+
+
+def write_text(out_dir, name, train, val, tokenizer):
+    """
+    Encode two texts with the tokenizer 'char' or 'gpt2', write them into out_dir, say what they are; returns the meta.
+    Raises UserError if a split is too short for one row of training.
+    """
+    if tokenizer == 'char':
+        itos, ids = encode_chars((train, val))
+        print(f'vocabulary of {len(itos):,} characters: {"".join(itos[:100])!r}')
+    else:
+        itos, ids = None, [encode_gpt2(text, split) for split, text in zip(SPLITS, (train, val))]
+    for split, part in zip(SPLITS, ids):
+        if len(part) < SHORTEST:
+            raise UserError(f'the text is too short: {split} has {len(part)} tokens and needs {SHORTEST}, more than one row')
+    meta = write_dataset(out_dir, *ids, text_meta(name, tokenizer, itos))
+    report(out_dir, meta)
+    return meta
+
+
+def report(out_dir, meta):
+    """Say what was written."""
+    for split in SPLITS:
+        print(f'{split}: {meta[f"{split}_tokens"]:,} tokens')
+    print(f'wrote train.bin, val.bin and meta.json to {out_dir}')
+
 
 def write_dataset(out_dir, train_ids, val_ids, meta):
-    """
-    Write two arrays of token ids as little-endian uint16, and meta.json with their token counts and sha256 added.
-    Returns the meta as written. A folder that holds a meta.json holds the whole dataset it describes.
-    """
-    files = {}
-    meta = dict(meta, sha256={})
-    for split, ids in (('train', train_ids), ('val', val_ids)):
-        ids = np.asarray(ids)
-        if ids.size == 0 or ids.min() < 0 or ids.max() >= meta['vocab_size'] or meta['vocab_size'] > 2**16:
-            raise ValueError(f'the ids of {split} are not in 0..vocab_size-1, or there are none')
-        files[f'{split}.bin'] = ids.astype('<u2').tobytes()
-        meta[f'{split}_tokens'] = int(ids.size)
-        meta['sha256'][f'{split}.bin'] = hashlib.sha256(files[f'{split}.bin']).hexdigest()
-    files['meta.json'] = (json.dumps(meta, indent=1) + '\n').encode()  # the last in the dict, so the last renamed below
+    """Write two arrays of token ids (see dataset_writer); returns the meta as written."""
+    meta = dict(meta)
+    with dataset_writer(out_dir, meta) as add:
+        for split, ids in zip(SPLITS, (train_ids, val_ids)):
+            add(split, ids)
+    return meta
 
-    os.makedirs(out_dir, exist_ok=True)
-    path = {name: os.path.join(out_dir, name) for name in files}
-    tmp = {name: f'{path[name]}.{os.getpid()}.tmp' for name in files}
+
+@contextlib.contextmanager
+def dataset_writer(out_dir, meta):
+    """
+    with dataset_writer(out_dir, meta) as add: add('train', ids) and add('val', ids), as often as there are ids.
+
+    Writes token ids of any shape as little-endian uint16, and meta.json with their counts and sha256, which meta gets too.
+    A folder that holds a meta.json holds the whole dataset it describes. Raises ValueError for ids that are not in 0..V-1, and
+    UserError if there can be no such folder.
+    """
+    names = [f'{split}.bin' for split in SPLITS] + ['meta.json']  # the last is the last to be renamed
+    path = {name: os.path.join(out_dir, name) for name in names}
+    tmp = {name: f'{path[name]}.{os.getpid()}.tmp' for name in names}
+    sums, counts = {split: hashlib.sha256() for split in SPLITS}, dict.fromkeys(SPLITS, 0)
+    if not 0 < meta['vocab_size'] <= 2**16 - 2:  # [MASK] and [WRONG] fit as well
+        raise ValueError(f"vocab_size={meta['vocab_size']} does not fit into uint16")
+
+    def add(split, ids):
+        ids = np.asarray(ids)
+        if ids.size == 0 or ids.min() < 0 or ids.max() >= meta['vocab_size']:
+            raise ValueError(f'the ids of {split} are not in 0..vocab_size-1, or there are none')
+        data = ids.astype('<u2').tobytes()
+        files[split].write(data)
+        sums[split].update(data)
+        counts[split] += ids.size
+
     try:
-        for name, data in files.items():
-            with open(tmp[name], 'wb') as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{out_dir}: cannot be made a folder for a dataset: {error.strerror}') from error
+    try:
+        with contextlib.ExitStack() as stack:
+            files = {split: stack.enter_context(open(tmp[f'{split}.bin'], 'wb')) for split in SPLITS}
+            yield add
+            if not all(counts.values()):
+                raise ValueError(f'a split has no tokens: {counts}')
+            meta['sha256'] = {f'{split}.bin': sums[split].hexdigest() for split in SPLITS}
+            meta.update({f'{split}_tokens': int(counts[split]) for split in SPLITS})
+            files['meta'] = stack.enter_context(open(tmp['meta.json'], 'wb'))
+            files['meta'].write((json.dumps(meta, indent=1) + '\n').encode())
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
         # an older meta.json goes before the first .bin changes, so that it never describes a mixture of old and new
         if os.path.exists(path['meta.json']):
             os.remove(path['meta.json'])
-        for name in files:
+        for name in names:
             os.replace(tmp[name], path[name])
     finally:
-        for name in files:
+        for name in names:
             if os.path.exists(tmp[name]):
                 os.remove(tmp[name])
-    return meta

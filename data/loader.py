@@ -14,6 +14,18 @@ from configurator import UserError
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
+def has_one_of(folder, *names):
+    """Whether one of these files is in the folder."""
+    return any(os.path.exists(os.path.join(folder, name)) for name in names)
+
+
+def how_to_make(dataset):
+    """The command that makes a dataset. Without a prepare.py of its own it is a user's text, made by that of data/text."""
+    if dataset == 'text' or not has_one_of(os.path.join(HERE, dataset), 'prepare.py'):
+        return 'python data/text/prepare.py --input=PATH' + ('' if dataset == 'text' else f' --out=data/{dataset}')
+    return f'python data/{dataset}/prepare.py'
+
+
 def load_data(dataset):
     """
     The dataset as (meta, {'train': ids, 'val': ids}), int64 (N, T) for rows, uint16 (N,) for a stream of text.
@@ -22,15 +34,14 @@ def load_data(dataset):
     """
     folder = os.path.join(HERE, dataset)
     script = os.path.join(folder, 'prepare.py')
-    if not os.path.exists(script):
-        known = sorted(name for name in os.listdir(HERE)
-                       if os.path.exists(os.path.join(HERE, name, 'prepare.py')))
+    if not has_one_of(folder, 'prepare.py', 'meta.json'):
+        known = sorted(name for name in os.listdir(HERE) if has_one_of(os.path.join(HERE, name), 'prepare.py', 'meta.json'))
         near = difflib.get_close_matches(dataset, known, 1)
         raise UserError(f"there is no data/{dataset}/prepare.py; {f'did you mean {near[0]}' if near else f'known: {known}'}?")
     if not os.path.exists(os.path.join(folder, 'meta.json')):
-        print(f'preparing the dataset: python data/{dataset}/prepare.py')
+        print(f'preparing the dataset: python data/{dataset}/prepare.py', flush=True)
         if subprocess.run([sys.executable, script]).returncode:
-            raise UserError(f'the dataset {dataset} is not there; make it with python data/{dataset}/prepare.py')
+            raise UserError(f'the dataset {dataset} is not there; make it with {how_to_make(dataset)}')
     try:
         with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
             meta = json.load(file)
@@ -40,7 +51,7 @@ def load_data(dataset):
                 raise ValueError(f"{split}.bin has {len(ids)} tokens, meta.json says {meta[f'{split}_tokens']}")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f'the dataset in data/{dataset} is damaged ({error}); make it again: '
-                        f'python data/{dataset}/prepare.py') from error
+                        f'{how_to_make(dataset)}') from error
     if meta['format'] == 'rows':
         data = {split: torch.from_numpy(ids.astype(np.int64)).view(-1, meta['block_size']) for split, ids in data.items()}
     return meta, data

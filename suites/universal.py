@@ -1,38 +1,29 @@
 """
 The universal denoiser's whole table: everything that its seed tried, and what came after it, on this grammar.
 
-What is to be trained stands in RUNS, what is to be measured in GENERATION, REPAIR and DETECTION: edit them as you like. A run has
-a folder of its own under out_dir/universal, named after a hash of its arguments and config files, so that changed arguments are
-a new run. A run that is finished is not trained again, an interrupted one goes on; every measured row is kept in rows.jsonl there.
+What is to be trained stands in RUNS, what is to be measured in GENERATION, REPAIR and DETECTION: edit them as you like. Runs and
+measured rows are kept under out_dir/universal, see runs.py.
 """
 
-import ast
 import copy
 import functools
-import glob
-import hashlib
 import json
 import os
 import re
 import statistics
-import subprocess
-import sys
 
 import torch
 from tqdm import tqdm
 
-import configurator
 from canvas import decode, encode, rows_of, start_canvas, task_canvas
-from checkpoint import load_checkpoint, write_atomically
-from configurator import UserError
 from corruption import NOISE, mixed_noise, modelled, parse_mixture
 from data.loader import load_data, spread_rows
 from evaluation import evaluate, roc_auc
 from model import causal_nll
 from rules import PRESETS, choose_rules, p_wrong, supports, text_of
 from sample import fill, generate
-from suites.common import (SHARES, cell, fresh_draws, load, markdown, measure_draws, summary, training_strings, wanted,
-                           with_errors)
+from suites.common import SHARES, cell, fresh_draws, markdown, measure_draws, summary, training_strings, wanted, with_errors
+from suites.runs import check_train_args, folder_of, measure_all, network_of
 from suites.tasks import first_operand_open, repair_rows
 
 # -----------------------------------------------------------------------------
@@ -57,7 +48,6 @@ RUNS = {
     'energy without causal pass': ['energy.py', '--init_from={ours}', '--passes=1'],
     'student': ['distill.py', '--init_from={base}'],
 }
-WRITTEN = {'energy.py': 'ckpt_energy.pt', 'distill.py': 'ckpt_distilled.pt'}   # the checkpoint of a script that cannot resume
 DENOISERS = [name for name, (script, *_) in RUNS.items() if script == 'train.py' and name != 'skeleton']
 
 MASKGIT = dict(commit='confidence', schedule='cosine')
@@ -90,102 +80,6 @@ REPAIR = [(f'{run}: repair and edit', run, {}) for run in DENOISERS]
 DETECTION = [(f'{run}: detection', run, {}) for run in ('energy', 'energy without causal pass')]
 
 SEED_NOISE = 'mask:0.5,replace:0.2,swap:0.15,delete:0.075,insert:0'            # an insertion never fired there
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-# -----------------------------------------------------------------------------
-# training what is missing
-
-
-def arguments(s, name, place):
-    """
-    The words of a run's command: the script, its arguments, those of train_args that the script has. No out_dir yet.
-
-    place(run) -> what stands there for {run}.
-    """
-    script, *words = RUNS[name]
-    words = words + [word for word in s.train_args.split() if setting_of(word) in known_settings(script)]
-    return [script, *[re.sub(r'\{(.*?)\}', lambda found: place(found[1]), word) for word in words]]
-
-
-def setting_of(word):
-    """--max-iters=3 -> max_iters"""
-    return word.partition('=')[0].lstrip('-').replace('-', '_')
-
-
-@functools.cache
-def known_settings(script):
-    """The settings of a script, none if there is no such script yet."""
-    path = os.path.join(ROOT, script)
-    return configurator.settings(path) if os.path.exists(path) else {}
-
-
-def check_train_args(s):
-    """Raises UserError for a word in train_args that no script has."""
-    for word in s.train_args.split():
-        if not any(setting_of(word) in known_settings(script) for script, *_ in RUNS.values()) or '=' not in word:
-            raise UserError(f"train_args expects --key=value words of {', '.join(sorted({run[0] for run in RUNS.values()}))}; got '{word}'")
-
-
-def folder_of(s, name):
-    """Where a run lives: its name and a hash of its arguments, of what its config files say (comments aside) and its origin."""
-    script, *words = arguments(s, name, lambda other: os.path.basename(folder_of(s, other)))
-    said = [script]
-    for word in words:
-        path = os.path.join(ROOT, word)
-        if word.endswith('.py') and os.path.exists(path):
-            with open(path, encoding='utf-8') as file:
-                word = ast.dump(ast.parse(file.read()))
-        said.append(word)
-    slug = re.sub(r'\W+', '_', name).strip('_')
-    return os.path.join(s.out_dir, 'universal', f"{slug}_{hashlib.sha256(repr(said).encode()).hexdigest()[:8]}")
-
-
-def progress_of(folder, script):
-    """(the path of the newest checkpoint there or None, whether training is finished)."""
-    if script in WRITTEN:
-        path = os.path.join(folder, WRITTEN[script])
-        return (path, True) if os.path.exists(path) else (None, False)
-    found = glob.glob(os.path.join(glob.escape(folder), 'ckpt_*[!0-9].pt'))    # none of the numbered ones
-    if not found:
-        return None, False
-    path = max(found, key=os.path.getmtime)
-    _, checkpoint = load_checkpoint(path)
-    return path, checkpoint['iter_num'] >= checkpoint['config']['max_iters']
-
-
-def trained(s, name):
-    """The path of a run's checkpoint; trains what is missing of it, and of the runs that it starts from, first."""
-    folder, script = folder_of(s, name), RUNS[name][0]
-    if not os.path.exists(os.path.join(ROOT, script)):
-        raise UserError(f'{name}: there is no {script} to train it with')
-    path, finished = progress_of(folder, script)
-    if finished:
-        return path
-    command = arguments(s, name, lambda other: os.path.abspath(trained(s, other)))
-    command += [f'--out_dir={os.path.abspath(folder)}', *(['--init_from=resume'] if path else [])]
-    log = os.path.join(folder, 'train.txt')
-    tqdm.write(f"{name}: python {' '.join(command)} > {log}")
-    os.makedirs(folder, exist_ok=True)
-    status = execute(command, log, 'a' if path else 'w')
-    path, finished = progress_of(folder, script)
-    if status or not finished:
-        with open(log, encoding='utf-8', errors='replace') as file:
-            last = ' | '.join(file.read().splitlines()[-5:])
-        raise UserError(f"{name}: training {'failed' if status else 'stopped before its end'}, see {log}: {last}")
-    return path
-
-
-def execute(command, log, mode):
-    """The exit status of a Python command, its output going to a file. When we are interrupted it may still save."""
-    with open(log, mode, encoding='utf-8') as file:
-        child = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            return child.wait()
-        except BaseException:
-            child.terminate()
-            child.wait()
-            raise
-
 
 # -----------------------------------------------------------------------------
 # generation
@@ -389,69 +283,21 @@ MEASURES = dict(generation=(GENERATION, generation_rows), repair=(REPAIR, repair
 
 def run(s):
     """The suite with bench's settings s: (rows, up to three tables). What cannot be measured is left out, and an error at the end."""
-    check_train_args(s)
+    check_train_args(s, RUNS)
     asked = wanted(s, [(*row, table) for table, (rows, _) in MEASURES.items() for row in rows])
-    folder = os.path.join(s.out_dir, 'universal')
-    os.makedirs(folder, exist_ok=True)
-    cache = os.path.join(folder, 'rows.jsonl')
-    known, found, failed = read_rows(cache), [], []
-    network = functools.partial(network_of, s, {})
-    for name, start, how, table in tqdm(asked, desc='rows', leave=False):
-        try:
-            key = row_key(s, name, start, how, table)
-            if key not in known:
-                rows = [dict(row, table=table) for row in MEASURES[table][1](s, network, name, start, how)]
-                with open(cache, 'a', encoding='utf-8') as file:
-                    file.write(json.dumps(dict(key=key, rows=rows)) + '\n')
-                known[key] = rows
-            found += known[key]
-        except UserError as error:
-            tqdm.write(f'{name}: {error}')
-            failed.append(f'{name}: {error}')
-    text, path = tables(s, found), os.path.join(folder, 'table.md')
-    write_atomically(path, text + '\n')
-    if failed:
-        print(text)
-        raise UserError(f'{len(failed)} of {len(asked)} rows could not be measured, the others are in {path}. {failed[0]}')
-    print(f'{s.num_seeds} seeds x {s.num_samples} samples, ± standard error; also in {path}')
-    return found, text
+    network = functools.partial(network_of, s, RUNS, {})
 
+    def measure(name, start, how, table):
+        return [dict(row, table=table) for row in MEASURES[table][1](s, network, name, start, how)]
 
-def network_of(s, networks, name):
-    """(model, checkpoint) of a run, which is trained if need be. networks keeps it, or the error, so that nothing fails twice."""
-    if name not in networks:
-        try:
-            networks[name] = load(s, trained(s, name))
-        except UserError as error:
-            networks[name] = error
-    if isinstance(networks[name], UserError):
-        raise networks[name]
-    return networks[name]
+    return measure_all(s, asked, functools.partial(row_key, s), measure, functools.partial(tables, s))
 
 
 def row_key(s, name, start, how, table):
     """What a measured row depends on, as text."""
     runs = [start, *([how['then'][0]] if 'then' in how else [])]
-    return json.dumps([table, name, [os.path.basename(folder_of(s, run)) for run in runs], how, s.num_samples, s.num_seeds, s.seed,
+    return json.dumps([table, name, [os.path.basename(folder_of(s, RUNS, run)) for run in runs], how, s.num_samples, s.num_seeds, s.seed,
                        s.eval_rows if table == 'repair' else None])
-
-
-def read_rows(path):
-    """The rows that were measured before: {key: rows}. What is no whole line, after a crash, is skipped and measured again."""
-    known = {}
-    if os.path.exists(path):
-        with open(path, encoding='utf-8', errors='replace') as file:
-            text = file.read()
-        for line in text.splitlines():
-            try:
-                entry = json.loads(line)
-                known[entry['key']] = entry['rows']
-            except (ValueError, KeyError, TypeError):
-                continue
-        if text and not text.endswith('\n'):                                   # the next line shall not be glued to a torn one
-            with open(path, 'a', encoding='utf-8') as file:
-                file.write('\n')
-    return known
 
 
 def tables(s, rows):

@@ -383,7 +383,8 @@ def copy(tmp_path, monkeypatch):
     monkeypatch.setattr(loader, 'HERE', str(tmp_path / 'data'))
     for path in glob.glob(os.path.join(ROOT, '*.py')):
         shutil.copy(path, tmp_path)
-    shutil.copytree(os.path.join(ROOT, 'data'), tmp_path / 'data', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copytree(os.path.join(ROOT, 'data'), tmp_path / 'data', ignore=lambda folder, names: [
+        name for name in names if name == '__pycache__' or (name.endswith('.bin') and os.path.basename(folder) != 'arithmetic')])
     return tmp_path
 
 

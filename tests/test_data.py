@@ -1,4 +1,4 @@
-"""The data folders: the arithmetic grammar and its scorer, both prepare scripts, and the writer they share."""
+"""The data folders: the arithmetic grammar and its scorer, the prepare scripts, what they share, and the loader."""
 
 import hashlib
 import importlib.util
@@ -8,16 +8,20 @@ import random
 import re
 import subprocess
 import sys
-import urllib.error
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+import canvas
+from configurator import UserError
+from data import common, loader
 
 DATA = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'data')
 
 
 def load(name):
-    """The script data/<name>.py as a module, under a name of its own (there are two prepare.py)."""
+    """The script data/<name>.py as a module, under a name of its own (there are many prepare.py)."""
     spec = importlib.util.spec_from_file_location('data_' + name.replace('/', '_'), os.path.join(DATA, name + '.py'))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -27,6 +31,9 @@ def load(name):
 task = load('arithmetic/task')
 arithmetic = load('arithmetic/prepare')
 shakespeare = load('shakespeare_char/prepare')
+own_text = load('text/prepare')
+wikitext = load('wikitext2/prepare')
+openwebtext = load('openwebtext/prepare')
 
 
 def draws(n, seed=0, depth=None):
@@ -292,16 +299,119 @@ def test_interrupted_write(tmp_path, monkeypatch, call, fails_at, error):
 
 
 def test_write_refuses_bad_ids(tmp_path):
-    common = load('common')
     for bad in ([], [-1], [18], [70000]):
         with pytest.raises(ValueError):
             common.write_dataset(tmp_path, [1, 2], bad, {'vocab_size': 18})
+    with pytest.raises(ValueError, match='does not fit into uint16'):  # [MASK] or [WRONG] would not
+        common.write_dataset(tmp_path, [1, 2], [1], {'vocab_size': 65535})
+    with pytest.raises(ValueError, match='a split has no tokens'):
+        with common.dataset_writer(tmp_path, {'vocab_size': 18}) as add:
+            add('train', [1, 2])
     assert os.listdir(tmp_path) == []
+    (tmp_path / 'file').write_text('x')
+    with pytest.raises(UserError, match='file: cannot be made a folder'):
+        common.write_dataset(tmp_path / 'file', [1], [1], {'vocab_size': 18})
+
+
+def test_writing_in_pieces_is_the_same(tmp_path):
+    ids, meta = np.random.default_rng(0).integers(65534, size=(50, 7)), {'vocab_size': 65534}
+    whole = common.write_dataset(tmp_path / 'whole', ids, ids[:9], meta)
+    pieces = dict(meta)
+    with common.dataset_writer(tmp_path / 'pieces', pieces) as add:
+        for i, row in enumerate(ids):
+            add('train', row.tolist())
+            if i < 9:
+                add('val', row)
+    assert meta == {'vocab_size': 65534} and pieces == whole and whole['train_tokens'] == 350
+    assert read_ids(tmp_path / 'pieces', 'train') == ids.flatten().tolist()
+    for name in ('train.bin', 'val.bin', 'meta.json'):
+        assert (tmp_path / 'pieces' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes()
 
 # -----------------------------------------------------------------------------
-# data/shakespeare_char/prepare.py
+# tokens
 
-TEXT = 'First Citizen:\nBefore we proceed any further, hear me speak.\n'
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+@pytest.fixture
+def toy_gpt2(monkeypatch):
+    """An encoding that cuts text as GPT-2's does, but knows only bytes and a few pairs of them; needs no download."""
+    tiktoken = pytest.importorskip('tiktoken')
+    pieces = [bytes([i]) for i in range(256)] + [b'\n\n', b'  ', b' \n', b'th', b'the', b' t', b'a\n', b'\n\n\n']
+    toy = tiktoken.Encoding('toy', pat_str=GPT2_PATTERN, mergeable_ranks={piece: i for i, piece in enumerate(pieces)},
+                            special_tokens={'<|endoftext|>': 50256})
+    for module in (common, canvas, openwebtext):
+        monkeypatch.setattr(module, 'gpt2', lambda: toy)
+    return toy
+
+
+@pytest.fixture
+def real_gpt2():
+    try:
+        return common.gpt2()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def read_ids(folder, split):
+    return np.fromfile(os.path.join(folder, f'{split}.bin'), dtype='<u2').tolist()
+
+
+@pytest.mark.parametrize('piece', [1, 2, 7, 40])
+def test_long_texts_are_cut_where_it_does_not_matter(toy_gpt2, monkeypatch, piece):
+    monkeypatch.setattr(common, 'PIECE', piece)
+    rng = random.Random(piece)
+    for text in ['', '\n', 'a', 'the\n\n\nthe  \n the\n', *(''.join(rng.choices('\n the a.', k=300)) for _ in range(20))]:
+        ids = common.encode_gpt2(text, 'test')
+        assert ids.dtype == np.uint16 and ids.tolist() == toy_gpt2.encode_ordinary(text)
+
+
+def test_characters_are_counted_in_their_order():
+    texts = ['ba\nß', 'a€😀']
+    itos, ids = common.encode_chars(texts)
+    assert itos == ['\n', 'a', 'b', 'ß', '€', '😀'] and [''.join(itos[i] for i in part) for part in ids] == texts
+    many = ''.join(map(chr, range(0x10000, 0x10000 + 65534)))
+    itos, (ids, _) = common.encode_chars([many, ''])
+    assert itos == [*many] and ids.tolist() == [*range(65534)]
+    with pytest.raises(UserError, match='65,535 different characters.*--tokenizer=gpt2'):
+        common.encode_chars([many, 'a'])
+
+
+def test_gpt2_text_and_back(real_gpt2):
+    meta = common.text_meta('text', 'gpt2')
+    assert meta['vocab_size'] == real_gpt2.n_vocab == real_gpt2.eot_token + 1 == 50257
+    text = 'The naïve €5 <|endoftext|>\n\n😀'
+    ids = canvas.encode(meta, text)
+    assert max(ids) < 50256 and canvas.decode(meta, ids) == (text, False)      # what a user writes is never a special token
+    assert canvas.decode(meta, [50256, 464]) == ('<|endoftext|>The', False)    # in a stream it is a token like any other
+    broken = canvas.decode(meta, real_gpt2.encode_ordinary('😀')[:1] + [464])[0]
+    assert broken == '\ufffdThe'
+
+
+def test_gpt2_that_cannot_be_had(monkeypatch):
+    def refuse(name):
+        raise OSError('no network')
+
+    common.gpt2.cache_clear()
+    monkeypatch.setitem(sys.modules, 'tiktoken', SimpleNamespace(get_encoding=refuse))
+    with pytest.raises(UserError, match='no network.*set TIKTOKEN_CACHE_DIR') as e:
+        canvas.encode(common.text_meta('text', 'gpt2'), 'a')
+    assert '\n' not in str(e.value)
+    monkeypatch.setitem(sys.modules, 'tiktoken', None)
+    with pytest.raises(UserError, match='pip install tiktoken'):
+        canvas.decode(common.text_meta('text', 'gpt2'), [1])
+
+
+def test_long_vocabularies_are_not_printed():
+    meta = common.text_meta('book', 'char', [chr(0x4e00 + i) for i in range(3000)])
+    with pytest.raises(UserError, match="'x' in 'x' is not in the vocabulary of book: .* and 2,800 more") as e:
+        canvas.encode(meta, 'x')
+    assert len(str(e.value)) < 300
+
+# -----------------------------------------------------------------------------
+# data/shakespeare_char/prepare.py and data/shakespeare/prepare.py
+
+TEXT = 'First Citizen:\nBefore we proceed any further, hear me speak.\n' * 12
 
 
 @pytest.fixture
@@ -311,33 +421,36 @@ def text_file(tmp_path):
     return path
 
 
+def run_script(name, *words):
+    """A prepare.py as from the command line: (exit status, stderr)."""
+    script = os.path.join(DATA, name, 'prepare.py')
+    run = subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True)
+    return run.returncode, run.stderr
+
+
 def test_shakespeare_refuses_other_text(tmp_path, text_file):
     got = hashlib.sha256(TEXT.encode()).hexdigest()
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(UserError) as e:
         shakespeare.prepare(tmp_path / 'out', input=text_file)
-    message = e.value.code
+    message = str(e.value)
     assert 'not tiny Shakespeare' in message and got in message and shakespeare.SHA256 in message
     assert '\n' not in message
     assert not (tmp_path / 'out').exists()
 
 
-def test_shakespeare_script_exit_status(tmp_path, text_file):
-    script = os.path.join(DATA, 'shakespeare_char', 'prepare.py')
-    args = [f'--out={tmp_path / "out"}', f'--input={text_file}']
-    run = subprocess.run([sys.executable, script, *args], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 1 and len(run.stderr.splitlines()) == 1 and 'not tiny Shakespeare' in run.stderr
+@pytest.mark.parametrize('name', ['shakespeare_char', 'shakespeare'])
+def test_shakespeare_script_exit_status(tmp_path, text_file, name):
+    status, err = run_script(name, f'--out={tmp_path / "out"}', f'--input={text_file}')
+    assert status == 1 and len(err.splitlines()) == 1 and 'not tiny Shakespeare' in err
     assert not (tmp_path / 'out').exists()
 
 
 def test_shakespeare_failed_download(tmp_path, monkeypatch):
-    def fail(url, timeout):
-        raise urllib.error.URLError('no network')
-
-    monkeypatch.setattr(shakespeare.urllib.request, 'urlopen', fail)
-    with pytest.raises(SystemExit) as e:
+    monkeypatch.setattr(shakespeare, 'URL', (tmp_path / 'nothing').as_uri())
+    with pytest.raises(UserError, match='fetch file:.*/nothing by hand and pass --input=FILE') as e:
         shakespeare.prepare(tmp_path / 'out')
-    assert '--input=FILE' in e.value.code and '\n' not in e.value.code
-    with pytest.raises(SystemExit, match='cannot read'):
+    assert '\n' not in str(e.value)
+    with pytest.raises(UserError, match='cannot read'):
         shakespeare.prepare(tmp_path / 'out', input=tmp_path / 'missing.txt')
     assert not (tmp_path / 'out').exists()
 
@@ -345,14 +458,209 @@ def test_shakespeare_failed_download(tmp_path, monkeypatch):
 @pytest.mark.parametrize('download', [False, True])
 def test_shakespeare_round_trip(tmp_path, text_file, monkeypatch, download):
     monkeypatch.setattr(shakespeare, 'SHA256', hashlib.sha256(TEXT.encode()).hexdigest())
-    monkeypatch.setattr(shakespeare.urllib.request, 'urlopen', lambda url, timeout: open(text_file, 'rb'))
+    monkeypatch.setattr(shakespeare, 'URL', text_file.as_uri())
     out = tmp_path / 'out'
     meta = shakespeare.prepare(out, input=None if download else text_file)
     assert sorted(os.listdir(out)) == ['meta.json', 'train.bin', 'val.bin']
-    train, val = (np.fromfile(out / f'{split}.bin', dtype='<u2') for split in ('train', 'val'))
+    train, val = (read_ids(out, split) for split in ('train', 'val'))
     assert ''.join(meta['itos'][i] for i in [*train, *val]) == TEXT
     assert len(train) == meta['train_tokens'] == int(0.9 * len(TEXT))
     assert len(val) == meta['val_tokens'] == len(TEXT) - len(train)
     assert meta['itos'] == sorted(set(TEXT)) and meta['vocab_size'] == len(meta['itos'])
-    assert meta['format'] == 'stream'
+    assert meta['format'] == 'stream' and meta['name'] == 'shakespeare_char'
     assert [meta[k] for k in ('block_size', 'bos', 'eos', 'pad', 'seed')] == [None] * 5
+
+
+def test_shakespeare_in_gpt2_tokens(tmp_path, text_file, monkeypatch, toy_gpt2):
+    monkeypatch.setattr(shakespeare, 'SHA256', hashlib.sha256(TEXT.encode()).hexdigest())
+    meta = shakespeare.prepare(tmp_path / 'out', text_file, 'shakespeare', 'gpt2')
+    split = int(0.9 * len(TEXT))
+    for name, text in (('train', TEXT[:split]), ('val', TEXT[split:])):
+        assert read_ids(tmp_path / 'out', name) == toy_gpt2.encode_ordinary(text) and meta[f'{name}_tokens'] < len(text)
+    assert (meta['name'], meta['tokenizer'], meta['vocab_size'], meta['itos']) == ('shakespeare', 'gpt2', 50257, None)
+
+# -----------------------------------------------------------------------------
+# data/text/prepare.py
+
+@pytest.fixture
+def notes(tmp_path):
+    """A folder with texts: the order of their paths, not of their making, is that of the dataset."""
+    folder = tmp_path / 'notes'
+    (folder / 'deep').mkdir(parents=True)
+    for name, text in {'b.md': b'second\r\nfile\n\n', 'a.txt': b'\xef\xbb\xbffirst' + b' word' * 200, 'd.txt': b' \n',
+                       'deep/c.txt': 'third é\n'.encode(), 'x.py': b'print()\n'}.items():
+        (folder / name).write_bytes(text)
+    return folder
+
+
+NOTES = 'first' + ' word' * 200 + '\n\nsecond\nfile\n\nthird é\n'
+
+
+def test_own_text_of_a_folder(tmp_path, notes):
+    meta = own_text.prepare(tmp_path / 'mybook', notes, val_share=0.25)
+    train, val = (''.join(meta['itos'][i] for i in read_ids(tmp_path / 'mybook', split)) for split in ('train', 'val'))
+    assert train + val == NOTES and len(train) == int(0.75 * len(NOTES))
+    assert meta['name'] == 'mybook' and meta['tokenizer'] == 'char' and meta['itos'] == sorted(set(NOTES))
+    assert own_text.read_text(notes, 'deep/*, *.py') == 'third é\n\nprint()\n'
+    assert own_text.read_text(notes / 'x.py', '*.txt') == 'print()\n'  # a file is taken whatever its name
+
+
+def test_own_text_in_gpt2_tokens(tmp_path, notes, toy_gpt2):
+    meta = own_text.prepare(tmp_path / 'mybook', notes, 'gpt2')
+    assert toy_gpt2.decode(read_ids(tmp_path / 'mybook', 'train') + read_ids(tmp_path / 'mybook', 'val')) == NOTES
+    assert meta['tokenizer'] == 'gpt2' and meta['itos'] is None and meta['vocab_size'] == 50257
+
+
+def test_own_text_that_cannot_be(tmp_path, notes):
+    def refused(message, input=notes, out=tmp_path / 'out', **how):
+        with pytest.raises(UserError, match=message):
+            own_text.prepare(out, input, **how)
+        assert not (tmp_path / 'out').exists()
+
+    refused('--input is missing.*python data/text/prepare.py --input=PATH', input=None)
+    refused("no file matches \\*.tex; set --glob", glob='*.tex')
+    refused('cannot read .*nowhere.txt: No such file', input=tmp_path / 'nowhere.txt')
+    refused("tokenizer expects char or gpt2, got 'bpe'", tokenizer='bpe')
+    refused('val_share must be between 0 and 1', val_share=1.0)
+    refused('too short: val has 11 tokens', val_share=0.01)
+    refused('too short: train has 10', val_share=0.99)
+    (tmp_path / 'empty.txt').write_text('\n')
+    refused('too short: train has 0', input=tmp_path / 'empty.txt')
+    refused('belongs to another dataset', out=os.path.join(DATA, 'arithmetic'))
+    (notes / 'bad.md').write_bytes('é'.encode('latin-1'))
+    refused('bad.md is not UTF-8')
+    status, err = run_script('text')
+    assert status == 1 and len(err.splitlines()) == 1 and '--input is missing' in err
+
+
+def test_a_folder_of_your_own_is_a_dataset(tmp_path, notes, monkeypatch):
+    monkeypatch.setattr(loader, 'HERE', str(tmp_path))
+    own_text.prepare(tmp_path / 'mybook', notes)
+    meta, data = loader.load_data('mybook')
+    assert meta['name'] == 'mybook' and ''.join(meta['itos'][i] for i in data['train']) == NOTES[:int(0.9 * len(NOTES))]
+    with pytest.raises(UserError, match='did you mean mybook?'):
+        loader.load_data('mybok')
+    (tmp_path / 'mybook' / 'val.bin').unlink()
+    with pytest.raises(UserError, match='damaged.*make it again: python data/text/prepare.py --input=PATH --out=data/mybook'):
+        loader.load_data('mybook')
+    (tmp_path / 'text').mkdir()
+    (tmp_path / 'text' / 'prepare.py').write_text('raise SystemExit(1)')
+    with pytest.raises(UserError, match='text is not there; make it with python data/text/prepare.py --input=PATH$'):
+        loader.load_data('text')
+
+# -----------------------------------------------------------------------------
+# data/wikitext2/prepare.py and data/openwebtext/prepare.py
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Hugging Face's datasets, with a cache of its own and without the hub."""
+    datasets = pytest.importorskip('datasets')
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
+    datasets.disable_progress_bars()
+    return datasets
+
+
+WIKI = {'train': ['', ' = Title = ', '', ' A line <unk> , é . '] * 9, 'validation': [' = Other = ', '', ' text ' * 20]}
+
+
+def test_wikitext2_from_files(tmp_path, hub, toy_gpt2):
+    """Text files and the hub's own format, in which only full lines keep their line break, give the same dataset."""
+    for split, lines in WIKI.items():
+        for kind in ('txt', 'parquet'):
+            (tmp_path / kind).mkdir(exist_ok=True)
+        (tmp_path / 'txt' / f'{split}.txt').write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
+        rows = hub.Dataset.from_dict({'text': [line and f'{line}\n' for line in lines]})
+        rows.to_parquet(tmp_path / 'parquet' / f'{split}-00000-of-00001.parquet')
+    metas = [wikitext.prepare(tmp_path / 'out' / kind, tmp_path / kind) for kind in ('txt', 'parquet')]
+    assert metas[0] == metas[1] and metas[0]['name'] == 'wikitext2' and metas[0]['tokenizer'] == 'gpt2'
+    for split, lines in zip(('train', 'val'), WIKI.values()):
+        text = ''.join(f'{line.rstrip()}\n' for line in lines)
+        assert toy_gpt2.decode(read_ids(tmp_path / 'out' / 'txt', split)) == text
+
+
+def test_wikitext2_that_cannot_be(tmp_path, hub, monkeypatch):
+    (tmp_path / 'train.txt').write_bytes(b'\xff\n')
+    with pytest.raises(UserError, match=r'expected train\*.txt and validation\*.txt'):
+        wikitext.prepare(tmp_path / 'out', tmp_path)
+    (tmp_path / 'validation.txt').write_text('text')
+    with pytest.raises(UserError, match='cannot read the files in .*utf-8') as e:
+        wikitext.prepare(tmp_path / 'out', tmp_path)
+    assert '\n' not in str(e.value)
+
+    def offline(*args, **how):
+        assert args == ('Salesforce/wikitext',) and how['name'] == 'wikitext-2-raw-v1' and how['split'] == ['train', 'validation']
+        raise ConnectionError('no network\nat all')
+
+    monkeypatch.setattr(hub, 'load_dataset', offline)
+    with pytest.raises(UserError, match='cannot load Salesforce/wikitext .no network.*by hand and pass --input=FOLDER') as e:
+        wikitext.prepare(tmp_path / 'out')
+    assert '\n' not in str(e.value)
+    monkeypatch.setitem(sys.modules, 'datasets', None)
+    with pytest.raises(UserError, match='pip install datasets'):
+        wikitext.prepare(tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+def split_documents(folder, split, encoding):
+    """The documents of a split, read back; asserts that each of them ends."""
+    ids = read_ids(folder, split)
+    assert ids[-1] == 50256
+    return encoding.decode(ids).split('<|endoftext|>')[:-1]
+
+
+def test_openwebtext_from_files(tmp_path, hub, toy_gpt2, monkeypatch):
+    monkeypatch.setattr(openwebtext, 'BATCH', 7)
+    docs = [f'document {i} é' + ' and on' * (i % 5) for i in range(60)]
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'in' / 'b.txt').write_text('\n'.join(docs[40:]), encoding='utf-8')
+    (tmp_path / 'in' / 'a.txt').write_text('\n \n'.join(docs[:40]) + '\n\n', encoding='utf-8')   # blank lines are no documents
+    meta = openwebtext.prepare(tmp_path / 'out', tmp_path / 'in', num_proc=1)
+    train, val = (split_documents(tmp_path / 'out', split, toy_gpt2) for split in ('train', 'val'))
+    assert len(val) == 1 and train == [doc for doc in docs if doc not in val] and len(train) == 59
+    assert meta == json.loads((tmp_path / 'out' / 'meta.json').read_text())
+    assert meta['eos'] is None and meta['vocab_size'] == 50257
+    again = openwebtext.prepare(tmp_path / 'again', tmp_path / 'in', num_proc=2)
+    assert again['sha256'] == meta['sha256']                               # the same documents are held out
+    monkeypatch.setattr(openwebtext, 'VAL_SHARE', 0.25)
+    openwebtext.prepare(tmp_path / 'few', tmp_path / 'in', max_docs=20, num_proc=1)
+    train, val = (split_documents(tmp_path / 'few', split, toy_gpt2) for split in ('train', 'val'))
+    assert len(val) == 5 and sorted(train + val) == sorted(docs[:20])
+
+
+def test_openwebtext_from_the_hub(tmp_path, hub, toy_gpt2, monkeypatch):
+    asked, rows = [], hub.Dataset.from_dict({'text': [f'page {i}\n' for i in range(30)]})
+
+    def load_dataset(name, split, streaming=False, **how):
+        asked.append((name, split, streaming, how))
+        return [rows.to_iterable_dataset() if streaming else rows]
+
+    monkeypatch.setattr(hub, 'load_dataset', load_dataset)
+    assert openwebtext.prepare(tmp_path / 'all', num_proc=3)['train_tokens'] > 200
+    openwebtext.prepare(tmp_path / 'try', max_docs=4)
+    assert asked == [(openwebtext.NAME, ['train'], False, {'num_proc': 3}), (openwebtext.NAME, ['train'], True, {})]
+    parts = [split_documents(tmp_path / 'try', split, toy_gpt2) for split in ('train', 'val')]
+    assert sorted(sum(parts, [])) == [f'page {i}\n' for i in range(4)]
+    rows = rows.select([0])
+    for how in (dict(), dict(max_docs=1), dict(num_proc=0)):
+        with pytest.raises(UserError):
+            openwebtext.prepare(tmp_path / 'none', **how)
+    assert not (tmp_path / 'none').exists()
+
+
+def test_openwebtext_interrupted(tmp_path, hub, toy_gpt2, monkeypatch):
+    """What a stop in the middle of the work leaves: nothing, or the dataset that was there before."""
+    (tmp_path / 'in.txt').write_text('one\ntwo\nthree\n')
+    old = openwebtext.prepare(tmp_path / 'out', tmp_path, num_proc=1)
+
+    def stop(*args, **how):
+        raise KeyboardInterrupt
+
+    stopping = SimpleNamespace(eot_token=50256, encode_ordinary_batch=stop)
+    monkeypatch.setattr(openwebtext, 'gpt2', lambda: stopping)
+    for name in ('out', 'new'):
+        with pytest.raises(KeyboardInterrupt):
+            openwebtext.prepare(tmp_path / name, tmp_path, num_proc=1)
+    assert os.listdir(tmp_path / 'new') == []
+    assert sorted(os.listdir(tmp_path / 'out')) == ['meta.json', 'train.bin', 'val.bin']
+    assert {f'{split}.bin': hashlib.sha256((tmp_path / 'out' / f'{split}.bin').read_bytes()).hexdigest()
+            for split in ('train', 'val')} == old['sha256']

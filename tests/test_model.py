@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import all_sequences, chi_square, tiny_gpt
+from conftest import all_sequences, chi_square, default_config, tiny_gpt
 
 import model as model_module
 from checkpoint import check_same_model, identity, load_checkpoint, model_args, save_checkpoint
@@ -376,9 +376,9 @@ def test_nelbo_is_the_average_over_all_orders():
         exact.append(orders[-1].mean())
         assert exact[-1] > -np.log(np.exp(-orders[-1]).mean()) + 1e-4    # Jensen: it is an upper bound, and a loose one
     exact = torch.tensor(exact)
-    for B, calls in ((12000, 1), (6, 300)):                         # unbiased for a small batch as well
+    for B, calls, draws in ((12000, 1, 1), (6, 300, 1), (6, 300, 3)):  # unbiased for a small batch as well, and with several draws
         generator, which = seeded(3), torch.arange(B) % 3
-        estimates = torch.stack([nelbo(model, rows[which], free[which], generator) for _ in range(calls)]).double()
+        estimates = torch.stack([nelbo(model, rows[which], free[which], generator, draws) for _ in range(calls)]).double()
         for row in range(3):
             mine = estimates[:, which == row]
             error = (mine - exact[row]).std() / mine.numel() ** 0.5
@@ -401,6 +401,8 @@ def test_stratification_lowers_the_variance():
     free = torch.ones_like(x, dtype=torch.bool)
     batches = torch.stack([nelbo(model, x, free, generator) for _ in range(300)])
     assert batches.mean(1).var() < 0.9 * batches.var() / 16
+    four = torch.stack([nelbo(model, x[:1], free[:1], generator, draws=4) for _ in range(300)])
+    assert four.var() < 0.9 * batches.var() / 4                           # a row's draws are spread as well
 
 
 @torch.no_grad()
@@ -432,8 +434,9 @@ def test_causal_nll_is_the_chain_rule():
 
 
 def checkpoint_of(network, **changes):
+    meta = dict(name='x', vocab_size=network.config.vocab_size, tokenizer='char', itos=None, bos=None, eos=None, pad=None)
     return dict(dict(model=network.state_dict(), ema=None, iter_num=3, model_args=model_args(network.config),
-                     config={'a': 1}, meta={'name': 'x'}), **changes)
+                     config=default_config(), meta=meta), **changes)
 
 
 def test_checkpoint_round_trip(tmp_path):
@@ -468,7 +471,7 @@ def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch, error, where
             m.setattr(torch, 'save', failing)
         else:
             m.setattr(os, where, lambda *args: failing(None, None))
-        with pytest.raises(error, match='interrupted'):
+        with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else UserError, match='interrupted'):
             save_checkpoint(path, checkpoint_of(tiny_gpt(seed=2)))
     assert os.listdir(tmp_path) == ['ckpt.pt'] and open(path, 'rb').read() == before
 

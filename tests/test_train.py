@@ -1294,7 +1294,7 @@ def test_a_loss_that_is_not_finite_keeps_the_old_checkpoint(tmp_path):
     start(str(tmp_path), *PLAIN, '--max_iters=2')
     before = open(newest(str(tmp_path)), 'rb').read()
     for words in (['--learning_rate=1e39', '--log_interval=1000'], ['--learning_rate=1e39', '--log_interval=1']):
-        with pytest.raises(UserError, match='the unmask loss is no longer finite at step [0-9]+.*--learning_rate.*'
+        with pytest.raises(UserError, match='the gradient of 10 steps in a row is no longer finite at step 1[23].*--learning_rate.*'
                                             f'last good checkpoint is {newest(str(tmp_path))}'):
             start(str(tmp_path), *PLAIN, '--init_from=resume', '--max_iters=40', '--eval_interval=1000', *words)
         assert open(newest(str(tmp_path)), 'rb').read() == before and len(os.listdir(tmp_path)) == 2
@@ -1320,18 +1320,96 @@ def test_an_untrained_network_is_not_saved(tmp_path):
     assert os.listdir(tmp_path) == ['log.jsonl']
 
 
-def test_interrupted_save_of_a_run_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize('error', [OSError(28, 'No space left on device'), RuntimeError('unexpected pos 576 vs 534')])
+def test_a_full_disk_ends_a_run_only_at_its_end(tmp_path, monkeypatch, capsys, error):
+    """In between a line says what was not written; the old checkpoint stays whole and nothing is left of the new one."""
     start(str(tmp_path), *PLAIN, '--max_iters=2')
-    before = open(newest(str(tmp_path)), 'rb').read()
+    path, save, calls = newest(str(tmp_path)), torch.save, []
+    before = open(path, 'rb').read()
 
     def full(checkpoint, file):
-        Path(file).write_bytes(b'half')
-        raise OSError(28, 'No space left on device')
+        calls.append(open(path, 'rb').read() == before)
+        if len(calls) in disk:
+            Path(file).write_bytes(b'half')
+            raise error
+        save(checkpoint, file)
 
     monkeypatch.setattr(torch, 'save', full)
-    with pytest.raises(OSError):
-        start(str(tmp_path), *PLAIN, '--init_from=resume', '--max_iters=3')
-    assert open(newest(str(tmp_path)), 'rb').read() == before and len(os.listdir(tmp_path)) == 2
+    words = [*PLAIN, '--init_from=resume', '--max_iters=4', '--eval_interval=1']
+    disk = (1, 2)                                                         # at step 3 and at the end
+    with pytest.raises(UserError, match=f'{path}: cannot be written: .*; the last good checkpoint is {path}$'):
+        start(str(tmp_path), *words)
+    out = capsys.readouterr().out
+    assert f'{path}: cannot be written: ' in out and f'the run goes on, the last good checkpoint is {path}\n' in out
+    assert calls == [True] * 2 and open(path, 'rb').read() == before
+    assert sorted(os.listdir(tmp_path)) == ['ckpt_unmasking.pt', 'log.jsonl']
+    disk = (3,)
+    start(str(tmp_path), *words)                                          # the disk has room again when the run ends
+    assert read(str(tmp_path))['iter_num'] == 4 and len(os.listdir(tmp_path)) == 2
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
+    start(str(tmp_path), *PLAIN, '--max_iters=2',
+          patch=lambda module: setattr(module, 'start_log', lambda path, start: os.mkdir(path)))   # a folder takes no line
+    out = capsys.readouterr().out
+    assert f'{tmp_path}/log.jsonl: cannot be written: Is a directory; the run goes on' in out
+    assert read(str(tmp_path))['iter_num'] == 2
+
+
+def spoiled(when, where):
+    """patch for start: the steps in when have a loss ('parts') that is not finite, or a gradient of such a parameter."""
+    def patch(module):
+        step = module.training_step
+
+        def training_step(model, x0, meta, config, number, *args):
+            parts = step(model, x0, meta, config, number, *args)
+            if number in when and where == 'parts':
+                parts['unmask'][0] = float('inf')
+            elif number in when:
+                dict(model.named_parameters())[where].grad.view(-1)[3] = float('nan')
+            return parts
+        module.training_step = training_step
+    return patch
+
+
+@pytest.mark.parametrize('where', ['parts', 'wte.weight', 'blocks.0.fc.weight', 'drafter.fc.weight'])
+def test_a_step_that_is_not_finite_is_skipped(tmp_path, capsys, where):
+    """The weights stay what they are, the optimisers do not count it, the sums stay finite; how many there were is shown."""
+    words = ['--training_type=unmasking', '--causal_ratio=0.5', '--draft_head', '--eval_samples=0', '--log_interval=4',
+             '--max_iters=6', '--eval_interval=6']
+    seen = []                                                             # the weights as every step found them
+
+    def watch(module):
+        spoiled((2, 3), where)(module)
+        decide = module.is_finite
+
+        def is_finite(model, parts):
+            seen.append({name: p.detach().clone() for name, p in model.state_dict().items()})
+            return decide(model, parts)
+        module.is_finite = is_finite
+
+    start(str(tmp_path), *words, patch=watch)
+    assert_same(seen[2], seen[4])
+    for step in (1, 4):
+        assert not torch.equal(seen[step]['wte.weight'], seen[step + 1]['wte.weight'])
+    checkpoint = read(str(tmp_path))
+    assert checkpoint['skipped'] == dict(steps=2, in_a_row=0)
+    steps = {int(state['step']) for state in checkpoint['optimizers'][1]['state'].values()}
+    assert steps == {4}                                                   # AdamW counts its steps
+    assert 'skipped 2  ' in capsys.readouterr().out and log_of(tmp_path)[1]['skipped'] == 2
+    assert all(part.isfinite().all() for part in checkpoint['sums'].values())
+
+
+def test_skipped_steps_are_counted_over_a_resume_and_too_many_in_a_row_stop_the_run(tmp_path):
+    words = [*PLAIN, '--eval_interval=100', '--max_bad_steps=4']
+    start(str(tmp_path), *words, '--max_iters=3', patch=spoiled((1, 2), 'parts'))
+    path, before = newest(str(tmp_path)), open(newest(str(tmp_path)), 'rb').read()
+    assert read(str(tmp_path))['skipped'] == dict(steps=2, in_a_row=2)
+    with pytest.raises(UserError, match=f'4 steps in a row is no longer finite at step 4: .*; the last good checkpoint is {path}'):
+        start(str(tmp_path), *words, '--max_iters=9', '--init_from=resume', patch=spoiled((3, 4), 'parts'))
+    assert open(path, 'rb').read() == before and sorted(os.listdir(tmp_path)) == ['ckpt_unmasking.pt', 'log.jsonl']
+    start(str(tmp_path), *words, '--max_iters=9', '--init_from=resume', patch=spoiled((3, 5, 6, 7), 'parts'))   # 3 in a row
+    assert read(str(tmp_path))['skipped'] == dict(steps=6, in_a_row=0)
 
 
 def test_lines_on_screen(capsys, tmp_path):

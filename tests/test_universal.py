@@ -15,7 +15,7 @@ from checkpoint import load_checkpoint
 from configurator import UserError
 from data import loader
 from rules import choose_rules
-from suites import universal
+from suites import runs, universal
 
 BOS, EOS, PAD, MASK = 15, 16, 17, 18
 
@@ -39,14 +39,14 @@ def trainings(monkeypatch):
         folder, script = next(word for word in command if word.startswith('--out_dir=')).partition('=')[2], command[0]
         if how['status'] == 0:
             parts = {name: any(f'--{name}' in word for word in command) for name in ('noise_condition', 'self_condition')}
-            path = os.path.join(folder, universal.WRITTEN.get(script, 'ckpt_denoising.pt'))
+            path = os.path.join(folder, runs.WRITTEN.get(script, 'ckpt_denoising.pt'))
             write_checkpoint(path, tiny_gpt(18, 64, n_recur=1, energy_head=script == 'energy.py', **parts), training_type='denoising',
                              remask_target='original', causal_ratio=0.3, max_iters=how['max_iters'])
             if script == 'energy.py':
                 checkpoint = torch.load(path)
                 torch.save({**checkpoint, 'config': {**checkpoint['config'], 'energy_head': True}}, path)
         return how['status']
-    monkeypatch.setattr(universal, 'execute', execute)
+    monkeypatch.setattr(runs, 'execute', execute)
     return how, commands
 
 # -----------------------------------------------------------------------------
@@ -57,37 +57,37 @@ def test_a_finished_run_is_not_trained_again_and_an_interrupted_one_goes_on(s, t
     how, commands = trainings
     how['max_iters'] = 9
     with pytest.raises(UserError, match='base: training stopped before its end, see .*train.txt: first . last'):
-        universal.trained(s, 'base')
-    folder = universal.folder_of(s, 'base')
+        runs.trained(s, universal.RUNS, 'base')
+    folder = runs.folder_of(s, universal.RUNS, 'base')
     assert commands == [['train.py', 'config/denoise.py', f'--out_dir={folder}']]
     how['max_iters'] = 7
-    path = universal.trained(s, 'base')
+    path = runs.trained(s, universal.RUNS, 'base')
     assert path == os.path.join(folder, 'ckpt_denoising.pt') and commands[1] == commands[0] + ['--init_from=resume']
     assert open(os.path.join(folder, 'train.txt')).read() == 'first\nlast\n' * 2
-    assert universal.trained(s, 'base') == path and len(commands) == 2
+    assert runs.trained(s, universal.RUNS, 'base') == path and len(commands) == 2
     write_checkpoint(os.path.join(folder, 'ckpt_denoising_5.pt'), training_type='denoising', max_iters=9)   # of --keep_every
-    assert universal.trained(s, 'base') == path and len(commands) == 2
+    assert runs.trained(s, universal.RUNS, 'base') == path and len(commands) == 2
 
 
 def test_other_arguments_are_another_run(s, trainings):
     """train_args, the arguments, what a config file says, and the run that it starts from; not a comment."""
     _, commands = trainings
-    first = universal.trained(s, 'energy')
+    first = runs.trained(s, universal.RUNS, 'energy')
     assert [command[0] for command in commands] == ['train.py', 'energy.py']
-    assert commands[1][1] == f"--init_from={universal.trained(s, 'ours')}" and len(commands) == 2
+    assert commands[1][1] == f"--init_from={runs.trained(s, universal.RUNS, 'ours')}" and len(commands) == 2
     s.train_args = '--max_iters=20 --eval_samples=0'
-    assert universal.trained(s, 'energy') != first
+    assert runs.trained(s, universal.RUNS, 'energy') != first
     assert commands[2][-3:-1] == ['--max_iters=20', '--eval_samples=0'] and '--eval_samples=0' not in commands[3]  # it has none
     assert '--max_iters=20' in commands[3] and len(commands) == 4
-    os.remove(universal.trained(s, 'energy'))                                 # it cannot resume: from the start
-    universal.trained(s, 'energy')
+    os.remove(runs.trained(s, universal.RUNS, 'energy'))                                 # it cannot resume: from the start
+    runs.trained(s, universal.RUNS, 'energy')
     assert commands[4] == commands[3]
-    folders = {universal.folder_of(s, name) for name in universal.RUNS}
+    folders = {runs.folder_of(s, universal.RUNS, name) for name in universal.RUNS}
     assert len(folders) == len(universal.RUNS)
     for wrong in ('--max_iter=3', '--max_iters 3'):
         s.train_args = wrong
         with pytest.raises(UserError, match='train_args expects'):
-            universal.check_train_args(s)
+            runs.check_train_args(s, universal.RUNS)
 
 
 def test_a_comment_in_a_config_file_is_no_other_run(s, monkeypatch, tmp_path):
@@ -96,13 +96,13 @@ def test_a_comment_in_a_config_file_is_no_other_run(s, monkeypatch, tmp_path):
     folders = []
     for text in ('seed = 1', 'seed = 1   # why not', 'seed = 2'):
         path.write_text(text + '\n')
-        folders.append(universal.folder_of(s, 'mine'))
+        folders.append(runs.folder_of(s, universal.RUNS, 'mine'))
     assert folders[0] == folders[1] != folders[2]
 
 
 def test_a_training_that_fails_is_tried_once_and_the_other_rows_are_measured(s, trainings, capsys):
     how, commands = trainings
-    universal.trained(s, 'student')                                           # this is there, and so is base
+    runs.trained(s, universal.RUNS, 'student')                                           # this is there, and so is base
     assert len(commands) == 2
     how.update(status=1, text='a\n' * 9 + 'out of luck\n')
     s.only = 'ancestral 4,K=1'
@@ -198,7 +198,7 @@ def test_anchors_are_where_the_training_strings_have_them():
 
 def test_what_the_network_is_told_of_the_noise_is_no_secret_kept_in_it(s, trainings):
     """Another level, other samples; and the row after it is told nothing."""
-    network = (lambda found: lambda name: found)(load_checkpoint(universal.trained(s, 'noise conditioning')))
+    network = (lambda found: lambda name: found)(load_checkpoint(runs.trained(s, universal.RUNS, 'noise conditioning')))
     texts = {level: [sample['text'] for sample in universal.draw_samples(s, network, 'x', dict(steps=1, level=level), 0)]
              for level in (None, 0.1, 1.0)}
     assert texts[0.1] != texts[1.0]
@@ -258,15 +258,15 @@ def test_noise_spares_no_row():
 
 def test_a_command_writes_its_log_and_is_stopped_with_us(tmp_path, monkeypatch):
     log = str(tmp_path / 'log.txt')
-    assert universal.execute(['-c', 'import sys; print(1); sys.exit(3)'], log, 'w') == 3
-    wait, waits = universal.subprocess.Popen.wait, []
+    assert runs.execute(['-c', 'import sys; print(1); sys.exit(3)'], log, 'w') == 3
+    wait, waits = runs.subprocess.Popen.wait, []
 
     def interrupted(child, timeout=None):
         waits.append(child)
         if len(waits) == 1:
             raise KeyboardInterrupt
         return wait(child, timeout)
-    monkeypatch.setattr(universal.subprocess.Popen, 'wait', interrupted)
+    monkeypatch.setattr(runs.subprocess.Popen, 'wait', interrupted)
     with pytest.raises(KeyboardInterrupt):
-        universal.execute(['-c', 'import time; time.sleep(60)'], log, 'a')
+        runs.execute(['-c', 'import time; time.sleep(60)'], log, 'a')
     assert waits[0].returncode < 0 and open(log).read() == '1\n'
