@@ -12,6 +12,7 @@ Everything that is measured, a suite a file in suites/.
     python bench.py --suite=faults --num_samples=40                     training runs killed and resumed: is anything lost?
     python bench.py --suite=universal                                   the universal denoiser's table; trains what it needs
     python bench.py --suite=text --num_samples=100 --budgets=32,64,128  likelihood, samples, infill and repair of text; trains too
+    python bench.py --suite=speed --only=training,head                  ours against a plain script, in time and memory
 """
 
 import importlib
@@ -25,7 +26,7 @@ from configurator import UserError
 from sample import check_folder
 
 # -----------------------------------------------------------------------------
-suite = 'arithmetic'     # arithmetic | samplers | tasks (of one checkpoint) | checkpoints | universal | text | diagnose | faults
+suite = 'arithmetic'     # arithmetic | samplers | tasks | checkpoints | universal | text | diagnose | faults | speed
 init_from = 'ckpt'       # 'ckpt': the newest checkpoint under out_dir; or a path; checkpoints: paths or patterns, a comma between
 merge_from: str = None   # another checkpoint, merged with the first (see sample.py); checkpoints: as many as init_from
 merge_weight = 0.5       # its share
@@ -33,11 +34,11 @@ out_dir = 'out'          # where 'ckpt' looks; universal, text: runs, rows and t
 train_args = ''          # diagnose: words for train.py; universal, text: words for all training scripts that have them
 num_samples = 1000       # samples a row and seed; faults: kills
 num_seeds = 3            # arithmetic, samplers, universal, text: seeds a row; tasks: draws a string
-steps = 64               # arithmetic, checkpoints: passes that the diffusion samplers get; faults --only=soak: minutes
+steps = 64               # arithmetic, checkpoints: passes of diffusion samplers; faults --only=soak: minutes; speed: rounds
 budgets = (8, 16, 32, 64)  # samplers, text: passes
 remask_rate = 0.3        # checkpoints: of remask=wrong
 eval_rows = 1000         # checkpoints, universal: rows of the validation split
-only: str = None         # measure only the rows whose name contains this text, or one of several with commas between
+only: str = None         # only rows whose name contains this text, or one of several with commas between; speed: tables
 seed = 1337              # the first seed
 batch_size = 125         # samples drawn at a time
 json: str = None         # also write the table to this file
@@ -47,7 +48,7 @@ attention = 'auto'       # auto | plain | sdpa
 compile = False          # torch.compile the network
 # -----------------------------------------------------------------------------
 
-SUITES = ('arithmetic', 'samplers', 'tasks', 'checkpoints', 'universal', 'text', 'diagnose', 'faults')
+SUITES = ('arithmetic', 'samplers', 'tasks', 'checkpoints', 'universal', 'text', 'diagnose', 'faults', 'speed')
 
 
 def main():

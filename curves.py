@@ -6,16 +6,22 @@ import os
 from checkpoint import atomically, write_atomically
 
 
+def read_log(path):
+    """The records of a log, as far as its lines are whole."""
+    records = []
+    if os.path.exists(path):
+        with open(path, encoding='utf-8', errors='replace') as file:
+            for line in file:
+                try:
+                    records.append(json.loads(line))
+                except ValueError:                                             # torn by a crash
+                    break
+    return records
+
+
 def start_log(path, start):
     """An empty log; if a run is resumed at step start, the log up to there."""
-    lines = []
-    if start and os.path.exists(path):
-        with open(path, encoding='utf-8') as file:
-            for line in file:
-                if not line.endswith('}\n') or json.loads(line)['step'] > start:   # torn, or to be written again
-                    break
-                lines.append(line)
-    write_atomically(path, ''.join(lines))
+    write_atomically(path, ''.join(json.dumps(record) + '\n' for record in read_log(path) if 0 < start >= record['step']))
 
 
 def draw_curves(log, path):
@@ -24,12 +30,12 @@ def draw_curves(log, path):
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    with open(log, encoding='utf-8') as file:
-        records = [json.loads(line) for line in file]
-    groups = {'nats, training': ('causal', 'draft', 'unmask', 'detect', 'keep'), 'nats a token, validation': ('nelbo', 'causal_nll', 'entropy'),
-              'share': ('auc', 'fixed', 'refilled', 'valid', 'correct', 'distinct_3', 'known_words'), 'abstention': ('p(MASK)', 'penalty_keep_mask'),
-              'bias on the logit of [MASK]': ('mask_logit_bias',), 'curricula': ('remask_ratio', 'penalty_mask_correct'),
-              'learning rate': ('learning_rate',)}
+    records = read_log(log)
+    groups = {'nats, training': ('causal', 'draft', 'unmask', 'detect', 'keep'),
+              'nats a token, validation': ('nelbo', 'causal_nll', 'entropy'),
+              'share': ('auc', 'fixed', 'refilled', 'valid', 'correct', 'distinct_3', 'known_words'),
+              'abstention': ('p(MASK)', 'penalty_keep_mask'), 'bias on the logit of [MASK]': ('mask_logit_bias',),
+              'curricula': ('remask_ratio', 'penalty_mask_correct'), 'learning rate': ('learning_rate',)}
     groups = {title: [name for name in names if any(name in record for record in records)] for title, names in groups.items()}
     groups = {title: names for title, names in groups.items() if names}
     figure = Figure(figsize=(10, 2.6 * -(-len(groups) // 2)), layout='constrained')

@@ -4,6 +4,7 @@ Train a masked-diffusion language model that can find and fix its own mistakes.
     python train.py config/remask_all.py                     one network: unmask, detect wrong tokens, write causally
     python train.py config/unmask.py --max_iters=500         plain masked diffusion, shorter
     python train.py config/remask_all.py --init_from=resume  go on where the last checkpoint stands
+    torchrun --standalone --nproc_per_node=2 train.py ...    the same by two processes, see distributed.py
 
 Training is one weighted cross-entropy: every training type, corruption and curriculum only decides (input, target,
 weight). See corrupt in corruption.py, and loss. Beside the checkpoint out_dir holds log.jsonl and curves.png.
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import configurator
+import distributed
 from canvas import encode, load_task, until_end
 from checkpoint import (append_line, check_overwrite, check_same_model, check_unlocked, checkpoint_name, identity, last_good,
                         load_checkpoint, load_start, lock, make_checkpoint, make_folder, model_args, restore, save_checkpoint,
@@ -53,7 +55,7 @@ wandb_run_name = 'run'           # its run; the training type is appended
 # data
 dataset = 'arithmetic'           # a folder under data/; it is prepared on the first run
 coarse = ''                      # characters that all become the first of them: 0123456789 leaves the skeleton of a string
-batch_size = 64                  # rows a step
+batch_size = 64                  # rows a step, of all processes together
 gradient_accumulation_steps = 1  # batches summed up into one step
 block_size = 64                  # length of a row
 # the task: what becomes (input, target, weight)
@@ -113,6 +115,8 @@ dtype = 'auto'                   # auto | float32 | bfloat16
 attention = 'auto'               # auto | plain | sdpa
 compile = False                  # torch.compile the network; a minute of waiting, then faster
 # -----------------------------------------------------------------------------
+
+PARTS = ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)')  # of the loss, see training_step
 
 
 # -----------------------------------------------------------------------------
@@ -301,6 +305,9 @@ def check_settings(config):
                  'gradient_accumulation_steps', 'max_bad_steps'):
         if config[name] < 1:
             raise UserError(f'{name} must be at least 1, got {config[name]}')
+    if config['batch_size'] % distributed.world():
+        raise UserError(f"batch_size={config['batch_size']} rows cannot be shared equally by {distributed.world()} processes: "
+                        f'set --batch_size to a multiple of {distributed.world()}')
     for name in ('causal_ratio', 'remask_ratio', 'reward_correct_unmask', 'decay_share', 'ema_decay', 'sigma_min',
                  'sigma_max', 'high_noise_bias', 'target_mask_prob', 'prefix_ratio'):
         if not 0 <= config[name] <= 1:
@@ -378,32 +385,40 @@ def training_step(model, x0, meta, config, step, generator, price=None, guesser=
     One batch, forward and backward: adds to the gradients, returns the parts of the loss by task.
 
     price: see loss; guesser: the network that makes the wrong tokens of corruption='own' (None: the model itself).
+    Of several processes each has its rows x0 of the batch; the mean of their gradients is that of the whole batch.
     """
-    num, accumulate = x0.size(0), config['gradient_accumulation_steps']
-    num_causal = num if config['training_type'] == 'causal' else round(num * config['causal_ratio'])
+    num, accumulate, ramped = x0.size(0), config['gradient_accumulation_steps'], curricula(step, config)
+    batch = num * distributed.world()                                          # rows over all processes
+    all_causal = batch if config['training_type'] == 'causal' else round(batch * config['causal_ratio'])
+    num_causal = distributed.share(all_causal)
     free, real = modelled(x0, meta)
+    count = distributed.total(real[:num_causal].sum())                         # tokens that they model causally
     parts = {}
     if num_causal:
         rows, counted, segment = x0[:num_causal], real[:num_causal], None
         if meta['pad'] is not None:                                            # the causal pass needs no padding
             rows, counted, segment = pack(x0.size(1) - counted.flip(1).long().argmax(1), rows, counted)
-        weight = counted * (num_causal / counted.sum())
+        weight = counted * (all_causal / count)
         hidden = model(rows, causal=True, segment=segment)
         total, parts = loss(model, rows, rows, weight, causal=True, hidden=hidden)
         (total / (num * accumulate)).backward()
         if model.drafter is not None:
-            mean, more = draft_loss(model, hidden, rows, weight)
-            (mean / accumulate).backward()
-            parts.update(more)
+            mean, more = draft_loss(model, hidden, rows, weight)               # over tokens picked by each process for itself
+            part = num_causal * distributed.world() / all_causal
+            (mean * part / accumulate).backward()
+            parts.update(draft=more['draft'] * part)
     others = x0.repeat(config['views'], 1) if config['views'] else x0[num_causal:]
     if len(others) and config['training_type'] != 'causal':
         x0, (free, real) = others, modelled(others, meta)
+        before, all_others = (0, batch * config['views']) if config['views'] else (all_causal, batch - all_causal)
+        wrong = distributed.share(before + round(all_others * ramped['remask_ratio'])) - distributed.share(before)
+        ramped['remask_ratio'] = wrong / len(x0)                               # the rows that may have wrong tokens, as a share
         input, target, weight = corrupt(
             x0, free, real, mask_token_id=model.mask_token_id,
             wrong_token_id=model.wrong_token_id, pad_id=meta['pad'], generator=generator,
             guess=own_guesses(guesser or model, generator), corruption=parse_mixture('corruption', config['corruption'], KINDS),
             sigma=(config['sigma_min'], config['sigma_max'], config['high_noise_bias']),
-            noise_mix=parse_mixture('noise_mix', config['noise_mix'], NOISE), **curricula(step, config),
+            noise_mix=parse_mixture('noise_mix', config['noise_mix'], NOISE), **ramped,
             **{name: config[name] for name in ('training_type', 'remasking_loss_type', 'remask_target', 'prefix_ratio',
                                                'weight_unmask_task', 'weight_remask_task')})
         segment, level = None, (input != x0).float().mean(1, keepdim=True).expand(x0.shape)  # (B, T), for noise_condition
@@ -419,7 +434,7 @@ def training_step(model, x0, meta, config, step, generator, price=None, guesser=
 
 def progress_line(step, config, record, speed):
     """The line on screen: losses by task since the last one, curricula, controller, speed and time left."""
-    words = [f'{name} {record[name]:.3f}' for name in ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)') if name in record]
+    words = [f'{name} {record[name]:.3f}' for name in PARTS if name in record]
     if config['target_mask_prob']:
         words.append(f"bias {record['mask_logit_bias']:+.2f}  price {record['penalty_keep_mask']:.2f}")
     if config['training_type'] in ('joint', 'remasking', 'denoising'):
@@ -482,31 +497,61 @@ def stop_on_signal():
     return stop
 
 
-def train():
-    config = {name: globals()[name] for name in configurator.settings(__file__)}
-    check_settings(config)                                                     # before any work
-    newest = os.path.join(out_dir, checkpoint_name(training_type, remasking_loss_type))
-    replaced = check_overwrite(newest, config)
-    if not eval_only:
-        check_unlocked(out_dir)
-    meta, data = load_data(dataset)
+def load_rows(config):
+    """load_data for a run: checked, and with one character for all those of coarse. Raises UserError if it does not fit."""
+    meta, data = load_data(config['dataset'])
     check_fits(config, meta)
-    if coarse:
-        first, *others = encode(meta, coarse)
+    if config['coarse']:
+        first, *others = encode(meta, config['coarse'])
         data = {split: torch.where(torch.isin(ids, torch.tensor(others)), first, ids) if meta['format'] == 'rows'
                 else np.where(np.isin(ids, others), np.uint16(first), ids) for split, ids in data.items()}
-    torch.manual_seed(seed)
-    args = model_args(GPTConfig(block_size, meta['vocab_size'], n_layer, n_head, n_embd, n_recur, dropout, draft_head,
-                                noise_condition=noise_condition, self_condition=self_condition))
-    model = GPT(GPTConfig(**args))
-    path = newest if init_from == 'resume' else init_from
-    if init_from != 'scratch':
-        weights, checkpoint = load_start(path, config, args, meta)
-        model.load_state_dict(weights)
-    guesser = load_guesser(guess_from, args, meta) if guess_from else None
-    if guesser:
-        configure_compute(guesser, device, dtype, attention, compile)
-    model, choices = configure_compute(model, device, dtype, attention, compile)
+    return meta, data
+
+
+def start_wandb(config):
+    """A run of Weights & Biases. Raises UserError if it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('wandb_log needs Weights & Biases: pip install wandb') from None
+    name = f"{config['wandb_run_name']}_{config['training_type']}"
+    return wandb.init(project=config['wandb_project'], name=name, config=config)
+
+
+def random_states_of_ranks(checkpoint):
+    """The random states of the ranks that saved a checkpoint, a list; of a single process the only one."""
+    rng = checkpoint['rng']
+    return rng['ranks'] if isinstance(rng, dict) and 'ranks' in rng else [rng]
+
+
+def train():
+    config = {name: globals()[name] for name in configurator.settings(__file__)}
+    place = distributed.connect(device)
+    check_settings(config)                                                     # before any work
+    rank, world = distributed.rank(), distributed.world()
+    newest = os.path.join(out_dir, checkpoint_name(training_type, remasking_loss_type))
+    with distributed.together():
+        replaced = check_overwrite(newest, config) if rank == 0 else ''
+        if rank == 0 and not eval_only:
+            check_unlocked(out_dir)
+        if distributed.first_here():                                           # which makes the dataset if it is not there
+            meta, data = load_rows(config)
+    with distributed.together():
+        if not distributed.first_here():
+            meta, data = load_rows(config)
+        torch.manual_seed(seed)
+        args = model_args(GPTConfig(block_size, meta['vocab_size'], n_layer, n_head, n_embd, n_recur, dropout, draft_head,
+                                    noise_condition=noise_condition, self_condition=self_condition))
+        model = GPT(GPTConfig(**args))
+        path = newest if init_from == 'resume' else init_from
+        if init_from != 'scratch':
+            weights, checkpoint = load_start(path, config, args, meta)
+            model.load_state_dict(weights)
+        guesser = load_guesser(guess_from, args, meta) if guess_from else None
+        if guesser:
+            configure_compute(guesser, place, dtype, attention, compile)
+        model, choices = configure_compute(model, place, dtype, attention, compile)
+    distributed.same_weights(model)
     on = next(model.parameters()).device
     ema = copy.deepcopy(model) if ema_decay else model
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, (beta1, beta2))
@@ -516,33 +561,38 @@ def train():
     trunk = [p for name, p in model.named_parameters() if not name.startswith('drafter.')]
     start, sums, skipped = 0, {}, dict(steps=0, in_a_row=0)
     if init_from == 'resume':
-        start, sums, control, skipped = restore(path, checkpoint, ema if ema_decay else None, optimizers, generator, noise)
+        with distributed.together():
+            ranks = random_states_of_ranks(checkpoint)
+            checkpoint['rng'] = ranks[rank if len(ranks) == world else 0]
+            start, sums, control, skipped = restore(path, checkpoint, ema if ema_decay else None, optimizers, generator, noise)
     else:
         if init_from == 'scratch':
             for network in (model, ema):
                 network.mask_logit_bias.fill_(mask_logit_bias)
         control = dict(p_mask=None, bias=model.mask_logit_bias.item(), price=penalty_keep_mask)
-    print(f"{choices}\n{model.num_params():,} parameters; {training_type} on {dataset}: "
-          f"{meta['train_tokens']:,} training tokens, vocabulary {meta['vocab_size']} + [MASK] + [WRONG]")
+    elsewhere = init_from == 'resume' and len(ranks) != world
+    if elsewhere or (rank and init_from != 'resume'):                          # every rank draws something else
+        torch.manual_seed(seed + start + 10_000 * rank)
+        noise.manual_seed(seed + start + 10_000 * rank + 1)
+    print(f"{choices}{f', {world} processes' if world > 1 else ''}\n{model.num_params():,} parameters; {training_type} on "
+          f"{dataset}: {meta['train_tokens']:,} training tokens, vocabulary {meta['vocab_size']} + [MASK] + [WRONG]")
     if init_from != 'scratch':
         print(f'starting from {path}, step {start}')
+    if elsewhere:
+        print(f'number of processes: {len(ranks)} before, {world} now; the run goes on, but no longer to the last bit the same')
     if replaced:
         print(replaced)
 
-    run = None
-    if wandb_log:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError('wandb_log needs Weights & Biases: pip install wandb') from None
-        run = wandb.init(project=wandb_project, name=f'{wandb_run_name}_{training_type}', config=config)
-    make_folder(out_dir)
-    log = os.path.join(out_dir, 'log.jsonl')
-    if not eval_only:
-        lock(out_dir)
-        start_log(log, start)
+    run, log, plotted = None, os.path.join(out_dir, 'log.jsonl'), False
+    with distributed.together():
+        if rank == 0:
+            run = start_wandb(config) if wandb_log else None
+            make_folder(out_dir)
+            if not eval_only:
+                lock(out_dir)
+                start_log(log, start)
     val = spread_rows(data['val'], eval_rows, block_size)
-    usual = usual_text(data['train'], meta, config) if eval_samples and not load_task(meta['name']) else None
+    usual = usual_text(data['train'], meta, config) if rank == 0 and eval_samples and not load_task(meta['name']) else None
     can_unmask, causal, detects = supports(config)
     stop = stop_on_signal()
     marks = [(start, time.time())]
@@ -558,35 +608,43 @@ def train():
             print(f'{error}; the run goes on, {last_good(newest)}', flush=True)
 
     def write(record):
-        attempt(append_line, log, json.dumps(record))
+        if rank == 0:
+            attempt(append_line, log, json.dumps(record))
         if run:
             run.log(record)
 
-    def save(path, result, last=False):
-        state = make_checkpoint(model, ema, optimizers, generator, noise, step, sums, control, skipped, args, config, meta,
-                                result)
+    def save(path, state, last=False):
         attempt(save_checkpoint, path, dict(state, seconds=t0 - began), last=last)  # wall time of the training steps
 
     for step in range(start, max_iters + 1):
+        stop['asked'] = distributed.anywhere(stop['asked'])
         t0, stopping = time.time(), step == max_iters or stop['asked']
         due = eval_only or step == max_iters or (step % eval_interval == 0 and (step > start or not start))
         numbered = keep_every and step % keep_every == 0 and step > start
         if due or numbered or stopping:
             check_finite(model, skipped, step, newest, max_bad_steps)
-        if due:
-            result = evaluate(ema, val, meta, causal=causal, bidirectional=can_unmask,
-                              detects=detects and (can_unmask or guesser is not None), guesser=guesser, seed=seed)
-            print(evaluation_line(step, result))
-            result.update(show_samples(ema, meta, config, eval_samples if step else 0, usual))
+            result = {}
+            with distributed.together():                                       # rank 0 evaluates, the others wait
+                if due and rank == 0:
+                    result = evaluate(ema, val, meta, causal=causal, bidirectional=can_unmask,
+                                      detects=detects and (can_unmask or guesser is not None), guesser=guesser, seed=seed)
+                    print(evaluation_line(step, result))
+                    result.update(show_samples(ema, meta, config, eval_samples if step else 0, usual))
             if eval_only:
                 break
-            write({'step': step, **result})
-            marks = [(at, when + time.time() - t0) for at, when in marks]      # speed is the speed of training
-        if step > start and (due or stopping):
-            save(newest, result if due else {}, last=stopping)
-            plotted = attempt(draw_curves, log, os.path.join(out_dir, 'curves.png'))
-        if numbered:
-            save(os.path.join(out_dir, checkpoint_name(training_type, remasking_loss_type, step)), {})
+            if due:
+                write({'step': step, **result})
+                marks = [(at, when + time.time() - t0) for at, when in marks]  # speed is the speed of training
+            state = make_checkpoint(model, ema, optimizers, generator, noise, step, sums, control, skipped, args, config, meta,
+                                    result)
+            if world > 1:
+                state['rng']['ranks'] = distributed.gather(state['rng'])
+            with distributed.together():
+                if rank == 0 and step > start and (due or stopping):
+                    save(newest, state, last=stopping)
+                    plotted = attempt(draw_curves, log, os.path.join(out_dir, 'curves.png'))
+                if rank == 0 and numbered:
+                    save(os.path.join(out_dir, checkpoint_name(training_type, remasking_loss_type, step)), dict(state, result={}))
         if stopping:
             break
         began += time.time() - t0
@@ -598,15 +656,17 @@ def train():
         model.train()
         parts = {}
         for _ in range(gradient_accumulation_steps):
-            x0 = random_rows(data['train'], batch_size, block_size, generator).to(on)
+            x0 = distributed.rows_of_rank(random_rows(data['train'], batch_size, block_size, generator)).to(on)
             more = training_step(model, x0, meta, config, step, noise, control['price'] if allow_abstain else None, guesser)
             parts = {name: parts.get(name, 0) + more.get(name, 0) for name in {**parts, **more}}
+        own = parts.get('p(MASK)', torch.zeros(2, device=on))                  # of this process: steer sums over all of them
+        parts = distributed.average_gradients(model, parts, PARTS)             # from here on all processes do the same
         good = is_finite(model, parts)
         skipped = dict(steps=skipped['steps'] + (not good), in_a_row=0 if good else skipped['in_a_row'] + 1)
         if good:
             sums = {name: sums.get(name, 0) + parts.get(name, 0) for name in {**sums, **parts}}
             if target_mask_prob and 'p(MASK)' in parts:
-                control = steer(control, parts['p(MASK)'], target_mask_prob, mask_control_rate, mask_bias_limit)
+                control = steer(control, own, target_mask_prob, mask_control_rate, mask_bias_limit)
                 model.mask_logit_bias.fill_(control['bias'])
             if grad_clip:
                 torch.nn.utils.clip_grad_norm_(trunk, grad_clip)
@@ -633,7 +693,8 @@ def train():
             write(record)
             sums = {}
     if stop['asked']:
-        print(f'stopped; go on with: python train.py {" ".join(sys.argv[1:])} --init_from=resume')
+        command = f'python train.py {" ".join(sys.argv[1:])}' if world == 1 else 'the same torchrun command and'
+        print(f'stopped; go on with: {command} --init_from=resume')
     elif not eval_only:
         print(f'losses and validation: {log}' + (', curves.png' if plotted else ' (pip install matplotlib for curves.png)'))
         print(f'saved {newest}; sample from it: python sample.py --init_from=' + ('ckpt' if out_dir == 'out' else newest))
@@ -644,7 +705,8 @@ def main():
         train()
     finally:
         unlock(out_dir)
+        distributed.disconnect()
 
 
 if __name__ == '__main__':
-    configurator.run(globals())
+    distributed.run(globals())

@@ -53,6 +53,7 @@ SAMPLERS = {
        for remask in ('none', 'random', 'wrong', 'remdm', 'p2')},
     'intelligent': dict(preset='intelligent'),
 }
+DRAWS = 8                                                                      # likelihood: masks a window
 GAP = 16                                                                       # infill: so many tokens are hidden
 INFILL = {
     'remask=none': dict(commit='random', remask='none'),
@@ -87,7 +88,7 @@ def likelihood_rows(s, network, name, run, how):
     can_unmask, causal, _ = supports(config)
     row = dict(name=name, run=run, n=len(windows), parameters=model.num_params(), minutes=None, tokens_per_second=None,
                **dict.fromkeys(('nelbo', 'nelbo_se', 'causal_nll', 'causal_nll_se')))
-    row.update(evaluate(model, windows, checkpoint['meta'], causal=causal, bidirectional=can_unmask, detects=False,
+    row.update(evaluate(model, windows, checkpoint['meta'], causal=causal, bidirectional=can_unmask, detects=False, draws=DRAWS,
                         batch_size=s.batch_size, seed=s.seed))
     if 'seconds' in checkpoint:
         seen = checkpoint['iter_num'] * config['batch_size'] * config['gradient_accumulation_steps'] * T

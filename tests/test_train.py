@@ -920,7 +920,7 @@ def test_coarse_characters_become_one(tmp_path, monkeypatch, fmt):
             module.training_step = lambda model, x0, *rest: seen.append(x0) or step(model, x0, *rest)
             module.evaluate = lambda model, x0, *rest, **more: seen.append(x0) or evaluate(model, x0, *rest, **more)
         start(str(tmp_path / 'out'), '--dataset=small', '--block_size=8', '--training_type=causal', '--max_iters=1',
-              '--eval_samples=0', *words, patch=watch)
+              '--eval_samples=0', '--overwrite=True', *words, patch=watch)
         return seen
     for coarse, first in (('db', [0, 3, 2, 3]), ('bcd', [0, 1, 1, 1]), ('a', [0, 1, 2, 3])):
         plain, changed = rows(), rows(f'--coarse={coarse}')

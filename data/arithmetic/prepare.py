@@ -72,6 +72,8 @@ def main():
     parser.add_argument('--num_val', type=int, default=2000, help='held-out strings (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=1337, help='(default: %(default)s)')
     args = parser.parse_args()
+    if args.num_train < 1 or args.num_val < 1:
+        parser.error(f'need at least one string in each split, not {args.num_train} and {args.num_val}')
     prepare(args.out, args.num_train, args.num_val, args.seed)
 
 

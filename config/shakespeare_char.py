@@ -1,0 +1,22 @@
+# characters of tiny Shakespeare at the size of nanoGPT's baby GPT: for a GPU, or a CPU and patience (not measured here)
+training_type = 'joint'
+remask_ratio = 0.25            # a quarter of the rows carries the network's own mistakes
+causal_ratio = 0.2             # a fifth of the batch trains the causal mode, which has the last word when sampling
+draft_head = True
+remask_target = 'original'
+
+proofreading_warmup_iters = 2000
+masking_warmup_iters = 2000
+
+dataset = 'shakespeare_char'
+block_size = 256
+batch_size = 64
+n_layer = 6
+n_head = 6
+n_embd = 384
+n_recur = 1
+dropout = 0.1                  # forty passes over a megabyte
+max_iters = 10000
+ema_decay = 0.999
+eval_interval = 1000
+sample_prompt = 'ROMEO:'

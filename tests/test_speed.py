@@ -1,0 +1,319 @@
+"""The suite of speed, on networks so small that what it counts is known and what it compares can be computed twice."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import ARITHMETIC, chi_square, tiny_gpt, write_checkpoint
+from test_commands import bench_settings
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from canvas import until_end
+from configurator import UserError
+from sample import fill
+from suites import speed
+
+T, V = 12, 5
+META = dict(ARITHMETIC, block_size=T, vocab_size=V, itos=[*'ab', '<bos>', '<eos>', '<pad>'], bos=2, eos=3, pad=4)
+SHAPE = dict(n_layer=1, n_embd=16, n_head=2, n_recur=1, block_size=8, batch_size=8, vocab_size=20)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The tables with tiny sizes, two rounds each."""
+    for name in ('CENTRE', 'HEAD', 'COMPILE'):
+        monkeypatch.setattr(speed, name, SHAPE)
+    monkeypatch.setattr(speed, 'SHAPES', (SHAPE, dict(SHAPE, batch_size=4)))
+    monkeypatch.setattr(speed, 'BATCHES', (1, 3))
+    monkeypatch.setattr(speed, 'GROWTH', dict(block_size=(8, 16), n_layer=(1,)))
+    return lambda *words: bench_settings('--suite=speed', '--steps=2', '--dtype=float32', *words)
+
+
+def check_rows(rows, base, more=()):
+    """Every row has its columns; the ratios are those of the medians of one comparison."""
+    for row in rows:
+        assert {'table', 'shape', 'name', 'seconds', 'low', 'high', 'n', *more} <= set(row)
+        assert 0 < row['low'] <= row['seconds'] <= row['high'] and row['n'] == 2
+        if base:
+            first, = [other for other in rows if (other['shape'], other['name']) == (row['shape'], base)]
+            assert row['ratio'] == pytest.approx(first['seconds'] / row['seconds'])
+    json.dumps(rows)
+
+# -----------------------------------------------------------------------------
+# what is compared is the same
+
+
+def test_baseline_has_our_loss_and_gradients():
+    """Also in the rows where nothing but one token is masked. Logits where they count give the gradients of logits everywhere."""
+    model, x0 = tiny_gpt(V, T), torch.randint(V, (6, T), generator=torch.Generator().manual_seed(0))
+    meta = dict(META, bos=None, eos=None, pad=None)
+    batch = speed.masked_batch(model, x0, meta, torch.Generator().manual_seed(1))
+    found = []
+    for everywhere in (True, False):
+        hidden = model(batch[0])
+        hidden.retain_grad()
+        total = speed.baseline_loss(model, *batch, hidden) if everywhere else train.loss(model, *batch, hidden=hidden)[0] / 6
+        total.backward()
+        found.append([total.detach(), hidden.grad, *[p.grad.clone() for p in model.parameters() if p.grad is not None]])
+        model.zero_grad(set_to_none=True)
+    assert found[0][0] > 1 and found[0][1].abs().max() > 1e-3
+    for plain, ours in itertools.zip_longest(*found):
+        torch.testing.assert_close(plain, ours, rtol=1e-5, atol=1e-6)
+    assert speed.baseline_loss(model, *batch).item() == pytest.approx(found[0][0].item())
+
+
+def test_a_baseline_step_is_a_step_of_ours(small):
+    """From the same weights, on the same rows: with AdamW and without averages ours goes where the baseline goes."""
+    s, networks = small(), []
+    make = speed.network
+
+    def keep(*args, **more):
+        networks.append(make(*args, **more))
+        return networks[-1]
+
+    config = speed.recipe(**SHAPE, **speed.VARIANTS['ours, unmasking, AdamW, no EMA'])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, 'network', keep)
+        steps = [speed.baseline_step(s, config), speed.our_step(s, config)]
+    before = networks[0].wte.weight.detach().clone()
+    for step in steps:
+        step()
+        step()
+    moved = [network.wte.weight.detach() - before for network in networks]
+    assert moved[0].abs().max() > 1e-6                                         # the rate is 1e-5, the weights float32
+    torch.testing.assert_close(*moved, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('sizes', [dict(n_layer=2, n_recur=2, n_embd=32, vocab_size=62),         # nearly all of it is in the blocks,
+                                   dict(n_layer=1, n_recur=1, n_embd=16, vocab_size=1022)])       # or in the head
+@pytest.mark.parametrize('changes', [speed.PLAIN, {}, dict(corruption='own:1,random:1', remask_ratio=1.0),
+                                     dict(views=2, draft_head=False)])
+def test_step_flops_are_those_that_torch_counts(small, sizes, changes):
+    config = speed.recipe(n_head=2, block_size=32, batch_size=32, **sizes, **changes)
+    step, counter = speed.our_step(small('--attention=plain'), {**config, 'optimizer': 'adamw'}), FlopCounterMode(display=False)
+    with counter:
+        for _ in range(2):                                                     # k is drawn
+            step()
+    assert counter.get_total_flops() / 2 == pytest.approx(speed.step_flops(config), rel=0.05)
+
+# -----------------------------------------------------------------------------
+# the samplers
+
+
+def test_cached_pass_is_the_causal_pass():
+    model = tiny_gpt(V, T, n_layer=2)
+    x = torch.randint(V, (4, T), generator=torch.Generator().manual_seed(0))
+    cache, left = speed.empty_cache(model, 4, T), torch.full((4,), model.mask_token_id)
+    with torch.no_grad():
+        logits = model.logits(model(x, causal=True))                           # (4, T, V+2)
+        for position in range(T):
+            found = model.logits(speed.cached_pass(model, left, position, cache))
+            torch.testing.assert_close(found, logits[:, position], rtol=0, atol=1e-4)
+            left = x[:, position]
+
+
+def test_cached_ar_writes_what_ar_writes():
+    """The likeliest tokens after different prompts: rows end early, and late, and leave."""
+    model = tiny_gpt(V, T, seed=2, n_layer=2)
+    canvas = torch.full((27, T), model.mask_token_id)
+    canvas[:, 0] = META['bos']
+    canvas[:, 1:4] = torch.cartesian_prod(*[torch.tensor([0, 1, 4])] * 3)
+    ours = fill(model, META, canvas, canvas != model.mask_token_id, ar_prefix=T, temperature=0.0)
+    x = speed.cached_ar(model, canvas, torch.Generator().manual_seed(0), META['eos'], META['pad'], temperature=0.0)
+    assert [until_end(META, ids) for ids in x.tolist()] == [sample['tokens'] for sample in ours]
+    lengths = {len(sample['tokens']) for sample in ours}
+    assert len(lengths) > 2 and T in lengths and torch.equal(x[:, :4], canvas[:, :4])
+    ended = (x == META['eos']).cumsum(1) > (x == META['eos']).long()
+    assert ended.any() and (x[ended] == META['pad']).all()
+
+
+def test_cached_ar_draws_from_the_causal_law():
+    model, n = tiny_gpt(3, 2, seed=1), 3000
+    x = speed.cached_ar(model, torch.full((n, 2), 3), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        every = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+        logp = model.logits(model(every, causal=True), real_only=True).log_softmax(-1).gather(2, every[..., None]).sum((1, 2))
+    statistic, bound = chi_square((x[:, 0] * 3 + x[:, 1]).bincount(minlength=9), logp.exp() * n)
+    assert statistic < bound
+
+
+def test_plain_ancestral_draws_from_the_ancestral_law():
+    """The mean over both orders of two tokens; what is given stays."""
+    model, n, mask = tiny_gpt(3, 3, seed=1), 3000, 3
+    canvas = torch.tensor([[mask, 2, mask]]).repeat(n, 1)
+    x = speed.plain_ancestral(model, canvas, torch.Generator().manual_seed(0))
+    assert (x[:, 1] == 2).all()
+
+    def law(a, b):
+        """p of what is to stand at the first and last position, given these."""
+        with torch.no_grad():
+            return model.logits(model(torch.tensor([[a, 2, b]]))[0], real_only=True).softmax(-1)[:, :3].double()
+
+    start = law(mask, mask)
+    expected = torch.tensor([[start[0, a] * law(a, mask)[2, b] + start[2, b] * law(mask, b)[0, a] for b in range(3)]
+                             for a in range(3)]) / 2
+    statistic, bound = chi_square((x[:, 0] * 3 + x[:, 2]).bincount(minlength=9), expected * n)
+    assert statistic < bound
+
+# -----------------------------------------------------------------------------
+# the clock
+
+
+def test_functions_take_turns(monkeypatch):
+    calls = []
+    times = speed.alternate({name: lambda name=name: calls.append(name) for name in 'abc'}, 4)
+    assert ''.join(calls) == 'abc' * 5 and [len(seconds) for seconds in times.values()] == [4] * 3    # the first is not timed
+    monkeypatch.setattr(speed, 'SECONDS', 0)                                   # the time is up at once
+    assert [len(seconds) for seconds in speed.alternate({'a': int}, 100).values()] == [speed.ROUNDS]
+
+
+def test_median_and_quartiles():
+    assert speed.spread([5.0, 1.0, 2.0, 9.0, 3.0]) == dict(seconds=3, low=2, high=5, n=5)
+    assert speed.spread([2.0]) == dict(seconds=2, low=2, high=2, n=1)
+    rows = speed.with_ratios([dict(name='a', seconds=6.0), dict(name='b', seconds=2.0)], 'a')
+    assert [row['ratio'] for row in rows] == [1, 3]
+    assert speed.with_ratios([dict(name='b', seconds=2.0)], 'a')[0]['ratio'] is None
+
+
+def test_exponent():
+    rows = [dict(T=T, seconds=0.01 * T ** 1.7) for T in (64, 128, 1024)]
+    assert speed.exponent(rows, 'T') == pytest.approx(1.7) and speed.exponent(rows[:1], 'T') is None
+
+# -----------------------------------------------------------------------------
+# the tables
+
+
+def test_training_table(small, monkeypatch):
+    some = {name: speed.VARIANTS[name] for name in ('ours, unmasking', speed.ALL, 'without draft head')}
+    monkeypatch.setattr(speed, 'VARIANTS', some)
+    rows, text = speed.training(small())
+    assert [row['name'] for row in rows] == ['baseline', *some] * 2
+    check_rows(rows, 'baseline', ('tokens_per_second', 'flops', 'mfu', 'costs'))
+    everything = {row['shape']: row for row in rows if row['name'] == speed.ALL}
+    for row in rows:
+        batch = 8 if 'batch 8' in row['shape'] else 4
+        assert row['tokens_per_second'] == pytest.approx(batch * 8 / row['seconds'])
+        if row['name'].startswith('without'):
+            assert row['costs'] == pytest.approx(1 - row['seconds'] / everything[row['shape']]['seconds'])
+        else:
+            assert row['costs'] is None
+    assert {row['flops'] for row in rows if row['name'] == 'baseline'} < {row['flops'] for row in rows}
+    assert text.count('\n') == len(rows) + 1
+
+
+def test_sampling_table(small, tmp_path):
+    path = write_checkpoint(tmp_path / 'ckpt_joint.pt', tiny_gpt(V, T, n_recur=1), META, block_size=T, causal_ratio=0.5)
+    rows, text = speed.sampling(small(f'--init_from={path}'))
+    names = ['plain ancestral', 'ours, ancestral', 'ours, default (remask=causal)', 'AR, cached', 'ours, AR']
+    assert [(row['shape'], row['name']) for row in rows] == [(f'batch {num}', name) for num in (1, 3) for name in names]
+    check_rows(rows, 'plain ancestral', ('samples_per_second', 'against_cached_ar', 'checkpoint'))
+    assert rows[8]['against_cached_ar'] == 1 and rows[9]['samples_per_second'] == pytest.approx(3 / rows[9]['seconds'])
+    assert rows[9]['against_cached_ar'] == pytest.approx(rows[8]['seconds'] / rows[9]['seconds']) and path in text
+
+    path = write_checkpoint(tmp_path / 'plain.pt', tiny_gpt(V, T, n_recur=1), META, block_size=T, training_type='unmasking')
+    rows, _ = speed.sampling(small(f'--init_from={path}'))                     # it has no causal mode
+    assert {row['name'] for row in rows} == {'plain ancestral', 'ours, ancestral', 'ours, default (remask=none)'}
+    with pytest.raises(UserError, match='nowhere.pt'):
+        speed.sampling(small('--init_from=nowhere.pt'))
+
+
+def test_without_a_checkpoint_a_fresh_network_is_sampled(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, 'load_data', lambda name: (ARITHMETIC, None))
+    model, meta, config, what = speed.sampling_network(small(f'--out_dir={tmp_path}'))
+    assert meta is ARITHMETIC and model.config.draft_head and model.config.vocab_size == 18 and 'fresh' in what
+    assert config == speed.recipe() and not model.training
+
+
+def test_startup_table(small, monkeypatch):
+    """Commands run to their line or their end, and what they import is listed up to there."""
+    monkeypatch.setattr(speed, 'load_data', lambda name: None)
+    late = 'import numpy; print("step 1/1  unmask 3", flush=True); import wave'
+    commands = {'end': (['-c', 'import time; time.sleep(0.2)'], None), 'line': (['-c', late], 'step 1/1 ')}
+    monkeypatch.setattr(speed, 'COMMANDS', commands)
+    monkeypatch.setattr(speed, 'HEAVY', ('numpy', 'wave'))
+    rows, text = speed.startup(small())
+    check_rows(rows, None)
+    assert rows[0]['imports'] == {} and set(rows[1]['imports']) == {'numpy'} and rows[1]['imports']['numpy'] > 0.001
+    assert rows[0]['seconds'] > 0.2 and 'numpy' in text
+    with pytest.raises(UserError, match='failed.*no such thing'):
+        speed.until(['-c', 'raise SystemExit("no such thing")'], None)
+    with pytest.raises(UserError, match='failed: never'):
+        speed.until(['-c', 'print("never")'], 'step 1/1 ')
+
+
+def test_help_imports_nothing_that_it_can_do_without():
+    seconds, said = speed.until(['-X', 'importtime', 'sample.py', '--help'], None)
+    assert '--init_from=' in said and 'torch' in speed.imports(said)
+    assert not {'torch._dynamo', 'matplotlib', 'datasets', 'tiktoken'} & set(speed.imports(said))
+
+
+def test_growth_table(small, tmp_path, monkeypatch):
+    memory = {8: 2**20, 16: 3 * 2**20}
+    monkeypatch.setattr(speed, 'peak_memory', lambda s, what, config: memory[config['block_size']])
+    rows, text = speed.growth(small(f'--out_dir={tmp_path}/new'))
+    check_rows(rows, None, ('memory', 'exponent'))
+    assert [(row['shape'], row.get('block_size', row.get('n_layer'))) for row in rows] == [('block_size', 8), ('block_size', 16),
+                                                                                           ('n_layer', 1)]
+    slope = (torch.tensor(rows[1]['seconds'] / rows[0]['seconds'], dtype=torch.float64).log2()).item()
+    assert rows[0]['exponent'] == pytest.approx(slope, abs=1e-4) and rows[2]['exponent'] is None
+    assert [row['memory'] for row in rows] == [2**20, 3 * 2**20, 2**20] and 'plot' not in text    # there is no matplotlib
+
+
+def test_peak_memory_sees_what_a_step_takes(small):
+    """Logits of 512 x 30,000 in float32 are 61 MB, and so is their gradient; what the process had before does not count."""
+    config = speed.recipe(**dict(SHAPE, block_size=64, vocab_size=30000))
+    assert 120 < speed.peak_memory(small(), 'full head', config) / 2**20 < 260
+
+
+def test_head_table(small, monkeypatch):
+    monkeypatch.setattr(speed, 'peak_memory', lambda s, what, config: 5 * 2**20 if what == 'full head' else 2**20)
+    rows, text = speed.head(small())
+    check_rows(rows, 'full head', ('memory',))
+    assert [(row['name'], row['memory']) for row in rows] == [('full head', 5 * 2**20), ('sparse head', 2**20)]
+
+
+def test_tables_that_are_asked_for(small, monkeypatch):
+    tables = {name: lambda s, name=name: ([dict(table=name)], f'text of {name}') for name in speed.TABLES}
+    monkeypatch.setattr(speed, 'TABLES', tables)
+    rows, text = speed.run(small('--only=head,compile'))
+    assert [row['table'] for row in rows] == ['head', 'compile'] and 'text of head' in text
+    rows, _ = speed.run(small())
+    assert [row['table'] for row in rows] == [name for name in tables if name != 'compile']                     # it takes minutes
+    with pytest.raises(UserError, match="contains 'speling'"):
+        speed.run(small('--only=speling'))
+
+
+def test_peak_through_bench(small, run, tmp_path):
+    status, out, err = run('bench', '--suite=speed', '--only=peak', '--steps=2', '--device=cpu', f'--json={tmp_path}/peak.json')
+    assert status == 0, err
+    rows = json.loads((tmp_path / 'peak.json').read_text())['rows']
+    assert [row['table'] for row in rows] == ['peak'] * 2 and 'peak TFLOP/s' in out
+    assert all(1e6 < row['flops_per_second'] < 1e16 for row in rows)
+
+
+def test_peak_counts_a_product(small, monkeypatch):
+    """(64, 16) x (16, 64) is 2 * 64 * 16 * 64 FLOPs; a clock that ticks once a look makes it a second for four of them."""
+    clock = itertools.count()
+    monkeypatch.setattr(speed.time, 'perf_counter', lambda: next(clock))
+    flops, dtype = speed.peak_flops(small(), SHAPE, least=3)
+    assert flops == 4 * 2 * 64 * 16 * 64 and dtype == 'float32'
+
+
+def test_graphs_compiled_anew_are_counted(small, monkeypatch):
+    """With a stand-in for the compiler: five steps later another shape was met once."""
+    from torch._dynamo.utils import counters
+    seen = []
+
+    def step(at):
+        seen.append(at)
+        counters['stats']['unique_graphs'] += 3 if len(seen) == 1 else at == 300
+
+    seconds, graphs, anew = speed.through_curricula(step, speed.recipe())
+    assert seen == [0, 60, 120, 180, 240, 300] and (graphs, anew) == (3, 1) and seconds >= 0
+
+    def broken(at):
+        raise RuntimeError('no compiler')
+    with pytest.raises(UserError, match='does not work here.*no compiler'):
+        speed.through_curricula(broken, speed.recipe())
