@@ -11,8 +11,9 @@ import re
 
 import torch
 
-from canvas import decode
+from canvas import decode, encode, until_end
 from corruption import corrupt, modelled, own_guesses
+from data.loader import spread_rows
 from model import causal_nll, nelbo
 from rules import p_wrong
 
@@ -151,3 +152,22 @@ def text_statistics(texts, ids, corpus):
     copies = [longest_copy(text, corpus) for text in texts]
     return dict(token_statistics(ids), known_words=known_words(texts, words_of(corpus)),
                 copy_mean=sum(copies) / len(copies), copy_max=max(copies))
+
+
+def usual_text(ids, meta, config, most=16):
+    """What samples of text are compared with: token_statistics of as many pieces of the training split ids, and its words."""
+    start = len(encode(meta, config['sample_prompt'])) + (meta['bos'] is not None)  # what is given says nothing about a network
+    rows = spread_rows(ids, min(config['eval_samples'], most), config['block_size']).tolist()
+    return dict(token_statistics([until_end(meta, row)[start:] for row in rows]), num=len(rows), start=start,
+                words=words_of(training_text(meta, ids)))
+
+
+def compare_text(texts, ids, usual):
+    """Prints how varied samples are beside the usual (see usual_text), and a warning if they collapse; returns it for the log."""
+    found = dict(token_statistics(ids), known_words=known_words(texts, usual['words']))
+    print(f"    unigram entropy {found['entropy']:.2f} nats (training data {usual['entropy']:.2f}), different 3-grams "
+          f"{found['distinct_3']:.0%} (training data {usual['distinct_3']:.0%}), known words {found['known_words']:.0%}")
+    if found['entropy'] < 0.7 * usual['entropy'] or found['distinct_3'] < usual['distinct_3'] / 3:
+        print('    warning: the samples collapse, they repeat themselves far more than the data. Early on that is usual: train '
+              'longer. Later sample with --temperature=1 and --commit=random, in more --steps')
+    return {name: found[name] for name in ('entropy', 'distinct_3', 'known_words')}

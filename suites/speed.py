@@ -487,13 +487,13 @@ def startup(s, most=5):
 # memory, growth, the head
 
 
-def high_water():
+def high_water(device):
     """
-    The most memory in bytes that was in use so far: of the GPU if there is one, else of the process.
+    The most memory in bytes that was in use so far: of the GPU if the setting device means one, else of the process.
 
     On Linux not what getrusage says: a new process takes over its parent's mark.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and device != 'cpu':
         return torch.cuda.max_memory_allocated()
     if os.path.exists('/proc/self/status'):
         with open('/proc/self/status', encoding='utf-8') as file:
@@ -519,11 +519,11 @@ def memory_child():
     told = json.load(sys.stdin)
     s, what, config = SimpleNamespace(**told['s']), told['what'], told['config']
     make_step(s, what, {**config, **TINY})()                                   # loads what libraries a step needs
-    before = high_water()
+    before = high_water(s.device)
     step = make_step(s, what, config)
     step()
     step()
-    print(high_water() - before)
+    print(high_water(s.device) - before)
 
 
 def head_step(s, config, everywhere):

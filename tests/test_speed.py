@@ -86,8 +86,8 @@ def test_a_baseline_step_is_a_step_of_ours(small):
     torch.testing.assert_close(*moved, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize('sizes', [dict(n_layer=2, n_recur=2, n_embd=32, vocab_size=62),         # nearly all of it is in the blocks,
-                                   dict(n_layer=1, n_recur=1, n_embd=16, vocab_size=1022)])       # or in the head
+@pytest.mark.parametrize('sizes', [dict(n_layer=2, n_recur=2, n_embd=32, vocab_size=62),       # nearly all is in the blocks,
+                                   dict(n_layer=1, n_recur=1, n_embd=16, vocab_size=1022)])     # or in the head
 @pytest.mark.parametrize('changes', [speed.PLAIN, {}, dict(corruption='own:1,random:1', remask_ratio=1.0),
                                      dict(views=2, draft_head=False)])
 def test_step_flops_are_those_that_torch_counts(small, sizes, changes):
