@@ -15,12 +15,15 @@ Everything that is measured, a suite a file in suites/.
     python bench.py --suite=speed --only=training,head                  ours against a plain script, in time and memory
 """
 
+import configurator
+
+configurator.help_first(globals())           # --help shall not wait for torch
+
 import importlib
 import json as jsonlib
 import sys
 from types import SimpleNamespace
 
-import configurator
 from checkpoint import write_atomically
 from configurator import UserError
 from sample import check_folder

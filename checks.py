@@ -13,7 +13,7 @@ def check_settings(config):
     for name, known in (('training_type', ('unmasking', 'remasking', 'joint', 'denoising', 'causal')),
                         ('remasking_loss_type', ('all_positions', 'corrupted_only')),
                         ('remask_target', ('wrong', 'original')), ('optimizer', ('muon', 'adamw')),
-                        ('lr_schedule', ('wsd', 'cosine'))):
+                        ('lr_schedule', ('wsd', 'cosine')), ('mask_weighting', ('row', 'token'))):
         if config[name] not in known:
             raise UserError(f"{name} expects one of {', '.join(known)}; got '{config[name]}'")
     for name in ('batch_size', 'block_size', 'max_iters', 'eval_interval', 'eval_rows', 'log_interval',

@@ -183,6 +183,13 @@ def print_help(scope, known):
             print(f'{flags[setting.name]:{width}}  {setting.comment}'.rstrip())
 
 
+def help_first(scope):
+    """the first line of a script, for its slow imports to come behind it: if it was called for help, print that and exit"""
+    if scope['__name__'] == '__main__' and {'--help', '-h'} & set(sys.argv[1:]):
+        print_help(scope, settings(scope['__file__']))
+        raise SystemExit(0)
+
+
 def configure(scope, argv):
     """set the script's globals (scope) from the words of the command line; returns the values of all its settings"""
     known = settings(scope['__file__'])

@@ -20,13 +20,15 @@ NOISE = ('mask', 'replace', 'swap', 'delete', 'insert')     # what mixed_noise m
 def corrupt(x0, free, real, *, training_type, mask_token_id, wrong_token_id, generator, remask_ratio=0.5,
             corruption=(('own', 1.0),), guess=None, remasking_loss_type='all_positions', remask_target='wrong',
             weight_unmask_task=1.0, weight_remask_task=1.0, penalty_mask_correct=1.0, sigma=(0.1, 0.9, 0.0), noise_mix=None,
-            pad_id=None, prefix_ratio=0.0, prefix_length=16):
+            pad_id=None, prefix_ratio=0.0, prefix_length=16, mask_weighting='row'):
     """
     Clean rows -> (input, target, weight), (B, T) each: all that distinguishes one training type from another.
 
     x0 (B, T) clean ids; free (B, T) bool, positions that may be masked; real (B, T) bool, those that are not padding. In
     every row k of its n free positions are chosen, k uniform on 1..n and stratified over the batch.
-      unmasking: they become [MASK]; each weighs 1/k, so that the loss is the NELBO a position, without any 1/t.
+      unmasking: they become [MASK]; each weighs 1/k, so that the loss is the NELBO a position, without any 1/t. With
+                 mask_weighting='token' each weighs 2/(n+1), as much in the mean, and all masks alike: what a row with few of
+                 them says about its loss is mostly noise, and 1/k makes much of it (EXPERIMENTS.md).
       remasking: wrong tokens stand there; nothing is masked.
       joint:     in a share remask_ratio of the rows wrong tokens stand at 1..k of them, the others are masked.
       denoising: joint with the corruption 'noise', whatever the argument corruption says.
@@ -85,7 +87,8 @@ def corrupt(x0, free, real, *, training_type, mask_token_id, wrong_token_id, gen
     target = x0.masked_fill(wrong, wrong_token_id) if remask_target == 'wrong' else x0
     visible = free & ~masked & proofread
     keep = penalty_mask_correct if remasking_loss_type == 'all_positions' else 0.0
-    unmask = weight_unmask_task * masked / masked.sum(1, keepdim=True).clamp(min=1)
+    share = masked.sum(1, keepdim=True).clamp(min=1) if mask_weighting == 'row' else (free.sum(1, keepdim=True) + 1) / 2   # (B, 1)
+    unmask = weight_unmask_task * masked / share
     remask = weight_remask_task * (wrong + keep * (visible & ~wrong)) / visible.sum(1, keepdim=True).clamp(min=1)
     weight = unmask + remask
     if noisy_rows.any():

@@ -10,13 +10,16 @@ Gulcehre 2024, SDTT, but with drawn tokens in the place of averaged probabilitie
 what can be gained is that every single one is surer; how sure is up to the teacher's sampler.
 """
 
+import configurator
+
+configurator.help_first(globals())           # --help shall not wait for torch
+
 import copy
 import os
 import time
 
 import torch
 
-import configurator
 from canvas import load_task
 from checkpoint import load_checkpoint, make_folder, save_checkpoint
 from configurator import UserError

@@ -14,13 +14,16 @@ makes up for what the sampler got wrong. Noise alone, as in the seed, makes a de
 hold none.
 """
 
+import configurator
+
+configurator.help_first(globals())           # --help shall not wait for torch
+
 import os
 import time
 
 import torch
 import torch.nn.functional as F
 
-import configurator
 from canvas import load_task, rows_of
 from checkpoint import load_checkpoint, save_checkpoint
 from configurator import UserError

@@ -222,10 +222,8 @@ class GPT(nn.Module):
         """
         V = self.config.vocab_size
         logits = F.linear(hidden, self.wte.weight.to(hidden.dtype))[..., :V + 2].float()
-        if real_only:
-            specials = torch.arange(V + 2, device=logits.device) >= V
-            return logits.masked_fill(specials, float('-inf'))
-        return torch.cat((logits[..., :V], logits[..., V:V + 1] + self.mask_logit_bias, logits[..., V + 1:]), dim=-1)
+        special = F.pad(self.mask_logit_bias.view(1), (0, 1)) if not real_only else torch.full((2,), float('-inf'), device=logits.device)
+        return logits.add_(F.pad(special, (V, 0)))                   # in place: the vocabulary may be large
 
     def token_energy(self, ids, real):
         """

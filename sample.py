@@ -12,6 +12,10 @@ All sampling is one loop with two rules: the commit rule says which masked posit
 the remask rule says which visible ones go back to [MASK]. See generate_diffusion.
 """
 
+import configurator
+
+configurator.help_first(globals())           # --help shall not wait for torch
+
 import difflib
 import glob
 import json
@@ -22,7 +26,6 @@ import time
 import torch
 from tqdm import tqdm
 
-import configurator
 from canvas import decode, encode, load_task, rows_of, start_canvas, task_canvas, until_end
 from checkpoint import check_same_model, export_safetensors, identity, import_safetensors, load_checkpoint, write_atomically
 from configurator import UserError

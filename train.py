@@ -10,6 +10,10 @@ Training is one weighted cross-entropy: every training type, corruption and curr
 weight). See corrupt in corruption.py, and loss. Beside the checkpoint out_dir holds log.jsonl and curves.png.
 """
 
+import configurator
+
+configurator.help_first(globals())           # --help shall not wait for torch
+
 import copy
 import json
 import math
@@ -22,7 +26,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import configurator
 import distributed
 from canvas import encode, load_task
 from checkpoint import (append_line, check_overwrite, check_same_model, check_unlocked, checkpoint_name, identity, last_good,
@@ -74,6 +77,7 @@ noise_mix = 'mask:0.5,replace:0.2,swap:0.15,delete:0.075,insert:0.075'  # denois
 remasking_loss_type = 'all_positions'  # all_positions: clean visible tokens count too | corrupted_only
 remask_target = 'wrong'          # at a wrong token the target is [WRONG] | original: the clean token
 weight_unmask_task = 1.0         # weight of the masked positions
+mask_weighting = 'row'           # row: a row's masks share that weight, which makes the loss the NELBO | token: all masks weigh alike
 weight_remask_task = 1.0         # weight of the visible positions
 penalty_mask_correct = 1.0       # weight of a clean visible token, times weight_remask_task: the price of doubting it
 reward_correct_unmask = 1.0      # r: a masked position weighs r + (1 - r)(1 - p(x0)); 1: plain cross-entropy
@@ -141,16 +145,19 @@ def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, 
     input, target, weight = input[at], target[at], weight[at]                  # (N,)
     masked = (input == model.mask_token_id) | causal
     abstains = keep_mask_price is not None and not causal
-    logits = model.logits(hidden)                                              # (N, V+2)
-    closed = torch.arange(logits.size(-1), device=logits.device) >= model.mask_token_id + abstains
-    logp = logits.masked_fill(masked[:, None] & closed, float('-inf')).log_softmax(-1)
-    ce = -logp.gather(1, target[:, None])[:, 0]                                # (N,)
+    if causal or (masked.all() and not abstains):                              # one pass over the vocabulary less
+        ce = F.cross_entropy(model.logits(hidden, real_only=True), target, reduction='none')           # (N,)
+    else:
+        logits = model.logits(hidden)                                          # (N, V+2)
+        closed = torch.arange(logits.size(-1), device=logits.device) >= model.mask_token_id + abstains
+        logp = logits.masked_fill(masked[:, None] & closed, float('-inf')).log_softmax(-1)
+        ce = -logp.gather(1, target[:, None])[:, 0]
+    known = (-ce.detach()).exp()                                               # p(x0), whatever abstaining is worth
     if abstains:
         keep = logp[:, model.mask_token_id]
         price = torch.tensor(keep_mask_price, device=keep.device).log()
         ce = torch.where(masked, -torch.logaddexp(-ce, keep + price), ce)
     if reward_correct_unmask != 1.0:
-        known = logp.detach().gather(1, target[:, None])[:, 0].exp()           # p(x0), whatever abstaining is worth
         weight = torch.where(masked, weight * (1 - (1 - reward_correct_unmask) * known), weight)
     weighted = weight * ce
     wrong = ~masked & (target != input)
@@ -338,7 +345,7 @@ def training_step(model, x0, meta, config, step, generator, price=None, guesser=
             sigma=(config['sigma_min'], config['sigma_max'], config['high_noise_bias']),
             noise_mix=parse_mixture('noise_mix', config['noise_mix'], NOISE), **ramped,
             **{name: config[name] for name in ('training_type', 'remasking_loss_type', 'remask_target', 'prefix_ratio',
-                                               'weight_unmask_task', 'weight_remask_task')})
+                                               'weight_unmask_task', 'weight_remask_task', 'mask_weighting')})
         segment, level = None, (input != x0).float().mean(1, keepdim=True).expand(x0.shape)  # (B, T), for noise_condition
         if meta['pad'] is not None:
             length = extent(input, weight, meta['pad'], generator)

@@ -554,6 +554,18 @@ def test_noise_shares():
         assert replaced[rows].mean().item() == pytest.approx(level / 3, abs=0.01)
 
 
+def test_masks_that_weigh_alike():
+    """mask_weighting='token' changes no canvas; all masks of a row's n positions weigh 2/(n+1), in the mean over k what they weigh by row."""
+    x0, free = clean_rows(4096)
+    more = dict(training_type='unmasking', weight_unmask_task=1.5)
+    (input, _, by_row), (same, _, alike) = (corrupted(x0, free, **more, mask_weighting=kind) for kind in ('row', 'token'))
+    masked, n = input == MASK, free.sum(1, keepdim=True)
+    assert torch.equal(input, same) and torch.allclose(alike, 1.5 * masked * 2 / (n + 1))
+    assert by_row.sum(1).mean().item() == pytest.approx(alike.sum(1).mean().item(), rel=0.02)
+    proofread = corrupted(x0, free, 'joint', remask_ratio=1.0, mask_weighting='token')                # and no visible token's weight
+    assert torch.equal(proofread[2] * (proofread[0] != MASK), corrupted(x0, free, 'joint', remask_ratio=1.0)[2] * (proofread[0] != MASK))
+
+
 @pytest.mark.parametrize('loss_type', ['all_positions', 'corrupted_only'])
 def test_denoising(loss_type):
     """In the first rows, a share remask_ratio, everything may be wrong; the others are plain unmasking."""

@@ -1,0 +1,23 @@
+# characters of tiny Shakespeare, ten minutes on two CPU cores
+training_type = 'joint'
+mask_weighting = 'token'          # all masks weigh alike: lower loss at equal steps
+remask_ratio = 0.2                # a fifth of the rows carries wrong characters ...
+corruption = 'own:0.7,random:0.3' # ... most of them mistakes that the network would make, some of them typing errors
+remask_target = 'original'        # where it is wrong it learns what is right
+causal_ratio = 0.15               # a share of the batch trains the causal mode, which has the last word when sampling
+draft_head = True
+
+proofreading_warmup_iters = 1000
+masking_warmup_iters = 1000
+
+dataset = 'shakespeare_char'
+block_size = 128
+batch_size = 32
+n_layer = 4
+n_head = 5
+n_embd = 160
+n_recur = 1
+max_iters = 2600
+ema_decay = 0.995
+eval_interval = 650
+sample_prompt = 'ROMEO:'
