@@ -270,8 +270,9 @@ def check_args(path, args, known, meta):
     if not fits or not (itos is None or isinstance(itos, list) and len(itos) == size):
         raise UserError(f"{path}: damaged: the network knows {args['vocab_size']} tokens, its vocabulary has "
                         f"{len(itos) if isinstance(itos, list) else size!r}")
-    if not isinstance(meta['name'], str) or os.path.basename(meta['name']) != meta['name']:   # task.py of that name will be run
-        raise UserError(f"{path}: damaged: {meta['name']!r} is no name of a dataset")
+    for name in (meta['name'], meta.get('dataset', meta['name'])):             # task.py and prepare.py of that name will be run
+        if not isinstance(name, str) or os.path.basename(name) != name:
+            raise UserError(f'{path}: damaged: {name!r} is no name of a dataset')
 
 
 def check_weights(path, weights, own):
@@ -372,7 +373,8 @@ def load_start(path, config, args, meta):
         if missing:
             raise UserError(f"{path}: made by another version of train.py, it has no '{missing[0]}' to resume with; start a new "
                             f'run from its weights with --init_from={path}')
-        check_same_model(path, checkpoint['config'], 'this run', config, ('optimizer', 'dataset', 'training_type'))
+        check_same_model(path, {'coarse': '', **checkpoint['config']}, 'this run', config,
+                         ('optimizer', 'dataset', 'training_type', 'coarse'))
         if checkpoint['iter_num'] >= config['max_iters'] and not config['eval_only']:
             raise UserError(f"{path} has all of its {checkpoint['iter_num']} steps: to go on, set a higher --max_iters")
     return source.state_dict(), checkpoint

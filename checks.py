@@ -32,6 +32,9 @@ def check_settings(config):
                  'eval_samples', 'keep_every', 'seed', 'views', 'mask_control_rate', 'mask_bias_limit'):
         if config[name] < 0:
             raise UserError(f'{name} must not be negative, got {config[name]}')
+    for name in ('beta1', 'beta2'):
+        if not 0 <= config[name] < 1:
+            raise UserError(f'{name} must be in [0, 1), got {config[name]}')
     kind, kinds = config['training_type'], dict(parse_mixture('corruption', config['corruption'], KINDS))
     parse_mixture('noise_mix', config['noise_mix'], NOISE)
     if kind == 'remasking' and 'own' in kinds and not config['guess_from']:
@@ -47,6 +50,11 @@ def check_settings(config):
         raise UserError(f"penalty_keep_mask must be 0, or in 0.00001..0.99999, got {config['penalty_keep_mask']}")
     if config['target_mask_prob'] and not config['allow_abstain']:
         raise UserError('target_mask_prob steers how often the network abstains: set --allow_abstain=True')
+    rows, causal = config['batch_size'], round(config['batch_size'] * config['causal_ratio'])
+    if kind != 'causal' and causal == rows and not config['views']:
+        raise UserError(f'every row trains the causal mode and none {kind}: lower --causal_ratio, or set --views=1 or --training_type=causal')
+    if config['causal_ratio'] and not causal:
+        raise UserError(f"causal_ratio={config['causal_ratio']} of batch_size={rows} is no row: raise one of them")
     if config['draft_head'] and kind != 'causal' and not config['causal_ratio']:
         raise UserError('draft_head drafts for the causal mode, which this run does not train: set --causal_ratio=0.5')
     if config['allow_abstain'] and kind in ('remasking', 'causal'):

@@ -20,7 +20,9 @@ def read_log(path):
 
 
 def start_log(path, start):
-    """An empty log; if a run is resumed at step start, the log up to there."""
+    """An empty log, an older one being kept as log_before.jsonl; if a run is resumed at step start, the log up to there."""
+    if not start and os.path.exists(path) and os.path.getsize(path):
+        os.replace(path, path.removesuffix('.jsonl') + '_before.jsonl')
     write_atomically(path, ''.join(json.dumps(record) + '\n' for record in read_log(path) if 0 < start >= record['step']))
 
 
@@ -38,6 +40,8 @@ def draw_curves(log, path):
               'curricula': ('remask_ratio', 'penalty_mask_correct'), 'learning rate': ('learning_rate',)}
     groups = {title: [name for name in names if any(name in record for record in records)] for title, names in groups.items()}
     groups = {title: names for title, names in groups.items() if names}
+    if not groups:
+        return False
     figure = Figure(figsize=(10, 2.6 * -(-len(groups) // 2)), layout='constrained')
     for number, (title, names) in enumerate(groups.items(), 1):
         axes = figure.add_subplot(-(-len(groups) // 2), 2, number, title=title)

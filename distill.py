@@ -24,7 +24,7 @@ from canvas import load_task
 from checkpoint import load_checkpoint, make_folder, save_checkpoint
 from configurator import UserError
 from corruption import corrupt, modelled
-from data.loader import load_data, random_rows
+from data.loader import data_of, random_rows
 from model import configure_compute
 from rules import PRESETS, choose_rules, supports
 from sample import find_checkpoint, generate, generate_diffusion
@@ -63,7 +63,7 @@ def main():
     if teacher_preset not in PRESETS or rules['remask'] == 'causal' or rules['ar_prefix']:
         raise UserError(f"the teacher fills holes in any place, which the preset '{teacher_preset}' cannot")
     rules.pop('ar_prefix')
-    _, data = load_data(meta['name'])
+    _, data = data_of(meta)
     teacher, choices = configure_compute(teacher, device, dtype, attention)
     print(f'{path} teaches: {", ".join(f"{name}={value}" for name, value in rules.items())}\n{choices}')
     student, average = copy.deepcopy(teacher).train(), copy.deepcopy(teacher)

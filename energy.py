@@ -28,7 +28,7 @@ from canvas import load_task, rows_of
 from checkpoint import load_checkpoint, save_checkpoint
 from configurator import UserError
 from corruption import NOISE, corrupt, mixed_noise, modelled, noise_level, own_guesses, parse_mixture
-from data.loader import load_data, random_rows, spread_rows
+from data.loader import data_of, random_rows, spread_rows
 from evaluation import roc_auc
 from model import GPT, GPTConfig, configure_compute
 from rules import choose_rules, draw, filtered, supports, text_of
@@ -190,7 +190,7 @@ def main():
         raise UserError(f'{goal} would overwrite the checkpoint it is made from: name another one as --init_from, or as --save')
     model, checkpoint = load_trunk(path)
     meta, config = checkpoint['meta'], checkpoint['config']
-    _, data = load_data(meta['name'])
+    _, data = data_of(meta)
     try:
         os.makedirs(os.path.dirname(goal) or '.', exist_ok=True)
     except OSError as error:

@@ -41,14 +41,16 @@ def evaluate(model, x0, meta, *, causal, bidirectional, detects, guesser=None, d
     What the model is worth on clean rows x0 (N, T), by a fixed seed: dict of nats a (real) token, with standard errors.
 
     nelbo, nelbo_se: the bound of the diffusion mode, from so many draws of masks a row, padding paid for but not counted as
-    tokens; causal_nll, causal_nll_se: -log p of the causal mode. On wrong tokens that are the guesser's own (None: the model's) -- auc: how well the model's
-    p(WRONG) tells them from correct visible ones; fixed: the share where the likeliest other token, read off directly, is
-    the right one; refilled: the share that is right after what has p(WRONG) > 1/2 was masked and filled by the guesser.
+    tokens; causal_nll, causal_nll_se: -log p of the causal mode. On wrong tokens that are the guesser's own (None: the
+    model's) -- auc: how well the model's p(WRONG) tells them from correct visible ones; fixed: the share where the likeliest
+    other token, read off directly, is the right one; refilled: the share that is right after what has p(WRONG) > 1/2 was
+    masked and filled by the guesser.
     """
     model.eval()
     guesser = guesser or model
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
+    batch_size = max(1, min(batch_size, 2 ** 28 // (x0.size(1) * model.mask_token_id)))  # 1 GiB of logits at most
     bound, exact, tokens, scores, labels, fixed, refilled = [], [], [], [], [], [], []
     for rows in x0.split(batch_size):
         rows = rows.to(device)

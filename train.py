@@ -18,6 +18,7 @@ import copy
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -208,9 +209,7 @@ def steer(control, p_mask, target_mask_prob, rate, bias_limit):
     the bias has to grow for ever. Where one of the two is at its limit and the error pushes further, both wait
     (anti-windup).
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(p_mask)
-    total, count = p_mask.tolist()
+    total, count = distributed.total(p_mask).tolist()
     if not count:
         return control
     now = total / count
@@ -508,16 +507,17 @@ def train():
     if replaced:
         print(replaced)
 
-    run, log, plotted = None, os.path.join(out_dir, 'log.jsonl'), False
+    run, usual, log, plotted = None, None, os.path.join(out_dir, 'log.jsonl'), False
     with distributed.together():
         if rank == 0:
-            run = start_wandb(config) if wandb_log else None
+            writes = eval_samples and training_type != 'remasking' and not load_task(meta['name'])
+            usual = usual_text(data['train'], meta, config) if writes else None
             make_folder(out_dir)
             if not eval_only:
                 lock(out_dir)
                 start_log(log, start)
+            run = start_wandb(config) if wandb_log and not eval_only else None
     val = spread_rows(data['val'], eval_rows, block_size)
-    usual = usual_text(data['train'], meta, config) if rank == 0 and eval_samples and not load_task(meta['name']) else None
     can_unmask, causal, detects = supports(config)
     stop = stop_on_signal()
     marks = [(start, time.time())]
@@ -559,7 +559,6 @@ def train():
                 break
             if due:
                 write({'step': step, **result})
-                marks = [(at, when + time.time() - t0) for at, when in marks]  # speed is the speed of training
             state = make_checkpoint(model, ema, optimizers, generator, noise, step, sums, control, skipped, args, config, meta,
                                     result)
             if world > 1:
@@ -572,7 +571,8 @@ def train():
                     save(os.path.join(out_dir, checkpoint_name(training_type, remasking_loss_type, step)), dict(state, result={}))
         if stopping:
             break
-        began += time.time() - t0
+        pause = time.time() - t0
+        began, marks = began + pause, [(at, when + pause) for at, when in marks]   # speed is the speed of training
 
         scale = lr_scale(step, lr_schedule, max_iters, warmup_iters, decay_share)
         for optim, peak in zip(optimizers, [muon_lr, learning_rate] if optimizer == 'muon' else [learning_rate]):
@@ -617,8 +617,8 @@ def train():
             print(progress_line(step + 1, config, record, speed), flush=True)
             write(record)
             sums = {}
-    if stop['asked']:
-        command = f'python train.py {" ".join(sys.argv[1:])}' if world == 1 else 'the same torchrun command and'
+    if stop['asked'] and step < max_iters and not eval_only:
+        command = f'python train.py {shlex.join(sys.argv[1:])}' if world == 1 else 'the same torchrun command and'
         print(f'stopped; go on with: {command} --init_from=resume')
     elif not eval_only:
         print(f'losses and validation: {log}' + (', curves.png' if plotted else ' (pip install matplotlib for curves.png)'))

@@ -1,4 +1,4 @@
-# tiny Shakespeare in GPT-2's tokens, on a CPU: a vocabulary of 50,257 costs little, because only positions that carry loss are projected to it
+# tiny Shakespeare in GPT-2's tokens, on a CPU. Only positions that carry loss are projected to the vocabulary of 50,257
 training_type = 'joint'
 remask_ratio = 0.25
 causal_ratio = 0.2

@@ -1,4 +1,4 @@
-# WikiText-2 in GPT-2's tokens, 30 million parameters, 26 of them embeddings: for one GPU (not measured here)
+# WikiText-2 in GPT-2's tokens, 45 million parameters, 26 of them embeddings: for one GPU (not measured here)
 training_type = 'joint'
 remask_ratio = 0.25
 causal_ratio = 0.2

@@ -49,12 +49,17 @@ def load_data(dataset):
         for split, ids in data.items():
             if len(ids) != meta[f'{split}_tokens']:
                 raise ValueError(f"{split}.bin has {len(ids)} tokens, meta.json says {meta[f'{split}_tokens']}")
-    except (OSError, ValueError, KeyError) as error:
+        if meta['format'] == 'rows':
+            data = {split: torch.from_numpy(ids.astype(np.int64)).view(-1, meta['block_size']) for split, ids in data.items()}
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f'the dataset in data/{dataset} is damaged ({error}); make it again: '
                         f'{how_to_make(dataset)}') from error
-    if meta['format'] == 'rows':
-        data = {split: torch.from_numpy(ids.astype(np.int64)).view(-1, meta['block_size']) for split, ids in data.items()}
-    return meta, data
+    return {**meta, 'dataset': os.path.basename(os.path.normpath(dataset))}, data
+
+
+def data_of(meta):
+    """load_data for the meta in a checkpoint: of the folder that it was trained on; its name only says what kind of text it is."""
+    return load_data(meta.get('dataset', meta['name']))
 
 
 def rows_at(ids, index, block_size):

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from checkpoint import load_checkpoint
 from configurator import UserError
-from data.loader import load_data, spread_rows
+from data.loader import data_of, spread_rows
 from evaluation import evaluate
 from model import configure_compute
 from rules import supports
@@ -42,7 +42,7 @@ def checkpoint_scores(s, path, other=None):
         writer, _ = load_checkpoint(config['guess_from'])
         configure_compute(writer, s.device, s.dtype, s.attention, s.compile)
     writes = can_unmask or writer is not model
-    val = spread_rows(load_data('arithmetic')[1]['val'], s.eval_rows, model.config.block_size)
+    val = spread_rows(data_of(meta)[1]['val'], s.eval_rows, model.config.block_size)
     validation = evaluate(model, val, meta, causal=causal, bidirectional=can_unmask, detects=detects and writes, guesser=writer)
     rules = {'remask=none': dict(remask='none')} if writes else {}
     if writes and detects:

@@ -89,13 +89,13 @@ def training_strings(s, meta):
     """The task of the dataset and the set of its training strings. Raises UserError if it is not arithmetic."""
     if meta['name'] != 'arithmetic':
         raise UserError(f"the suite {s.suite} needs checkpoints trained on arithmetic, this one saw {meta['name']}")
-    return load_task(meta['name']), training_texts()
+    return load_task(meta['name']), training_texts(meta.get('dataset', meta['name']))
 
 
 @functools.cache
-def training_texts():
-    """The training strings of arithmetic, a set, which callers share and only read."""
-    meta, data = load_data('arithmetic')
+def training_texts(dataset):
+    """The training strings of a dataset, a set, which callers share and only read."""
+    meta, data = load_data(dataset)
     return {decode(meta, ids)[0] for ids in data['train'].tolist()}
 
 

@@ -104,6 +104,8 @@ def disturb(process, folder, kind, seconds, rng):
         if kind == KINDS[1] and inside and writes < 0:                         # the write after so many others
             break
         time.sleep(2e-4)
+    if not process.is_alive():                                                 # it came to its end before the signal
+        return finish(process, folder) or None
     process.terminate() if kind == 'SIGTERM' else process.kill()
     status = finish(process, folder, -signal.SIGKILL, -signal.SIGTERM)
     return None if kind != 'SIGTERM' and status == 0 else half_written(folder, process)

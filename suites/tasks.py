@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from canvas import decode, task_canvas
 from corruption import NOISE, mixed_noise, modelled, parse_mixture
-from data.loader import load_data, spread_rows
+from data.loader import data_of, spread_rows
 from evaluation import per_token
 from rules import choose_rules, supports
 from sample import fill
@@ -24,7 +24,7 @@ from suites.common import cell, checkpoint_of_arithmetic, markdown, wanted, with
 def run(s):
     """The suite with bench's settings s: (rows, two tables)."""
     model, meta, config, task, train = checkpoint_of_arithmetic(s)
-    clean = spread_rows(load_data('arithmetic')[1]['val'], s.num_samples, model.config.block_size)
+    clean = spread_rows(data_of(meta)[1]['val'], s.num_samples, model.config.block_size)
     texts = [decode(meta, ids)[0] for ids in clean.tolist()]
     heads, values = zip(*(text.split('=') for text in texts))
     _, causal, detects = supports(config)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from canvas import decode
 from configurator import UserError
 from corruption import another_token
-from data.loader import load_data, rows_at, spread_rows
+from data.loader import data_of, load_data, random_rows, rows_at, spread_rows
 from evaluation import evaluate, per_token, text_statistics, training_text
 from model import causal_nll, random_subset
 from rules import choose_rules, supports
@@ -107,7 +107,7 @@ def steps_of_same_time(ours, other):
 
 def stream(checkpoint):
     """The splits of a checkpoint's dataset. Raises UserError if it is no stream of text, or not what the checkpoint learned."""
-    meta, data = load_data(checkpoint['meta']['name'])
+    meta, data = data_of(checkpoint['meta'])
     if meta['format'] != 'stream':
         raise UserError(f"the suite text needs a stream of text, {meta['name']} has rows")
     if meta['itos'] != checkpoint['meta']['itos'] or meta['vocab_size'] != checkpoint['meta']['vocab_size']:
@@ -159,8 +159,11 @@ def sample_rows(s, network, name, run, how):
     model, checkpoint = network(run)
     meta, data, judge = checkpoint['meta'], stream(checkpoint), judge_of(network, checkpoint)
     if 'real' in how:
-        rows = spread_rows(data['val'], s.num_samples * s.num_seeds, model.config.block_size).tolist()
-        samples = [dict(text=decode(meta, ids)[0], tokens=ids, nfe=0) for ids in rows]
+        num, T = s.num_samples * s.num_seeds, model.config.block_size
+        rows = spread_rows(data['val'], num, T)
+        if len(rows) < num:                                                    # as many as there are samples, if need be overlapping
+            rows = random_rows(data['val'], num, T, torch.Generator().manual_seed(s.seed))
+        samples = [dict(text=decode(meta, ids)[0], tokens=ids, nfe=0) for ids in rows.tolist()]
     else:
         rules = choose_rules(checkpoint['config'], temperature=1.0, **how)
         samples = [sample for number in range(s.num_seeds) for sample in generate(
@@ -168,7 +171,7 @@ def sample_rows(s, network, name, run, how):
     tokens = [sample['tokens'] for sample in samples]
     row = dict(name=name, n=len(samples), nfe=mean_nfe(samples),
                **mean_and_error('judge', judge_nll(judge, torch.tensor(tokens), s.batch_size)),
-               **text_statistics([sample['text'] for sample in samples], tokens, corpus_of(meta['name'])))
+               **text_statistics([sample['text'] for sample in samples], tokens, corpus_of(meta.get('dataset', meta['name']))))
     tqdm.write(f"{name}: judge {cell(row, 'judge')}, entropy {row['entropy']:.3f}, distinct-3 {row['distinct_3']:.3f}")
     return [row]
 

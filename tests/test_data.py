@@ -540,6 +540,8 @@ def test_a_folder_of_your_own_is_a_dataset(tmp_path, notes, monkeypatch):
     assert meta['name'] == 'mybook' and ''.join(meta['itos'][i] for i in data['train']) == NOTES[:int(0.9 * len(NOTES))]
     with pytest.raises(UserError, match='did you mean mybook?'):
         loader.load_data('mybok')
+    again = loader.data_of(dict(meta, name='arithmetic'))                      # a checkpoint finds what it was trained on
+    assert again[0] == meta and loader.data_of({'name': 'mybook'})[0] == meta  # one from before knew its name only
     (tmp_path / 'mybook' / 'val.bin').unlink()
     with pytest.raises(UserError, match='damaged.*make it again: python data/text/prepare.py --input=PATH --out=data/mybook'):
         loader.load_data('mybook')

@@ -562,7 +562,7 @@ def test_one_of_the_tasks_alone(monkeypatch, made, only, names):
 def test_a_perfect_sampler_gets_every_task_right(monkeypatch, made):
     """What is right is decided by the arithmetic: here the samples are the held-out strings themselves."""
     s = quick_bench(monkeypatch, f"--init_from={made['plain']}", '--budgets=2,3', '--only=infill,edit')
-    clean = tasks.spread_rows(tasks.load_data('arithmetic')[1]['val'], 4, 64)
+    clean = tasks.spread_rows(tasks.data_of({'name': 'arithmetic'})[1]['val'], 4, 64)
     texts = [sample.decode(ARITHMETIC, ids)[0] for ids in clean.tolist()]
     asked = []
 

@@ -370,16 +370,16 @@ def test_training_step_asks_for_what_the_settings_say(monkeypatch):
     config = default_config(training_type='denoising', remask_target='original', remask_ratio=0.8, sigma_min=0.2, sigma_max=0.7,
                             high_noise_bias=0.4, noise_mix='mask:0.4,swap:0.6', corruption='sticky', weight_unmask_task=0.3,
                             weight_remask_task=0.6, penalty_mask_correct=0.9, proofreading_warmup_iters=10,
-                            masking_warmup_iters=30, reward_correct_unmask=0.7, prefix_ratio=0.1)
+                            masking_warmup_iters=30, reward_correct_unmask=0.7, prefix_ratio=0.1, mask_weighting='token')
     for meta, pad in ((ARITHMETIC, 17), (dict(ARITHMETIC, pad=None), None)):
         training_step(model, x0, meta, config, 5, seeded(1), price=0.25)
         (clean, free, real), more = asked[-1]
         assert torch.equal(clean, x0) and torch.equal(free, x0 != 15)
         assert torch.equal(real, (x0 != 15) & (x0 != pad) if pad else x0 != 15)
-        expected = dict(training_type='denoising', remask_target='original', remask_ratio=0.4, sigma=(0.2, 0.7, 0.4), pad_id=pad,
+        expected = dict(training_type='denoising', remask_target='original', remask_ratio=3 / 8, sigma=(0.2, 0.7, 0.4), pad_id=pad,
                         noise_mix=(('mask', 0.4), ('swap', 0.6)), corruption=(('sticky', 1.0),), weight_unmask_task=0.3,
                         weight_remask_task=0.6, remasking_loss_type='all_positions', mask_token_id=18, wrong_token_id=19,
-                        prefix_ratio=0.1)
+                        prefix_ratio=0.1, mask_weighting='token')
         assert {name: more[name] for name in expected} == expected
         assert more['penalty_mask_correct'] == pytest.approx(0.15)
         assert counted[-1].pop('hidden').requires_grad                    # see conditioned
@@ -883,7 +883,7 @@ def test_same_command_same_weights_and_other_seed_others(tmp_path):
     (['--training_type=remasking', '--corruption=random'], 'ckpt_remasking_all_positions.pt'),
     (['--training_type=remasking', '--corruption=random', '--remask_target=original', '--causal_ratio=0.5',
       '--remasking_loss_type=corrupted_only'], 'ckpt_remasking_corrupted_only.pt'),
-    (['--training_type=unmasking', '--causal_ratio=1', '--reward_correct_unmask=0.2', '--grad_clip=0'],
+    (['--training_type=unmasking', '--causal_ratio=0.5', '--reward_correct_unmask=0.2', '--grad_clip=0'],
      'ckpt_unmasking.pt'),
     (['--training_type=denoising', '--remask_target=original', '--allow_abstain', '--proofreading_warmup_iters=0'],
      'ckpt_denoising.pt'),
@@ -1154,12 +1154,13 @@ def test_start_log(tmp_path):
         path.write_text(''.join(lines))
         start_log(str(path), start)
         assert path.read_text() == ''.join(lines[:left])
+    assert (tmp_path / 'log_before.jsonl').read_text() == ''.join(lines)  # that of another run is not lost
     path.write_text(''.join(lines[:2]) + '{"step": 1')                     # the machine died while it wrote
     start_log(str(path), 10)
     assert path.read_text() == ''.join(lines[:2])
     path.unlink()
     start_log(str(path), 10)                                              # the log of an older version, or lost
-    assert path.read_text() == '' and os.listdir(tmp_path) == ['log.jsonl']
+    assert path.read_text() == '' and 'log.jsonl' in os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize('interval, evaluated', [(5, [0]), (1, [0, 1])])
@@ -1183,6 +1184,9 @@ def test_curves(tmp_path, monkeypatch, capsys):
     assert not train.draw_curves(str(tmp_path / 'log.jsonl'), str(tmp_path / 'curves.png'))
     assert os.listdir(tmp_path) == ['log.jsonl']
     monkeypatch.delitem(sys.modules, 'matplotlib.figure')                 # see tidy in conftest.py
+    (tmp_path / 'empty.jsonl').write_text('{"step": 0}\n')
+    assert not train.draw_curves(str(tmp_path / 'empty.jsonl'), str(tmp_path / 'curves.png'))
+    (tmp_path / 'empty.jsonl').unlink()
     from matplotlib.axes import Axes
     drawn, plot = {}, Axes.plot
     monkeypatch.setattr(Axes, 'plot', lambda axes, x, y, label, **more: drawn.update(
@@ -1493,6 +1497,14 @@ def test_check_fits():
                                 (50, dict(stream, train_tokens=50), 'longer than a split')):
         with pytest.raises(UserError, match=message):
             train.check_fits(default_config(block_size=size), data)
+
+
+def test_a_share_of_rows_that_is_none_or_all_of_them():
+    for words, message in ((dict(causal_ratio=1.0), 'every row trains the causal mode and none joint'),
+                           (dict(causal_ratio=0.2, batch_size=2), 'causal_ratio=0.2 of batch_size=2 is no row')):
+        with pytest.raises(UserError, match=message):
+            train.check_settings(default_config(**words))
+    train.check_settings(default_config(causal_ratio=1.0, views=1))
 
 
 def test_negative_settings():
