@@ -22,7 +22,7 @@ from model import GPT, GPTConfig
 
 @contextlib.contextmanager
 def atomically(path):
-    """with atomically(path) as temporary: write the file temporary. At every moment path is the old file or the new one, whole."""
+    """with atomically(path) as temporary: write the file temporary. At every moment path is the old or the new file, whole."""
     temporary = f'{path}.{os.getpid()}.tmp'
     try:
         yield temporary

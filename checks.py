@@ -52,7 +52,8 @@ def check_settings(config):
         raise UserError('target_mask_prob steers how often the network abstains: set --allow_abstain=True')
     rows, causal = config['batch_size'], round(config['batch_size'] * config['causal_ratio'])
     if kind != 'causal' and causal == rows and not config['views']:
-        raise UserError(f'every row trains the causal mode and none {kind}: lower --causal_ratio, or set --views=1 or --training_type=causal')
+        raise UserError(f'every row trains the causal mode and none {kind}: lower --causal_ratio, or set --views=1 or '
+                        f'--training_type=causal')
     if config['causal_ratio'] and not causal:
         raise UserError(f"causal_ratio={config['causal_ratio']} of batch_size={rows} is no row: raise one of them")
     if config['draft_head'] and kind != 'causal' and not config['causal_ratio']:

@@ -1,6 +1,6 @@
 """
-What a network is worth on held-out rows: the bound, the likelihood of its causal mode, and how well it finds and mends its own errors.
-And what samples of text look like beside the text that they were learned from.
+What a network is worth on held-out rows: the bound, the likelihood of its causal mode, how well it finds and mends its own
+errors. And what samples of text look like beside the text that they were learned from.
 """
 
 import collections

@@ -222,7 +222,8 @@ class GPT(nn.Module):
         """
         V = self.config.vocab_size
         logits = F.linear(hidden, self.wte.weight.to(hidden.dtype))[..., :V + 2].float()
-        special = F.pad(self.mask_logit_bias.view(1), (0, 1)) if not real_only else torch.full((2,), float('-inf'), device=logits.device)
+        special = F.pad(self.mask_logit_bias.view(1), (0, 1))
+        special = special.new_full((2,), float('-inf')) if real_only else special
         return logits.add_(F.pad(special, (V, 0)))                   # in place: the vocabulary may be large
 
     def token_energy(self, ids, real):

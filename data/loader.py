@@ -58,7 +58,7 @@ def load_data(dataset):
 
 
 def data_of(meta):
-    """load_data for the meta in a checkpoint: of the folder that it was trained on; its name only says what kind of text it is."""
+    """load_data for the meta in a checkpoint: of the folder that it was trained on. Its name says what kind of text that is."""
     return load_data(meta.get('dataset', meta['name']))
 
 

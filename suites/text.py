@@ -51,6 +51,9 @@ RUNS = {
 SAMPLERS = {
     **{f'remask={remask}': dict(commit='random', schedule='linear', remask=remask)
        for remask in ('none', 'random', 'wrong', 'remdm', 'p2')},
+    # a rate of 0.3, which these two have otherwise, takes back more at once than a long text can spare
+    **{f'remask={remask} at 0.03': dict(commit='random', schedule='linear', remask=remask, remask_rate=0.03)
+       for remask in ('random', 'remdm')},
     'intelligent': dict(preset='intelligent'),
 }
 DRAWS = 8                                                                      # likelihood: masks a window
@@ -161,7 +164,7 @@ def sample_rows(s, network, name, run, how):
     if 'real' in how:
         num, T = s.num_samples * s.num_seeds, model.config.block_size
         rows = spread_rows(data['val'], num, T)
-        if len(rows) < num:                                                    # as many as there are samples, if need be overlapping
+        if len(rows) < num:                                                    # as many as samples, overlapping if need be
             rows = random_rows(data['val'], num, T, torch.Generator().manual_seed(s.seed))
         samples = [dict(text=decode(meta, ids)[0], tokens=ids, nfe=0) for ids in rows.tolist()]
     else:

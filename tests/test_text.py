@@ -241,7 +241,7 @@ def test_the_whole_suite(s, trainings, words, tmp_path, monkeypatch):
     s.train_args = '--max_iters=7'
     rows, table = text.run(s)
     found = {row['name']: row for row in rows}
-    assert len(found) == len(rows) == 3 + 1 + 6 * 2 + 1 + 4 + (1 + 3 + 1) and not any(',' in name for name in found)
+    assert len(found) == len(rows) == 3 + 1 + 8 * 2 + 1 + 4 + (1 + 3 + 1) and not any(',' in name for name in found)
     causal = [command for command in trainings if '--training_type=causal' in command]
     assert len(trainings) == 4 and causal[1].index('--max_iters=18') > causal[1].index('--max_iters=7')   # the last one counts
 
