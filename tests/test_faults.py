@@ -207,6 +207,7 @@ def test_export(tmp_path, run):
 
 
 def test_export_refuses(tmp_path, run, monkeypatch):
+    pytest.importorskip('safetensors')
     path = write_checkpoint(tmp_path / 'ckpt_unmasking.pt')
     for words, message in (('w.pt', "export expects the name of a .safetensors file, got 'w.pt'"),
                            ('no/w.safetensors', 'no folder')):

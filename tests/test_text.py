@@ -265,7 +265,7 @@ def test_the_whole_suite(s, trainings, words, tmp_path, monkeypatch):
     json.dumps(rows)
     parts = table.split('\n\n')
     assert [part.splitlines()[0].split()[1] for part in parts] == ['likelihood', 'samples', 'infill', 'repair']
-    assert [len(part.splitlines()) - 2 for part in parts] == [3, 14, 4, 5]
+    assert [len(part.splitlines()) - 2 for part in parts] == [3, 18, 4, 5]
     assert (tmp_path / 'out/text/table.md').read_text() == table + '\n'
 
     monkeypatch.setattr(text, 'MEASURES', dict.fromkeys(text.MEASURES))       # nothing is measured or trained twice
