@@ -18,6 +18,7 @@ Everything that is measured, a suite a file in suites/.
 import configurator
 
 configurator.help_first(globals())           # --help shall not wait for torch
+# ruff: noqa: E402 (so the imports come after it)
 
 import importlib
 import json as jsonlib

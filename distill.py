@@ -13,6 +13,7 @@ what can be gained is that every single one is surer; how sure is up to the teac
 import configurator
 
 configurator.help_first(globals())           # --help shall not wait for torch
+# ruff: noqa: E402 (so the imports come after it)
 
 import copy
 import os

@@ -17,6 +17,7 @@ hold none.
 import configurator
 
 configurator.help_first(globals())           # --help shall not wait for torch
+# ruff: noqa: E402 (so the imports come after it)
 
 import os
 import time

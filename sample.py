@@ -15,6 +15,7 @@ the remask rule says which visible ones go back to [MASK]. See generate_diffusio
 import configurator
 
 configurator.help_first(globals())           # --help shall not wait for torch
+# ruff: noqa: E402 (so the imports come after it)
 
 import difflib
 import glob

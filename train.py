@@ -13,6 +13,7 @@ weight). See corrupt in corruption.py, and loss. Beside the checkpoint out_dir h
 import configurator
 
 configurator.help_first(globals())           # --help shall not wait for torch
+# ruff: noqa: E402 (so the imports come after it)
 
 import copy
 import json
@@ -265,6 +266,29 @@ def make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, beta
     return [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)]
 
 
+def update(model, optimizers, config, scale):
+    """
+    One step of the optimisers, at the share scale of their peak rates.
+
+    The draft head must not change what the network learns, so it has no say in the clipping either.
+    """
+    peaks = [config['muon_lr'], config['learning_rate']] if config['optimizer'] == 'muon' else [config['learning_rate']]
+    for optim, peak in zip(optimizers, peaks):
+        for group in optim.param_groups:
+            group['lr'] = peak * scale
+    if config['grad_clip']:
+        trunk = [p for name, p in model.named_parameters() if not name.startswith('drafter.')]
+        torch.nn.utils.clip_grad_norm_(trunk, config['grad_clip'])
+    for optim in optimizers:
+        optim.step()
+
+
+def average(ema, model, decay):
+    """Moves the averaged weights towards the model's: a share decay of what they are stays."""
+    with torch.no_grad():
+        torch._foreach_lerp_([*ema.parameters(), ema.mask_logit_bias], [*model.parameters(), model.mask_logit_bias], 1 - decay)
+
+
 def lr_scale(step, schedule, max_iters, warmup_iters, decay_share):
     """The learning rate of a step as a share of its peak."""
     warmup = min(1.0, (step + 1) / (warmup_iters + 1))
@@ -481,8 +505,6 @@ def train():
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, (beta1, beta2))
     generator = torch.Generator().manual_seed(seed)                            # which rows
     noise = torch.Generator(on).manual_seed(seed + 1)                          # how they are corrupted
-    # the draft head must not change what the network learns, so it has no say in the clipping either
-    trunk = [p for name, p in model.named_parameters() if not name.startswith('drafter.')]
     start, sums, skipped = 0, {}, dict(steps=0, in_a_row=0)
     if init_from == 'resume':
         with distributed.together():
@@ -575,9 +597,6 @@ def train():
         began, marks = began + pause, [(at, when + pause) for at, when in marks]   # speed is the speed of training
 
         scale = lr_scale(step, lr_schedule, max_iters, warmup_iters, decay_share)
-        for optim, peak in zip(optimizers, [muon_lr, learning_rate] if optimizer == 'muon' else [learning_rate]):
-            for group in optim.param_groups:
-                group['lr'] = peak * scale
         model.train()
         parts = {}
         for _ in range(gradient_accumulation_steps):
@@ -593,15 +612,9 @@ def train():
             if target_mask_prob and 'p(MASK)' in parts:
                 control = steer(control, own, target_mask_prob, mask_control_rate, mask_bias_limit)
                 model.mask_logit_bias.fill_(control['bias'])
-            if grad_clip:
-                torch.nn.utils.clip_grad_norm_(trunk, grad_clip)
-            for optim in optimizers:
-                optim.step()
+            update(model, optimizers, config, scale)
             if ema_decay:
-                decay = min(ema_decay, (1 + step) / (10 + step))               # a young average forgets its start
-                with torch.no_grad():
-                    torch._foreach_lerp_([*ema.parameters(), ema.mask_logit_bias],
-                                         [*model.parameters(), model.mask_logit_bias], 1 - decay)
+                average(ema, model, min(ema_decay, (1 + step) / (10 + step)))  # a young average forgets its start
         elif skipped['in_a_row'] == max_bad_steps:
             check_finite(model, skipped, step, newest, max_bad_steps)
         model.zero_grad(set_to_none=True)

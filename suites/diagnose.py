@@ -222,20 +222,6 @@ def check_initial_loss(found):
     return verdict('; '.join(measured), faults)
 
 
-def update(model, optimizers, config, scale):
-    """One step of the optimisers at that share of their peak rates, clipped as in train.py."""
-    peaks = [config['muon_lr'], config['learning_rate']] if config['optimizer'] == 'muon' else [config['learning_rate']]
-    for optim, peak in zip(optimizers, peaks):
-        for group in optim.param_groups:
-            group['lr'] = peak * scale
-    if config['grad_clip']:
-        trunk = [p for name, p in model.named_parameters() if not name.startswith('drafter.')]
-        torch.nn.utils.clip_grad_norm_(trunk, config['grad_clip'])
-    for optim in optimizers:
-        optim.step()
-        optim.zero_grad(set_to_none=True)
-
-
 def first_steps(model, ids, meta, config, guesser=None, num=5):
     """
     num real steps of training on a split ids, then the gradients of one more batch, not clipped: ([seconds of each step],
@@ -256,7 +242,8 @@ def first_steps(model, ids, meta, config, guesser=None, num=5):
             train.training_step(model, x0, meta, config, late, noise, price, guesser)
         if step < num:
             at = min(step, config['max_iters'] - 1)                            # a rate behind the end would be negative
-            update(model, optimizers, config, train.lr_scale(at, *[config[name] for name in SCHEDULE]))
+            train.update(model, optimizers, config, train.lr_scale(at, *[config[name] for name in SCHEDULE]))
+            model.zero_grad(set_to_none=True)
             next(model.parameters()).sum().item()                              # wait for the device
             seconds.append(time.time() - t0)
     return seconds, {name: None if p.grad is None else p.grad.norm().item() for name, p in trained_tensors(model, config)}
@@ -323,7 +310,8 @@ def memorise(model, ids, meta, config, steps=100):
         if step == steps or not MEMORISED + floor < losses[-1] < math.inf:
             break
         loss.backward()
-        update(model, optimizers, config, min(1.0, (step + 1) / 10))
+        train.update(model, optimizers, config, min(1.0, (step + 1) / 10))
+        model.zero_grad(set_to_none=True)
     return losses, floor
 
 

@@ -26,8 +26,8 @@ import torch
 from checkpoint import load_checkpoint
 from configurator import UserError
 from suites.common import markdown
+from suites.runs import ROOT
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # a run of some seconds that saves all the time
 TINY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--n_recur=1', '--batch_size=4', '--max_iters=200', '--eval_interval=5',
         '--eval_rows=4', '--eval_samples=0', '--log_interval=5', '--keep_every=50', '--training_type=joint', '--causal_ratio=0.5',

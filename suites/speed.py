@@ -184,19 +184,16 @@ def our_step(s, config, compile=False):
     model = network(s, config, compile=compile)
     ema = copy.deepcopy(model) if config['ema_decay'] else None
     optimizers = train.make_optimizers(model, config['optimizer'], 1e-5, 1e-5, 0.0, (config['beta1'], config['beta2']))
-    trunk = [p for name, p in model.named_parameters() if not name.startswith('drafter.')]
+    rates = dict(config, muon_lr=1e-5, learning_rate=1e-5)
     x0, meta, generator = random_batch(s, model, config)
 
     def step(at=config['max_iters']):
         parts = train.training_step(model, x0, meta, config, at, generator)
         if not train.is_finite(model, parts):
             raise UserError(f'the loss of {label(config)} is not finite; try --dtype=float32')
-        torch.nn.utils.clip_grad_norm_(trunk, config['grad_clip'])
-        for optim in optimizers:
-            optim.step()
+        train.update(model, optimizers, rates, scale=1.0)
         if ema:
-            with torch.no_grad():
-                torch._foreach_lerp_([*ema.parameters()], [*model.parameters()], 1 - config['ema_decay'])
+            train.average(ema, model, config['ema_decay'])
         model.zero_grad(set_to_none=True)
     return step
 
