@@ -149,6 +149,8 @@ def check_overwrite(path, config):
 # -----------------------------------------------------------------------------
 # reading and writing a checkpoint
 
+# parts that a network may get later, because they start as the identity
+GROWS = ('noise_condition', 'time_dim', 'self_condition', 'graph_window', 'mu_blocks', 'draft_head')
 # what sampling asks a checkpoint for: settings of train.py, entries of the dataset's meta.json
 NEEDED = ('training_type', 'causal_ratio', 'remasking_loss_type', 'corruption', 'block_size')
 NEEDED_META = ('name', 'vocab_size', 'tokenizer', 'itos', 'bos', 'eos', 'pad')
@@ -363,11 +365,15 @@ def load_start(path, config, args, meta):
     """
     What a run starts from: (weights, checkpoint), the averaged weights unless it resumes.
 
-    args: the model_args of this run. Raises UserError, naming the field in which the checkpoint and this run differ.
+    args: the model_args of this run. Unless it resumes, it may have parts that the checkpoint lacks, those of GROWS: they start as
+    identities, so it begins where the checkpoint stands. Raises UserError, naming the field in which the two differ otherwise.
     """
     resume = config['init_from'] == 'resume'
     source, checkpoint = load_checkpoint(path, ema=not resume)
-    check_same_model(path, {**identity(checkpoint), 'dropout': args['dropout']}, 'this run', {**args, 'itos': meta['itos']})
+    before, now = {**identity(checkpoint), 'dropout': args['dropout']}, {**args, 'itos': meta['itos']}
+    grown = [] if resume else [name for name in GROWS if now[name] and not before[name]]
+    check_same_model(path, before, 'this run', now, [name for name in now if name not in grown and
+                                                     (name != 'graph_topk' or before['graph_window'])])
     if resume:
         missing = [key for key in ('optimizers', 'rng', 'sums', 'control') if key not in checkpoint]
         if missing:

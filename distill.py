@@ -27,9 +27,10 @@ from configurator import UserError
 from corruption import corrupt, modelled
 from data.loader import data_of, random_rows
 from model import configure_compute
+from optim import make_optimizers
 from rules import PRESETS, choose_rules, supports
 from sample import find_checkpoint, generate, generate_diffusion
-from train import loss, make_optimizers
+from train import loss
 
 # -----------------------------------------------------------------------------
 init_from = 'ckpt'       # the teacher: 'ckpt', the newest checkpoint under out_dir, or a path

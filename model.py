@@ -38,6 +38,10 @@ class GPTConfig:
     energy_head: int = 0     # a head that says how wrong a text is, see Critic; reads 1: the bidirectional pass, 2: the causal one too
     noise_condition: bool = False  # the network is told the share of [MASK] in its canvas (the universal denoiser seed)
     self_condition: bool = False  # the network is shown its previous prediction (Chen et al. 2022, Analog Bits)
+    time_dim: int = 0        # noise_condition by an MLP of that width; 0: off (TEMPORAL of the fix guide's seed, as the next two)
+    graph_window: int = 0    # the heads may turn to a position's neighbours, so many to each side, see graph_edges; 0: off
+    graph_topk: int = 4      # of those also so many positions that are most similar
+    mu_blocks: int = 0       # the embedding as so many blocks that exchange information, see Mixer; 0: off
 
 
 def norm(x):
@@ -84,20 +88,46 @@ def attention_bias(T, causal, segment, dtype, device):
     return bias
 
 
+def graph_edges(embedded, window, topk, causal, segment):
+    """
+    Which positions are neighbours of which: bool (B, T, T), from the embeddings (B, T, C) of the canvas.
+
+    Those at most window away; those a power of two away, shortcuts through the whole row; and of the others the topk most similar,
+    of equals (all masks are) the nearest. Only what a position may look at is compared: in the causal mode nothing of what stands
+    to its right has a say in its edges, or they would give the answer away.
+    """
+    T = embedded.size(1)
+    at = torch.arange(T, device=embedded.device)
+    distance = (at[:, None] - at).abs()                             # (T, T)
+    edges = (distance <= window) | ((distance & (distance - 1)) == 0)
+    similar = norm(embedded.detach().float())
+    similar = similar @ similar.mT / similar.size(-1) - 1e-3 * distance / T                  # (B, T, T)
+    closed = edges | (at > at[:, None]) if causal else edges
+    if segment is not None:
+        closed = closed | (segment[:, :, None] != segment[:, None])
+    nearest = similar.masked_fill(closed, float('-inf')).topk(min(topk, T), -1)              # (B, T, topk)
+    return edges.repeat(len(embedded), 1, 1).scatter(-1, nearest.indices, True)
+
+
 class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
         self.n_head = config.n_head
+        # graph attention: how much less each head looks at what is no neighbour; 0 is full attention, much is the graph alone
+        self.aloof = nn.Parameter(torch.zeros(config.n_head)) if config.graph_window else None
         self.qkv = Linear(C, 3 * C)
         self.attn_proj = Linear(C, C, zero=True)
         self.fc = Linear(C, 4 * C)
         self.proj = Linear(4 * C, C, zero=True)
         self.dropout = nn.Dropout(config.dropout)
 
-    def attention(self, x, cos, sin, causal, bias, plain):
+    def attention(self, x, cos, sin, causal, bias, plain, far=None):
+        """far (B, 1, T, T): 1 where the graph has no edge, else 0; None: no graph."""
         B, T, C = x.size()
+        if far is not None:
+            bias = bias - self.aloof.to(x.dtype).view(-1, 1, 1) * far   # (B, nh, T, T)
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
         q, k = rotate(norm(qkv[:2]), cos, sin)                      # one call for both: (B, nh, T, hs) each
         if plain:
@@ -106,10 +136,29 @@ class Block(nn.Module):
             y = F.scaled_dot_product_attention(q, k, qkv[2], attn_mask=bias, is_causal=causal and bias is None, scale=1.0)
         return self.attn_proj(y.transpose(1, 2).reshape(B, T, C))   # (B, nh, T, hs) -> (B, T, C)
 
-    def forward(self, x, cos, sin, causal, bias, plain):
-        x = x + self.dropout(self.attention(norm(x), cos, sin, causal, bias, plain))
+    def forward(self, x, cos, sin, causal, bias, plain, far=None):
+        x = x + self.dropout(self.attention(norm(x), cos, sin, causal, bias, plain, far))
         h = self.fc(norm(x))
         return x + self.dropout(self.proj(F.relu(h) * h))           # ReLU^2, in the form whose backward is cheapest
+
+
+class Mixer(nn.Module):
+    """
+    The embedding as n blocks that exchange information (MU of the fix guide's seed): attention among the blocks of one token, added
+    to it. A function of the token alone; it starts as the identity.
+    """
+
+    def __init__(self, C, n):
+        super().__init__()
+        self.n = n
+        self.qkv = Linear(C // n, 3 * C // n)
+        self.proj = Linear(C // n, C // n, zero=True)
+
+    def forward(self, embedded):
+        """(..., C) -> (..., C)."""
+        q, k, v = self.qkv(norm(embedded.unflatten(-1, (self.n, -1)))).chunk(3, -1)          # (..., n, C/n) each
+        mixed = (q @ k.mT * q.size(-1) ** -0.5).softmax(-1) @ v
+        return embedded + self.proj(mixed).flatten(-2)
 
 
 class Drafter(nn.Module):
@@ -169,6 +218,9 @@ class GPT(nn.Module):
             self.critic = Critic(config.n_embd, config.energy_head) if config.energy_head else None
             self.level = Linear(32, config.n_embd, zero=True) if config.noise_condition else None
             self.previous = Linear(config.n_embd, config.n_embd, zero=True) if config.self_condition else None
+            self.mixer = Mixer(config.n_embd, config.mu_blocks) if config.mu_blocks else None
+            if config.time_dim:
+                self.level = nn.Sequential(Linear(32, config.time_dim), nn.GELU(), Linear(config.time_dim, config.n_embd, zero=True))
         self.register_buffer('mask_logit_bias', torch.zeros(()))     # set by the controller in train.py, saved with the model
         cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
         self.register_buffer('cos', cos, persistent=False)           # (block_size, hs)
@@ -185,7 +237,7 @@ class GPT(nn.Module):
         segment (B, T): a number for the text that each position belongs to; several texts share a row, and each is as if it were
         alone, in both modes.
         previous (B, T): with self_condition, ids that an earlier pass predicted, the mask token where none did; None: nowhere.
-        level (B, 1) or (B, T): with noise_condition, the share of the tokens that are noise; None: the share of [MASK] in the row.
+        level (B, 1) or (B, T): with noise_condition or time_dim, the share of the tokens that are noise; None: the share of [MASK] in the row.
         """
         T = idx.size(1)
         extra = 0
@@ -200,15 +252,27 @@ class GPT(nn.Module):
         if self.previous is not None and not causal:
             previous = torch.full_like(idx, self.mask_token_id) if previous is None else previous
             extra = extra + self.previous(norm(self.wte(previous)))  # (B, T, C)
-        x = norm(self.wte(idx) + extra).to(self.compute_dtype)
+        embedded = self.embed(idx)
+        x = norm(embedded + extra).to(self.compute_dtype)
         cos, sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
-        bias = None
-        if segment is not None or (causal and self.plain_attention):
+        bias = far = None
+        if self.config.graph_window:
+            edges = graph_edges(embedded, self.config.graph_window, self.config.graph_topk, causal, segment)
+            far = (~edges)[:, None].to(x.dtype)                      # (B, 1, T, T)
+        if segment is not None or far is not None or (causal and self.plain_attention):
             bias = attention_bias(T, causal, segment, x.dtype, x.device)
         for _ in range(self.config.n_recur):
             for block in self.blocks:
-                x = block(x, cos, sin, causal, bias, self.plain_attention)
+                x = block(x, cos, sin, causal, bias, self.plain_attention, far)
         return norm(x)
+
+    def embed(self, idx):
+        """ids (B, T) -> embeddings (B, T, C); what mu_blocks adds is worked out once a word or once a position, whichever is less."""
+        if self.mixer is None:
+            return self.wte(idx)
+        if len(self.wte.weight) < idx.numel():
+            return F.embedding(idx, self.mixer(self.wte.weight))
+        return self.mixer(self.wte(idx))
 
     def draft(self, state, ids):
         """The draft head's state (N, C), fed the tokens ids (N,) -> its next state (N, C), for logits(norm(state))."""
@@ -268,6 +332,11 @@ def check_config(config):
     if config.n_embd % (2 * config.n_head):
         raise UserError(f'n_embd must be a multiple of 2 * n_head (rotary positions pair the channels of a head), '
                         f'got n_embd={config.n_embd}, n_head={config.n_head}')
+    for name in ('time_dim', 'graph_window', 'graph_topk', 'mu_blocks'):
+        if getattr(config, name) < 0:
+            raise UserError(f'{name} must not be negative, got {getattr(config, name)}')
+    if config.mu_blocks and config.n_embd % config.mu_blocks:
+        raise UserError(f'mu_blocks={config.mu_blocks} must divide n_embd={config.n_embd}')
     if not 0 <= config.dropout < 1:
         raise UserError(f'dropout must be in [0, 1), got {config.dropout}')
 

@@ -40,6 +40,7 @@ from curves import draw_curves, start_log
 from data.loader import load_data, random_rows, spread_rows
 from evaluation import compare_text, evaluate, usual_text
 from model import GPT, GPTConfig, configure_compute, norm
+from optim import average, lr_scale, make_optimizers, update
 from rules import best_rules, supports
 from sample import generate
 
@@ -100,6 +101,11 @@ n_recur = 2                      # how often the stack is applied
 dropout = 0.0                    # for small data and long runs
 noise_condition = False          # tell the network which share of its canvas is noise
 self_condition = False           # show it its previous prediction; half of the rows go without
+stage = 0                        # 1: tell it the noise level through an MLP (time_dim), 2: and k1_credit, 3: and graph_window
+time_dim = 0                     # noise_condition by an MLP of that width; 0: off
+graph_window = 0                 # graph attention: every head may turn to a position's neighbours, so many to each side; 0: off
+graph_topk = 4                   # graph attention: the so many most similar positions are neighbours too
+mu_blocks = 0                    # the embedding as so many blocks that exchange information; 0: off
 draft_head = False               # train a head that drafts for --remask=causal: the same law in far fewer passes
 # optimiser
 optimizer = 'muon'               # muon: torch.optim.Muon for the matrices, AdamW for the rest | adamw: for everything
@@ -110,6 +116,7 @@ weight_decay = 0.0               # of the matrices
 beta1 = 0.9                      # AdamW
 beta2 = 0.95                     # AdamW
 grad_clip = 1.0                  # largest gradient norm; 0: off
+k1_credit = False                # then scale down the tensors whose gradient is below the mean, see give_credit in optim.py
 lr_schedule = 'wsd'              # wsd: warmup, stable, linear decay to 0 | cosine: warmup, cosine to 0
 warmup_iters = 50                # steps of linear warmup
 decay_share = 0.4                # wsd: the share of max_iters that decays
@@ -123,6 +130,7 @@ attention = 'auto'               # auto | plain | sdpa
 compile = False                  # torch.compile the network; a minute of waiting, then faster
 # -----------------------------------------------------------------------------
 
+STAGES = (dict(time_dim=128), dict(k1_credit=True), dict(graph_window=8))  # what each one turns on, beside those before it
 PARTS = ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)')  # of the loss, see training_step
 
 
@@ -251,50 +259,7 @@ def show_samples(model, meta, config, num, usual=None, shown=4, seed=0):
 
 
 # -----------------------------------------------------------------------------
-# optimisation
-
-
-def make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, betas):
-    """A list of optimisers: Muon (Jordan et al. 2024) for the matrices of the blocks and AdamW for the rest, or AdamW only."""
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    others = [p for name, p in model.named_parameters() if not name.startswith('blocks.')]
-    fused = next(model.parameters()).device.type != 'mps'
-    if optimizer == 'muon':
-        return [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
-                torch.optim.AdamW(others, lr=learning_rate, betas=betas, weight_decay=0.0, fused=fused)]
-    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
-    return [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)]
-
-
-def update(model, optimizers, config, scale):
-    """
-    One step of the optimisers, at the share scale of their peak rates.
-
-    The draft head must not change what the network learns, so it has no say in the clipping either.
-    """
-    peaks = [config['muon_lr'], config['learning_rate']] if config['optimizer'] == 'muon' else [config['learning_rate']]
-    for optim, peak in zip(optimizers, peaks):
-        for group in optim.param_groups:
-            group['lr'] = peak * scale
-    if config['grad_clip']:
-        trunk = [p for name, p in model.named_parameters() if not name.startswith('drafter.')]
-        torch.nn.utils.clip_grad_norm_(trunk, config['grad_clip'])
-    for optim in optimizers:
-        optim.step()
-
-
-def average(ema, model, decay):
-    """Moves the averaged weights towards the model's: a share decay of what they are stays."""
-    with torch.no_grad():
-        torch._foreach_lerp_([*ema.parameters(), ema.mask_logit_bias], [*model.parameters(), model.mask_logit_bias], 1 - decay)
-
-
-def lr_scale(step, schedule, max_iters, warmup_iters, decay_share):
-    """The learning rate of a step as a share of its peak."""
-    warmup = min(1.0, (step + 1) / (warmup_iters + 1))
-    if schedule == 'cosine':
-        return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max_iters)))
-    return min(warmup, (max_iters - step) / max(1.0, decay_share * max_iters))
+# the run
 
 
 def ramp(step, warmup_iters):
@@ -302,8 +267,12 @@ def ramp(step, warmup_iters):
     return min(1.0, step / warmup_iters) if warmup_iters else 1.0
 
 
-# -----------------------------------------------------------------------------
-# the run
+def staged(config):
+    """The config with what its stage turns on; a switch that is set keeps its value. Raises UserError for an unknown stage."""
+    if not 0 <= config['stage'] <= len(STAGES):
+        raise UserError(f"stage expects 0 to {len(STAGES)}, got {config['stage']}")
+    implied = {name: value for switches in STAGES[:config['stage']] for name, value in switches.items()}
+    return {**config, **{name: config[name] or value for name, value in implied.items()}}
 
 
 def curricula(step, config):
@@ -473,7 +442,7 @@ def random_states_of_ranks(checkpoint):
 
 
 def train():
-    config = {name: globals()[name] for name in configurator.settings(__file__)}
+    config = staged({name: globals()[name] for name in configurator.settings(__file__)})
     place = distributed.connect(device)
     check_settings(config)                                                     # before any work
     rank, world = distributed.rank(), distributed.world()
@@ -489,12 +458,13 @@ def train():
             meta, data = load_rows(config)
         torch.manual_seed(seed)
         args = model_args(GPTConfig(block_size, meta['vocab_size'], n_layer, n_head, n_embd, n_recur, dropout, draft_head,
-                                    noise_condition=noise_condition, self_condition=self_condition))
+                                    noise_condition=noise_condition, self_condition=self_condition,
+                                    **{name: config[name] for name in ('time_dim', 'graph_window', 'graph_topk', 'mu_blocks')}))
         model = GPT(GPTConfig(**args))
         path = newest if init_from == 'resume' else init_from
         if init_from != 'scratch':
             weights, checkpoint = load_start(path, config, args, meta)
-            model.load_state_dict(weights)
+            model.load_state_dict({**model.state_dict(), **weights})           # what the checkpoint did not have yet stays
         guesser = load_guesser(guess_from, args, meta) if guess_from else None
         if guesser:
             configure_compute(guesser, place, dtype, attention, compile)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import configurator
+import optim
 import train
 from checkpoint import check_same_model, identity, model_args
 from configurator import UserError
@@ -242,7 +243,7 @@ def first_steps(model, ids, meta, config, guesser=None, num=5):
             train.training_step(model, x0, meta, config, late, noise, price, guesser)
         if step < num:
             at = min(step, config['max_iters'] - 1)                            # a rate behind the end would be negative
-            train.update(model, optimizers, config, train.lr_scale(at, *[config[name] for name in SCHEDULE]))
+            optim.update(model, optimizers, config, optim.lr_scale(at, *[config[name] for name in SCHEDULE]))
             model.zero_grad(set_to_none=True)
             next(model.parameters()).sum().item()                              # wait for the device
             seconds.append(time.time() - t0)
@@ -251,7 +252,7 @@ def first_steps(model, ids, meta, config, guesser=None, num=5):
 
 def optimizers_of(model, config):
     """The optimisers of a run with these settings."""
-    return train.make_optimizers(model, config['optimizer'], config['learning_rate'], config['muon_lr'], config['weight_decay'],
+    return optim.make_optimizers(model, config['optimizer'], config['learning_rate'], config['muon_lr'], config['weight_decay'],
                                  (config['beta1'], config['beta2']))
 
 
@@ -310,7 +311,7 @@ def memorise(model, ids, meta, config, steps=100):
         if step == steps or not MEMORISED + floor < losses[-1] < math.inf:
             break
         loss.backward()
-        train.update(model, optimizers, config, min(1.0, (step + 1) / 10))
+        optim.update(model, optimizers, config, min(1.0, (step + 1) / 10))
         model.zero_grad(set_to_none=True)
     return losses, floor
 

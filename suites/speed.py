@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 
 import configurator
+import optim
 import train
 from canvas import decode, start_canvas
 from checkpoint import atomically, make_folder
@@ -183,7 +184,7 @@ def our_step(s, config, compile=False):
     """
     model = network(s, config, compile=compile)
     ema = copy.deepcopy(model) if config['ema_decay'] else None
-    optimizers = train.make_optimizers(model, config['optimizer'], 1e-5, 1e-5, 0.0, (config['beta1'], config['beta2']))
+    optimizers = optim.make_optimizers(model, config['optimizer'], 1e-5, 1e-5, 0.0, (config['beta1'], config['beta2']))
     rates = dict(config, muon_lr=1e-5, learning_rate=1e-5)
     x0, meta, generator = random_batch(s, model, config)
 
@@ -191,9 +192,9 @@ def our_step(s, config, compile=False):
         parts = train.training_step(model, x0, meta, config, at, generator)
         if not train.is_finite(model, parts):
             raise UserError(f'the loss of {label(config)} is not finite; try --dtype=float32')
-        train.update(model, optimizers, rates, scale=1.0)
+        optim.update(model, optimizers, rates, scale=1.0)
         if ema:
-            train.average(ema, model, config['ema_decay'])
+            optim.average(ema, model, config['ema_decay'])
         model.zero_grad(set_to_none=True)
     return step
 
@@ -322,7 +323,7 @@ def cached_pass(model, ids, position, cache):
 
     cache (L, 2, R, nh, T, hs): the keys and values that each of L block applications had so far; this position's are added.
     """
-    x = norm(model.wte(ids) + model.causal_embd).to(model.compute_dtype)       # (R, C)
+    x = norm(model.embed(ids) + model.causal_embd).to(model.compute_dtype)     # (R, C)
     R, C = x.shape
     cos, sin = model.cos[position].to(x.dtype), model.sin[position].to(x.dtype)              # (hs,)
     for block, known in zip(list(model.blocks) * model.config.n_recur, cache):
@@ -403,7 +404,7 @@ def samplers(model, meta, config, num):
         found['plain ancestral'] = plainly(plain_ancestral)
         found['ours, ancestral'] = ours(commit='random', remask='none')
     found[f"ours, default (remask={best['remask']})"] = ours(**best)
-    if causal:
+    if causal and not model.config.graph_window:                               # whose edges depend on the whole row
         found['AR, cached'] = plainly(cached_ar, end_id=meta['eos'], pad_id=meta['pad'])
         found['ours, AR'] = ours(ar_prefix=model.config.block_size)
     return found
