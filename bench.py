@@ -12,6 +12,7 @@ Everything that is measured, a suite a file in suites/.
     python bench.py --suite=faults --num_samples=40                     training runs killed and resumed: is anything lost?
     python bench.py --suite=universal                                   the universal denoiser's table; trains what it needs
     python bench.py --suite=text --num_samples=100 --budgets=32,64,128  likelihood, samples, infill and repair of text; trains too
+    python bench.py --suite=stages --only="text: stage 0"               simple first, or everything from the start? Trains too
     python bench.py --suite=speed --only=training,head                  ours against a plain script, in time and memory
 """
 
@@ -30,7 +31,7 @@ from configurator import UserError
 from sample import check_folder
 
 # -----------------------------------------------------------------------------
-suite = 'arithmetic'     # arithmetic | samplers | tasks | checkpoints | universal | text | diagnose | faults | speed
+suite = 'arithmetic'     # arithmetic | samplers | tasks | checkpoints | universal | text | stages | diagnose | faults | speed
 init_from = 'ckpt'       # 'ckpt': the newest checkpoint under out_dir; or a path; checkpoints: paths or patterns, a comma between
 merge_from: str = None   # another checkpoint, merged with the first (see sample.py); checkpoints: as many as init_from
 merge_weight = 0.5       # its share
@@ -52,7 +53,7 @@ attention = 'auto'       # auto | plain | sdpa
 compile = False          # torch.compile the network
 # -----------------------------------------------------------------------------
 
-SUITES = ('arithmetic', 'samplers', 'tasks', 'checkpoints', 'universal', 'text', 'diagnose', 'faults', 'speed')
+SUITES = ('arithmetic', 'samplers', 'tasks', 'checkpoints', 'universal', 'text', 'stages', 'diagnose', 'faults', 'speed')
 
 
 def main():

@@ -371,7 +371,8 @@ def load_start(path, config, args, meta):
     resume = config['init_from'] == 'resume'
     source, checkpoint = load_checkpoint(path, ema=not resume)
     before, now = {**identity(checkpoint), 'dropout': args['dropout']}, {**args, 'itos': meta['itos']}
-    grown = [] if resume else [name for name in GROWS if now[name] and not before[name]]
+    grown = [] if resume else [name for name in GROWS if now[name] and not before[name]
+                               and not (name == 'time_dim' and before['noise_condition'])]   # which its MLP would replace
     check_same_model(path, before, 'this run', now, [name for name in now if name not in grown and
                                                      (name != 'graph_topk' or before['graph_window'])])
     if resume:
@@ -379,8 +380,8 @@ def load_start(path, config, args, meta):
         if missing:
             raise UserError(f"{path}: made by another version of train.py, it has no '{missing[0]}' to resume with; start a new "
                             f'run from its weights with --init_from={path}')
-        check_same_model(path, {'coarse': '', **checkpoint['config']}, 'this run', config,
-                         ('optimizer', 'dataset', 'training_type', 'coarse'))
+        check_same_model(path, {'coarse': '', 'k1_credit': False, **checkpoint['config']}, 'this run', config,
+                         ('optimizer', 'dataset', 'training_type', 'coarse', 'k1_credit'))
         if checkpoint['iter_num'] >= config['max_iters'] and not config['eval_only']:
             raise UserError(f"{path} has all of its {checkpoint['iter_num']} steps: to go on, set a higher --max_iters")
     return source.state_dict(), checkpoint

@@ -93,15 +93,15 @@ def graph_edges(embedded, window, topk, causal, segment):
     Which positions are neighbours of which: bool (B, T, T), from the embeddings (B, T, C) of the canvas.
 
     Those at most window away; those a power of two away, shortcuts through the whole row; and of the others the topk most similar,
-    of equals (all masks are) the nearest. Only what a position may look at is compared: in the causal mode nothing of what stands
-    to its right has a say in its edges, or they would give the answer away.
+    of equals (all masks are) the nearest, the left one first. Only what a position may look at is compared: in the causal mode
+    nothing of what stands to its right has a say in its edges, or they would give the answer away. Nor does the length of the row.
     """
     T = embedded.size(1)
     at = torch.arange(T, device=embedded.device)
     distance = (at[:, None] - at).abs()                             # (T, T)
     edges = (distance <= window) | ((distance & (distance - 1)) == 0)
     similar = norm(embedded.detach().float())
-    similar = similar @ similar.mT / similar.size(-1) - 1e-3 * distance / T                  # (B, T, T)
+    similar = similar @ similar.mT / similar.size(-1) - 1e-5 * (distance + (at > at[:, None]) / 2)   # (B, T, T)
     closed = edges | (at > at[:, None]) if causal else edges
     if segment is not None:
         closed = closed | (segment[:, :, None] != segment[:, None])

@@ -150,9 +150,9 @@ def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, 
     hold 'p(MASK)', its sum and count over masked tokens that are not padding. (diffusion_lm_report, without the argmax.)
     hidden (B, T, C): what model(input) said, if that is known already.
     """
-    at = weight > 0                                                            # (B, T)
-    hidden = (model(input, causal=causal) if hidden is None else hidden)[at]   # (N, C)
-    input, target, weight = input[at], target[at], weight[at]                  # (N,)
+    at = (weight > 0).flatten().nonzero()[:, 0]                                # (N,), places in the batch
+    hidden = (model(input, causal=causal) if hidden is None else hidden).flatten(0, 1).index_select(0, at)   # (N, C)
+    input, target, weight = (ids.flatten()[at] for ids in (input, target, weight))               # (N,)
     masked = (input == model.mask_token_id) | causal
     abstains = keep_mask_price is not None and not causal
     if causal or (masked.all() and not abstains):                              # one pass over the vocabulary less
@@ -425,6 +425,11 @@ def load_rows(config):
     return meta, data
 
 
+def to_device(x, device):
+    """x on the device; on a GPU the program does not wait for the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
+
+
 def start_wandb(config):
     """A run of Weights & Biases. Raises UserError if it is not installed."""
     try:
@@ -570,7 +575,7 @@ def train():
         model.train()
         parts = {}
         for _ in range(gradient_accumulation_steps):
-            x0 = distributed.rows_of_rank(random_rows(data['train'], batch_size, block_size, generator)).to(on)
+            x0 = to_device(distributed.rows_of_rank(random_rows(data['train'], batch_size, block_size, generator)), on)
             more = training_step(model, x0, meta, config, step, noise, control['price'] if allow_abstain else None, guesser)
             parts = {name: parts.get(name, 0) + more.get(name, 0) for name in {**parts, **more}}
         own = parts.get('p(MASK)', torch.zeros(2, device=on))                  # of this process: steer sums over all of them

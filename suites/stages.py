@@ -1,15 +1,15 @@
 """
-Must a network be trained in stages: simple first, then told the noise level, then with gradient credit, then with graph attention?
-And does it hurt to have all of it from the start? Each variant makes as many steps with as many parameters, within 2 %.
+Must a network be trained in stages: simple first, then told the noise level, then with gradient credit, then with graph
+attention? And does it hurt to have it all from the start? Every variant makes as many steps with as many parameters, within 2 %.
 
 nelbo            nats a token of the whole validation split, and its difference to stage 0, paired by the seed of training
-samples          of arithmetic: s.num_samples by the best rules of the checkpoint, and by remask=wrong in --steps passes
+samples          of arithmetic: --num_samples by the best rules of the checkpoint, and as many by remask=wrong in --steps passes
 cost             the time of a training step, in turns; it wants a quiet machine, so only --only=cost asks for it
 
-A training run is a row by itself, ± is the standard error over num_seeds seeds of training. Runs and measured rows are kept under
-out_dir/stages, see runs.py. Several machines can share the work: each takes some runs with --only, into an out_dir of its own, and
-the lines of their rows.jsonl in one file make the whole table. --train_args are words for all runs; a --max_iters among them is that
-of each leg of `staged`, which has four.
+A training run is a row by itself, ± is the standard error over num_seeds seeds of training. Runs and measured rows are kept
+under out_dir/stages, see runs.py. Several machines can share the work: each takes some runs with --only, into an out_dir of its
+own, and the lines of their rows.jsonl in one file make the whole table. --train_args are words for all runs; a --max_iters among
+them is that of each leg of `staged`, which has four.
 """
 
 import functools
@@ -19,6 +19,7 @@ import statistics
 from types import SimpleNamespace
 
 import configurator
+import train
 from configurator import UserError
 from data.loader import data_of, load_data, spread_rows
 from evaluation import evaluate
@@ -57,21 +58,21 @@ SAMPLED = ('valid', 'correct', 'length_tv', 'unique', 'nfe')
 
 
 def config_of(words):
-    """The settings of train.py, a dict, that the words of a run's command make."""
+    """The settings of train.py, a dict, that the words of a run's command make, with what their stage turns on."""
     known = known_settings(words[0])
     values = {name: setting.default for name, setting in known.items()}
     files, overrides = configurator.parse(words[1:], known)
     for file in files:
         configurator.apply_file(os.path.join(ROOT, file), values, known)
-    return {**values, **dict(overrides)}
+    return train.staged({**values, **dict(overrides)})
 
 
 def legs_of(s, data, k):
     """
     The runs that make up `staged`, {name: words}: a leg a stage, each from the checkpoint of the one before it.
 
-    Together they make as many steps as the other variants. The rate stays up until the last leg, which decays as many steps as the
-    others do, or from its first step on if it is shorter than that: it is, a quarter against two fifths.
+    Together they make as many steps as the other variants. The rate stays up until the last leg, which decays as many steps as
+    the others do, or from its first step on if it is shorter than that: it is, a quarter against two fifths.
     """
     config, runs, before = config_of(RECIPES[data]), {}, None
     for number, stage in enumerate(STAGES):
@@ -82,7 +83,8 @@ def legs_of(s, data, k):
         words = [*RECIPES[data], *stage, *BLOCKS, f"--max_iters={config['max_iters'] // len(STAGES)}", f'--decay_share={decay:g}',
                  f'--seed={s.seed + k + 1000 * number}']
         if before:
-            words += ['--warmup_iters=10', '--proofreading_warmup_iters=0', '--masking_warmup_iters=0', f'--init_from={{{before}}}']
+            words += ['--warmup_iters=10', '--proofreading_warmup_iters=0', '--masking_warmup_iters=0',
+                      f'--init_from={{{before}}}']
         runs[name], before = words, name
     return runs
 
@@ -112,10 +114,10 @@ def row_of(s, network, name, data, variant, k, legs):
     row.update(evaluate(model, spread_rows(val, len(val), T), meta, causal=causal, bidirectional=can_unmask, detects=False,
                         draws=DRAWS, batch_size=s.batch_size, seed=s.seed))
     if data == 'arithmetic':
-        once, (task, train) = SimpleNamespace(**{**vars(s), 'num_seeds': 1}), training_strings(s, meta)
+        once, (task, known) = SimpleNamespace(**{**vars(s), 'num_seeds': 1}), training_strings(s, meta)
         for sampler, chosen in SAMPLERS.items():
             rules = choose_rules(config, steps=s.steps, **chosen)
-            found = measure(once, model, meta, task, train, f'{name}, {sampler}', rules)
+            found = measure(once, model, meta, task, known, f'{name}, {sampler}', rules)
             row['samples'][sampler] = {metric: found[metric] for metric in SAMPLED}
     trained = [network(leg)[1] for leg in legs]
     seconds = sum(leg['seconds'] for leg in trained)
@@ -140,7 +142,7 @@ def cost(s):
 
 
 def run(s):
-    """The suite with bench's settings s: (rows, a table for each dataset). What cannot be measured is left out, and an error says so."""
+    """The suite with bench's settings s: (rows, a table a dataset). What cannot be measured is left out, and an error says so."""
     runs, asked = runs_of(s)
     check_train_args(s, runs)
     for word in s.train_args.split():

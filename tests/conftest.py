@@ -7,8 +7,10 @@ import runpy
 import signal
 import sys
 
-import pytest
-import torch
+os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')               # the tests are of small networks, for which a CPU is faster
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
