@@ -92,9 +92,10 @@ def graph_edges(embedded, window, topk, causal, segment):
     """
     Which positions are neighbours of which: bool (B, T, T), from the embeddings (B, T, C) of the canvas.
 
-    Those at most window away; those a power of two away, shortcuts through the whole row; and of the others the topk most similar,
-    of equals (all masks are) the nearest, the left one first. Only what a position may look at is compared: in the causal mode
-    nothing of what stands to its right has a say in its edges, or they would give the answer away. Nor does the length of the row.
+    Those at most window away; those a power of two away, shortcuts through the whole row; and of the others the topk most
+    similar, of equals (all masks are) the nearest, the left one first. Only what a position may look at is compared: in the
+    causal mode nothing of what stands to its right has a say in its edges, or they would give the answer away. Nor has the
+    length of the row, since rows are cut and packed.
     """
     T = embedded.size(1)
     at = torch.arange(T, device=embedded.device)

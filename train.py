@@ -285,7 +285,7 @@ def conditioned(model, input, segment, level):
     """
     The hidden states (R, T, C) of canvases (R, T), the network being told what it is conditioned on.
 
-    noise_condition: the level (R, T) of noise. self_condition: its own prediction at the masks, from a pass before; every other
+    noise_condition, time_dim: the level (R, T) of noise. self_condition: its own prediction at the masks, from a pass before; every other
     row goes without, so that the network can start from nothing.
     """
     previous = None
@@ -338,7 +338,8 @@ def training_step(model, x0, meta, config, step, generator, price=None, guesser=
             noise_mix=parse_mixture('noise_mix', config['noise_mix'], NOISE), **ramped,
             **{name: config[name] for name in ('training_type', 'remasking_loss_type', 'remask_target', 'prefix_ratio',
                                                'weight_unmask_task', 'weight_remask_task', 'mask_weighting')})
-        segment, level = None, (input != x0).float().mean(1, keepdim=True).expand(x0.shape)  # (B, T), for noise_condition
+        noisy = input != x0 if config['training_type'] == 'denoising' else input == model.mask_token_id
+        segment, level = None, noisy.float().mean(1, keepdim=True).expand(x0.shape)  # (B, T); joint: wrong tokens are its to find
         if meta['pad'] is not None:
             length = extent(input, weight, meta['pad'], generator)
             input, target, weight, level, segment = pack(length, input, target, weight, level)

@@ -3,6 +3,7 @@
 # half a million tokens a step, all processes together; on fewer GPUs raise gradient_accumulation_steps and lower batch_size
 # in proportion
 training_type = 'joint'
+mask_weighting = 'token'        # all masks weigh alike: lower loss at equal steps
 remask_ratio = 0.25
 causal_ratio = 0.25
 draft_head = True

@@ -9,7 +9,7 @@ cost             the time of a training step, in turns; it wants a quiet machine
 A training run is a row by itself, ± is the standard error over num_seeds seeds of training. Runs and measured rows are kept
 under out_dir/stages, see runs.py. Several machines can share the work: each takes some runs with --only, into an out_dir of its
 own, and the lines of their rows.jsonl in one file make the whole table. --train_args are words for all runs; a --max_iters among
-them is that of each leg of `staged`, which has four.
+them is that of each leg of those that have legs.
 """
 
 import functools
@@ -51,8 +51,10 @@ VARIANTS = {                                                                   #
     'graph alone': ['--graph_window=8'],
     'blocks alone': BLOCKS,
     'all at once': [*STAGES[3], *BLOCKS],
+    'all at once in legs': [*STAGES[3], *BLOCKS],                              # to compare `staged` with: as many fresh starts
     'staged': [*STAGES[3], *BLOCKS],                                           # the same in the end, see legs_of
 }
+LEGS = {'all at once in legs': 4 * [STAGES[3]], 'staged': STAGES}              # the stage of every leg
 SAMPLERS = {'best rules': {}, 'remask=wrong': dict(remask='wrong')}
 SAMPLED = ('valid', 'correct', 'length_tv', 'unique', 'nfe')
 
@@ -67,20 +69,21 @@ def config_of(words):
     return train.staged({**values, **dict(overrides)})
 
 
-def legs_of(s, data, k):
+def legs_of(s, data, variant, k):
     """
-    The runs that make up `staged`, {name: words}: a leg a stage, each from the checkpoint of the one before it.
+    The runs that make up a variant of LEGS, {name: words}, each from the checkpoint of the one before it.
 
     Together they make as many steps as the other variants. The rate stays up until the last leg, which decays as many steps as
     the others do, or from its first step on if it is shorter than that: it is, a quarter against two fifths.
     """
     config, runs, before = config_of(RECIPES[data]), {}, None
-    for number, stage in enumerate(STAGES):
-        last = number == len(STAGES) - 1
-        name = f'{data}: staged seed {k}' if last else f'{data}: leg {number} of staged seed {k}'
-        decay = min(1.0, len(STAGES) * config['decay_share']) if last else 0
+    legs = LEGS[variant]
+    for number, stage in enumerate(legs):
+        last = number == len(legs) - 1
+        name = f'{data}: {variant} seed {k}' if last else f'{data}: leg {number} of {variant} seed {k}'
+        decay = min(1.0, len(legs) * config['decay_share']) if last else 0
         # a seed of its own, for each leg to see new rows and new masks, as one long run would
-        words = [*RECIPES[data], *stage, *BLOCKS, f"--max_iters={config['max_iters'] // len(STAGES)}", f'--decay_share={decay:g}',
+        words = [*RECIPES[data], *stage, *BLOCKS, f"--max_iters={config['max_iters'] // len(legs)}", f'--decay_share={decay:g}',
                  f'--seed={s.seed + k + 1000 * number}']
         if before:
             words += ['--warmup_iters=10', '--proofreading_warmup_iters=0', '--masking_warmup_iters=0',
@@ -96,7 +99,7 @@ def runs_of(s):
         for variant, words in VARIANTS.items():
             for k in range(s.num_seeds):
                 name = f'{data}: {variant} seed {k}'
-                legs = legs_of(s, data, k) if variant == 'staged' else {name: [*recipe, *words, f'--seed={s.seed + k}']}
+                legs = legs_of(s, data, variant, k) if variant in LEGS else {name: [*recipe, *words, f'--seed={s.seed + k}']}
                 runs.update(legs)
                 asked.append((name, data, variant, k, list(legs)))
     return runs, asked
@@ -130,7 +133,7 @@ def cost(s):
     rows, lines = [], []
     for data, recipe in RECIPES.items():
         configs = {variant: config_of([*recipe, *words, *s.train_args.split()])
-                   for variant, words in VARIANTS.items() if variant != 'staged'}
+                   for variant, words in VARIANTS.items() if variant not in LEGS}
         steps = {variant: our_step(s, dict(config, vocab_size=load_data(config['dataset'])[0]['vocab_size']), s.compile)
                  for variant, config in configs.items()}
         rows += with_ratios(compare('cost', data, steps, s.steps), 'stage 0')
@@ -180,7 +183,7 @@ def line_of(variant, seeds, first):
     mean = mean_and_error(rows, metrics)
     against = cell(mean_and_error(pairs, ['difference']), 'difference') if pairs else '—'
     if pairs and len(pairs) < len(rows):
-        against += f' ({len(pairs)} seeds)'
+        against += f' (n={len(pairs)})'
     samples = [mean_and_error([row['samples'][sampler] for row in rows], SAMPLED) for sampler in rows[0]['samples']]
     took = {name: statistics.mean(row[name] for row in rows) for name in ('minutes', 'tokens_per_second')}
     return [variant, str(len(rows)), cell(mean, 'nelbo'), against, cell(mean, 'causal_nll'),

@@ -87,7 +87,8 @@ def test_plain_and_sdpa_attention_agree(causal):
 
 @torch.no_grad()
 @pytest.mark.parametrize('causal', [False, True])
-@pytest.mark.parametrize('heads', [{}, dict(noise_condition=True, self_condition=True)], ids=['plain', 'conditioned'])
+@pytest.mark.parametrize('heads', [{}, dict(noise_condition=True, self_condition=True),
+                                   dict(time_dim=8, graph_window=1, graph_topk=1, mu_blocks=4)], ids=['plain', 'conditioned', 'staged'])
 def test_texts_that_share_a_row_are_as_if_each_were_alone(causal, heads):
     model = tiny_gpt(V=7, T=16, n_layer=2, scale=6, **heads)
     lengths = [[5, 1, 9, 1], [16], [3, 3, 3, 7]]                          # the numbers of the texts may be any
@@ -220,6 +221,11 @@ def test_padding_rows_get_no_gradient():
     (dict(n_recur=0), 'n_recur must be at least 1'),
     (dict(block_size=0), 'block_size must be at least 1'),
     (dict(dropout=1.0), 'dropout must be in'),
+    (dict(time_dim=-1), 'time_dim must not be negative, got -1'),
+    (dict(graph_window=-1), 'graph_window must not be negative'),
+    (dict(graph_topk=-1), 'graph_topk must not be negative'),
+    (dict(mu_blocks=-1), 'mu_blocks must not be negative'),
+    (dict(mu_blocks=5), 'mu_blocks=5 must divide n_embd=128'),
 ])
 def test_impossible_networks(changes, message):
     with pytest.raises(UserError, match=message):
@@ -568,7 +574,7 @@ def test_checkpoints_that_do_not_fit(tmp_path):
 def test_a_checkpoint_from_before_a_field_was_there(tmp_path):
     """What it does not know has its default, so that older checkpoints go on working; tensors must fit all the same."""
     path, model = str(tmp_path / 'ckpt.pt'), tiny_gpt()
-    new = ('draft_head', 'energy_head', 'noise_condition', 'self_condition')
+    new = ('draft_head', 'energy_head', 'noise_condition', 'self_condition', 'time_dim', 'graph_window', 'mu_blocks')
     old = {name: value for name, value in model_args(model.config).items() if name not in new}
     torch.save(checkpoint_of(model, model_args=old), path)
     loaded, checkpoint = load_checkpoint(path)

@@ -34,7 +34,7 @@ def test_a_name_picks_one_run(s):
     table, asked = stages.runs_of(s)
     names = [name for name, *_ in asked]
     assert len(set(names)) == len(names) == 2 * 3 * len(stages.VARIANTS) and set(names) <= set(table)
-    assert len(table) == len(names) + 2 * 3 * 3                                # the first three legs of staged
+    assert len(table) == len(names) + 2 * 3 * 3 * len(stages.LEGS)             # the first three legs
     for name in table:
         assert ',' not in name and 'cost' not in name
         assert [other for other in table if name in other] == [name]
@@ -61,7 +61,7 @@ def test_variants_differ_in_nothing_but_their_settings(s):
         on = {variant: {name for name in STAGE_SETTINGS - {'stage'} if config[name]} for variant, config in configs.items()}
         assert on['stage 1 noise level'] == {'time_dim'} and on['stage 2 and credit'] == {'time_dim', 'k1_credit'}
         assert on['stage 3 and graph'] == on['stage 2 and credit'] | {'graph_window'}
-        assert on['all at once'] == on['staged'] == STAGE_SETTINGS - {'stage'}
+        assert on['all at once'] == on['all at once in legs'] == on['staged'] == STAGE_SETTINGS - {'stage'}
         assert [on[f'{part} alone'] for part in ('credit', 'graph', 'blocks')] == [{'k1_credit'}, {'graph_window'}, {'mu_blocks'}]
         assert sizes['stage 0'] < sizes['stage 1 noise level'] and sizes['stage 0'] < sizes['blocks alone']
 
@@ -72,8 +72,8 @@ def test_the_seeds_of_a_variant_differ_in_the_seed_only(s):
     for name, data, variant, k, legs in asked:
         config, other = (stages.config_of(table[f'{data}: {variant} seed {number}']) for number in (0, 1))
         assert {setting for setting in config if config[setting] != other[setting]} == \
-            {'seed'} | ({'init_from'} if variant == 'staged' else set())
-        if variant != 'staged':
+            {'seed'} | ({'init_from'} if variant in stages.LEGS else set())
+        if variant not in stages.LEGS:
             assert stages.config_of(table[name])['seed'] == s.seed + k and legs == [name]
 
 
@@ -81,7 +81,7 @@ def test_the_seeds_of_a_variant_differ_in_the_seed_only(s):
 def test_the_legs_of_staged_make_one_run(s, data):
     s.num_seeds = 2
     table, _ = stages.runs_of(s)
-    legs = stages.legs_of(s, data, 1)
+    legs = stages.legs_of(s, data, 'staged', 1)
     assert len(legs) == 4 and list(legs)[-1] == f'{data}: staged seed 1' and all(table[name] == legs[name] for name in legs)
     whole, configs = stages.config_of(table[f'{data}: all at once seed 1']), [stages.config_of(words) for words in legs.values()]
     assert sum(config['max_iters'] for config in configs) == whole['max_iters'] == (1000 if data == 'arithmetic' else 2000)
@@ -143,7 +143,7 @@ def test_means_errors_and_paired_differences():
     # 0.1 and -0.5: mean -0.2, standard deviation 0.6 / sqrt(2), over sqrt(2)
     assert cells(table, 'graph alone')[1:4] == ['2', '3.300 ± 2.200', '-0.200 ± 0.300']
     assert cells(table, 'all at once')[1:4] == ['1', '2.500', '0.500']         # one seed: no error
-    assert cells(table, 'blocks alone')[1:4] == ['2', '3.500 ± 0.500', '2.000 (1 seeds)']      # seed 7 has no partner
+    assert cells(table, 'blocks alone')[1:4] == ['2', '3.500 ± 0.500', '2.000 (n=1)']      # seed 7 has no partner
     assert cells(stages.tables(rows[3:]), 'graph alone')[3] == '—'             # no stage 0 at all
     assert stages.tables([]) == ''
 
@@ -192,7 +192,7 @@ def test_arithmetic_from_training_to_the_table(s, trained_here, monkeypatch, tmp
     assert [(row['name'], row['seed']) for row in rows] == [('arithmetic: stage 0 seed 0', 0), ('arithmetic: staged seed 0', 0)]
     assert [[word for word in command if word.startswith('--stage')] for command in trained_here] == [
         [], [], ['--stage=1'], ['--stage=2'], ['--stage=3']]
-    paths = [runs.trained(s, stages.runs_of(s)[0], name) for name in stages.legs_of(s, 'arithmetic', 0)]
+    paths = [runs.trained(s, stages.runs_of(s)[0], name) for name in stages.legs_of(s, 'arithmetic', 'staged', 0)]
     for before, command in zip(paths, trained_here[2:]):
         assert f'--init_from={os.path.abspath(before)}' in command
     legs = [runs.load_checkpoint(path)[1] for path in paths]
@@ -232,6 +232,6 @@ def test_cost_is_measured_only_when_asked_for(s, trained_here, monkeypatch, tmp_
     s.train_args = f'{TINY} --dataset=words --block_size=12 --batch_size=8'
     s.only = 'cost'
     rows, table = stages.run(s)
-    assert [row['name'] for row in rows] == [variant for variant in stages.VARIANTS if variant != 'staged'] and not trained_here
+    assert [row['name'] for row in rows] == [variant for variant in stages.VARIANTS if variant not in stages.LEGS] and not trained_here
     assert all(row['ratio'] == pytest.approx(rows[0]['seconds'] / row['seconds']) and row['n'] == 2 for row in rows)
     assert len(table.splitlines()) == 2 + len(rows)

@@ -343,18 +343,24 @@ def test_what_a_conditioned_network_is_shown_in_training(level):
     assert torch.equal(train.conditioned(plain, input, segment, None), plain(input, segment=segment)) and not asked
 
 
-def test_the_level_is_the_share_of_the_row_that_is_noise(monkeypatch):
-    """Masked or wrong, and of the whole row, as it is when the network samples: whatever else shares the row with it."""
+@pytest.mark.parametrize('kind', ['joint', 'denoising'])
+def test_the_level_is_the_share_of_the_row_that_is_noise(monkeypatch, kind):
+    """
+    Of the whole row, as it is when the network samples, whatever else shares the row with it. A denoiser is told of all that is
+    noise; who has to find wrong tokens is told of the masks only, or the level would say that there are some.
+    """
     asked, clean = [], arithmetic_rows(8)
     monkeypatch.setattr(train, 'conditioned', lambda model, *args: asked.append(args) or model(args[0]))
     monkeypatch.setattr(train, 'corrupt', lambda *args, **more: asked.append(corrupt(*args, **more)) or asked[-1])
-    config = default_config(training_type='joint', corruption='random', remask_ratio=0.5, proofreading_warmup_iters=0)
+    config = default_config(training_type=kind, corruption='random', remask_ratio=0.5, proofreading_warmup_iters=0,
+                            remask_target='wrong' if kind == 'joint' else 'original')
     for meta in (ARITHMETIC, dict(ARITHMETIC, pad=None)):
         asked.clear()
         training_step(tiny_gpt(18, 64, n_recur=1, noise_condition=True), clean, meta, config, 5, seeded(1))
         (input, target, _), (_, segment, level) = asked
-        share = (input != clean).sum(1) / 64
-        assert ((target == 19).any(1) & (input == 18).any(1)).any()
+        wrong = (input != clean) & (input != 18)
+        share = ((input == 18) | (wrong & (kind == 'denoising'))).sum(1) / 64
+        assert (wrong.any(1) & (input == 18).any(1)).any()
         if segment is None:
             assert torch.equal(level, share[:, None].expand(8, 64))
         else:

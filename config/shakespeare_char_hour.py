@@ -1,0 +1,19 @@
+# characters of tiny Shakespeare, an hour on two CPU cores: the lowest bound that they reach. It unmasks and does nothing else; for a
+# network that also finds and corrects its mistakes, take what config/shakespeare_char_cpu.py has, and a NELBO that is higher
+training_type = 'unmasking'
+mask_weighting = 'token'
+
+dataset = 'shakespeare_char'
+block_size = 128
+batch_size = 64
+n_layer = 6
+n_head = 6
+n_embd = 192
+n_recur = 1
+max_iters = 5500
+learning_rate = 1e-2
+decay_share = 0.7
+warmup_iters = 100
+ema_decay = 0.995
+eval_interval = 1100
+sample_prompt = 'ROMEO:'
