@@ -88,7 +88,8 @@ def test_plain_and_sdpa_attention_agree(causal):
 @torch.no_grad()
 @pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('heads', [{}, dict(noise_condition=True, self_condition=True),
-                                   dict(time_dim=8, graph_window=1, graph_topk=1, mu_blocks=4)], ids=['plain', 'conditioned', 'staged'])
+                                   dict(time_dim=8, graph_window=1, graph_topk=1, mu_blocks=4)],
+                         ids=['plain', 'conditioned', 'staged'])
 def test_texts_that_share_a_row_are_as_if_each_were_alone(causal, heads):
     model = tiny_gpt(V=7, T=16, n_layer=2, scale=6, **heads)
     lengths = [[5, 1, 9, 1], [16], [3, 3, 3, 7]]                          # the numbers of the texts may be any

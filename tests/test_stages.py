@@ -185,7 +185,6 @@ def test_the_length_of_the_row_has_no_say_in_the_edges(causal):
             alone = graph_edges(vectors[ids[:, own]], 1, 3, causal, None)
             assert torch.equal(packed[:, own, own], alone & looks[:, own, own])
 
-
 # -----------------------------------------------------------------------------
 # nothing is given away
 
@@ -267,7 +266,7 @@ def attended(block, x, far, open_pairs):
     q, k = (rotate(norm(h), *rotary_table(T, C // 2)) for h in (q, k))
     heads = [(q[n] @ k[n].mT).masked_fill(~seen, float('-inf')).softmax(-1) @ v[n]
              for n, seen in enumerate((open_pairs, open_pairs & ~far))]
-    return torch.cat(heads, -1) @ block.attn_proj.weight.T
+    return torch.cat(heads, -1) @ block.attn_proj.weight.T                   # (B, T, C)
 
 
 @torch.no_grad()
@@ -399,8 +398,10 @@ def test_the_level_goes_through_an_mlp():
     (ON, {'level.0.weight', 'level.2.weight', 'blocks.0.aloof', 'blocks.1.aloof', 'mixer.qkv.weight', 'mixer.proj.weight'})])
 @pytest.mark.parametrize('heads', [{}, dict(draft_head=True, self_condition=True)])
 def test_a_fresh_part_changes_no_number(parts, tensors, heads):
-    """Neither what the rest starts from by a seed, nor what comes out."""
-    off, on = fresh(n_layer=2, **heads), fresh(n_layer=2, **heads, **parts)
+    """Neither what the rest starts from by a seed, nor what is drawn after it, nor what comes out."""
+    off, after = fresh(n_layer=2, **heads), torch.get_rng_state()
+    on = fresh(n_layer=2, **heads, **parts)
+    assert torch.equal(torch.get_rng_state(), after)
     weights = on.state_dict()
     assert set(weights) - set(off.state_dict()) == tensors
     assert all(torch.equal(weights[name], tensor) for name, tensor in off.state_dict().items())
