@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 
 import torch
 
+import distributed
 from configurator import UserError, expected
 from model import GPT, GPTConfig
 
@@ -326,9 +327,10 @@ def make_checkpoint(model, ema, optimizers, generator, noise, step, sums, contro
     rng = dict(rows=generator.get_state(), noise=noise.get_state(), torch=torch.get_rng_state())
     if torch.cuda.is_available():
         rng['cuda'] = torch.cuda.get_rng_state()
-    return dict(model=model.state_dict(), ema=ema.state_dict() if ema is not model else None, iter_num=step,
-                optimizers=[optim.state_dict() for optim in optimizers], rng=rng, sums=sums, control=control,
-                skipped=skipped, model_args=args, config=config, meta=meta, result=result)
+    weights = distributed.whole(dict(model=model.state_dict(), ema=ema.state_dict() if ema is not model else None,
+                                     optimizers=[optim.state_dict() for optim in optimizers]))
+    return dict(weights, iter_num=step, rng=rng, sums=sums, control=control, skipped=skipped, model_args=args, config=config,
+                meta=meta, result=result)
 
 
 def restore(path, checkpoint, ema, optimizers, generator, noise):
@@ -340,9 +342,10 @@ def restore(path, checkpoint, ema, optimizers, generator, noise):
     try:
         if ema is not None and checkpoint['ema']:
             check_weights(path, checkpoint['ema'], ema.state_dict())
-            ema.load_state_dict(checkpoint['ema'])
+            ema.load_state_dict(distributed.like(checkpoint['ema'], ema.state_dict()))
         for optim, state in zip(optimizers, checkpoint['optimizers'], strict=True):
-            optim.load_state_dict(state)
+            params = [p for group in optim.param_groups for p in group['params']]
+            optim.load_state_dict(dict(state, state=distributed.like(state['state'], params)))
         generator.set_state(checkpoint['rng']['rows'].cpu())
         noise.set_state(checkpoint['rng']['noise'].cpu())
         torch.set_rng_state(checkpoint['rng']['torch'].cpu())

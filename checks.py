@@ -56,6 +56,12 @@ def check_settings(config):
                         f'--training_type=causal')
     if config['causal_ratio'] and not causal:
         raise UserError(f"causal_ratio={config['causal_ratio']} of batch_size={rows} is no row: raise one of them")
+    others = 0 if config['views'] else rows - causal
+    if config['fsdp'] and not distributed.several():
+        raise UserError('fsdp shares the network among processes: start them by torchrun --nproc_per_node=2 train.py ...')
+    if config['fsdp'] and kind != 'causal' and any(0 < some < distributed.world() for some in (causal, others)):
+        raise UserError(f'with fsdp each of {distributed.world()} processes needs causal rows and others, there are {causal} and '
+                        f'{others} of them: raise --batch_size')
     if config['draft_head'] and kind != 'causal' and not config['causal_ratio']:
         raise UserError('draft_head drafts for the causal mode, which this run does not train: set --causal_ratio=0.5')
     if config['allow_abstain'] and kind in ('remasking', 'causal'):

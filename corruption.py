@@ -9,6 +9,7 @@ import math
 
 import torch
 
+import distributed
 from configurator import UserError
 from model import random_subset, stratified_k
 from rules import draw, filtered
@@ -81,6 +82,8 @@ def corrupt(x0, free, real, *, training_type, mask_token_id, wrong_token_id, gen
                 where = one_run(real, count, generator)
             where = where & rows
             input = torch.where(where, replacement, input)
+    elif training_type == 'joint' and 'own' in dict(corruption) and guess:
+        guess(input, proofread)                                                # nowhere, but see own_guesses
 
     masked = input == mask_token_id
     wrong = ~masked & (input != x0)
@@ -105,6 +108,7 @@ def own_guesses(model, generator):
     @torch.no_grad()
     def guess(input, where):
         rows, ids, training = where.any(1), torch.zeros_like(input), model.training
+        rows[:1] |= distributed.sharded(model)                                 # none of its ranks may stay away
         if rows.any():
             hidden = model.eval()(input[rows])[where[rows]]                    # (N, C)
             model.train(training)

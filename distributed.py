@@ -4,6 +4,8 @@ Several processes, started by torchrun: each has its share of every batch, and a
     torchrun --standalone --nproc_per_node=2 train.py config/remask_all.py
 
 A process is a rank. Rank 0 prints, evaluates and writes. In a single process nothing here does anything.
+
+With --fsdp every rank keeps a part of each matrix of the blocks, see shard, and borrows those of one block at a time.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ import torch.distributed as dist
 
 import configurator
 from configurator import UserError
+from model import GPT
 
 
 def launched():
@@ -154,7 +157,7 @@ def average_gradients(model, parts, names):
     """
     if not several():
         return parts
-    params = list(model.parameters())
+    params = [p for p in model.parameters() if not sharded(p)]                 # FSDP has made the mean of the others
     there = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
     losses = torch.stack([parts[name].float() if name in parts else there.new_zeros(2) for name in names])     # (names, 2)
     flat = torch.cat([*(torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in params), there,
@@ -164,3 +167,103 @@ def average_gradients(model, parts, names):
     for p, grad, some in zip(params, grads, there.tolist()):
         p.grad = grad.view_as(p).div_(world()) if some else None               # what no rank used is not optimised either
     return dict(zip(names, losses.view(-1, 2)))
+
+
+# -----------------------------------------------------------------------------
+# a network too large for one device (FSDP)
+
+
+def shard(model, device):
+    """
+    Splits the matrices of the blocks over the ranks: from here on they are DTensors, and so are their gradients.
+
+    All else, the embedding for the most part, every rank has whole, because training_step goes there past GPT.forward, where no
+    hook of FSDP sees it. Every rank has to go through the network equally often: a pass of one waits for all the others.
+    """
+    if sharded(model):
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    rest = {p for name, p in model.named_parameters() if not name.startswith('blocks.') or p.ndim < 2}
+    policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(device.type, (world(),))
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=rest)
+    model.to(device)
+
+
+def sharded(thing):
+    """Whether a network or a tensor is split over the ranks."""
+    return hasattr(thing, 'unshard') or hasattr(thing, 'full_tensor')          # importing DTensor to ask takes a second
+
+
+def local(tensors):
+    """What this rank has of each of the tensors, a list."""
+    return [t.to_local() if sharded(t) else t for t in tensors]
+
+
+def full(tensor):
+    """A tensor put together from what the ranks have of it, on every rank."""
+    return tensor.full_tensor() if sharded(tensor) else tensor
+
+
+def like(value, own):
+    """A state dict, in which this rank's part takes the place of what is whole there and split in its counterpart own."""
+    if isinstance(value, dict):
+        return {name: like(one, own[name] if isinstance(own, (dict, list)) else own) for name, one in value.items()}
+    if not sharded(own) or value.shape != own.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
+def whole(thing):
+    """The counterpart of like, of lists too: what is split is put together, on the CPU of rank 0; elsewhere it becomes None."""
+    if isinstance(thing, dict):
+        return {name: whole(one) for name, one in thing.items()}
+    if isinstance(thing, list):
+        return [whole(one) for one in thing]
+    if not sharded(thing):
+        return thing
+    tensor = thing.full_tensor()
+    return None if rank() else tensor.cpu()
+
+
+def whole_model(model):
+    """The network for rank 0 to go through alone: if it is split a copy, and None on the others."""
+    if not sharded(model):
+        return model
+    weights = whole(model.state_dict())
+    if rank():
+        return None
+    with torch.random.fork_rng(devices=[]):
+        copy = GPT(model.config)
+    copy.load_state_dict(weights)
+    copy.compute_dtype, copy.plain_attention = model.compute_dtype, model.plain_attention
+    return copy.to(model.wte.weight.device)
+
+
+def norms(grads):
+    """The norm of each of the gradients, (n,), of one that is split that of the whole."""
+    norms, split = torch.stack(torch._foreach_norm(local(grads))), [sharded(grad) for grad in grads]
+    if not any(split):
+        return norms
+    split = torch.tensor(split, device=norms.device)
+    return torch.where(split, total(norms ** 2 * split).sqrt(), norms)
+
+
+def grad_norm(params):
+    """The norm of the gradients of params together, on every rank that of the whole network."""
+    grads = [p.grad for p in params if p.grad is not None]
+    if not any(sharded(grad) for grad in grads):
+        return torch.nn.utils.get_total_norm(grads)
+    return norms(grads).norm()
+
+
+def clip_gradients(params, most):
+    """torch.nn.utils.clip_grad_norm_, which does not take whole and split gradients together."""
+    if not any(sharded(p) for p in params):
+        torch.nn.utils.clip_grad_norm_(params, most)
+    else:
+        grads = local(p.grad for p in params if p.grad is not None)
+        torch._foreach_mul_(grads, (most / (grad_norm(params) + 1e-6)).clamp(max=1))

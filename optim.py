@@ -6,6 +6,8 @@ import math
 
 import torch
 
+import distributed
+
 
 class Muon(torch.optim.Muon):
     """
@@ -28,7 +30,8 @@ class Muon(torch.optim.Muon):
                 grads, momenta = [p.grad for p in params], [self.state[p]['momentum_buffer'] for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
                 nesterov = torch.stack(torch._foreach_lerp(grads, momenta, group['momentum']))       # (n, rows, columns)
-                moves = orthogonalized(nesterov, group['ns_coefficients'], group['ns_steps']).to(params[0].dtype)
+                moves = orthogonalized(distributed.full(nesterov), group['ns_coefficients'], group['ns_steps'])
+                moves = distributed.like(moves.to(nesterov.dtype), nesterov)
                 torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
                 torch._foreach_add_(params, moves.unbind(), alpha=-group['lr'] * max(1, rows / columns) ** 0.5)
 
@@ -70,7 +73,7 @@ def update(model, optimizers, config, scale):
             group['lr'] = peak * scale
     trunk = [p for name, p in model.named_parameters() if not name.startswith('drafter.')]
     if config['grad_clip']:
-        torch.nn.utils.clip_grad_norm_(trunk, config['grad_clip'])
+        distributed.clip_gradients(trunk, config['grad_clip'])
     if config.get('k1_credit'):
         give_credit([p.grad for p in trunk if p.grad is not None])
     for optim in optimizers:
@@ -84,14 +87,15 @@ def give_credit(grads):
     A tensor whose gradient is smaller than the mean moves less still. Both optimisers undo a constant factor, since their steps do
     not depend on the scale of the gradient, so what is left of it is how the factor changes from step to step.
     """
-    norms = torch.stack(torch._foreach_norm(grads))                            # (n,)
-    torch._foreach_mul_(grads, (len(grads) * norms / norms.sum().clamp(min=1e-30)).clamp(max=1).unbind())
+    norms = distributed.norms(grads)                                           # (n,)
+    torch._foreach_mul_(distributed.local(grads), (len(grads) * norms / norms.sum().clamp(min=1e-30)).clamp(max=1).unbind())
 
 
 def average(ema, model, decay):
     """Moves the averaged weights towards the model's: a share decay of what they are stays."""
     with torch.no_grad():
-        torch._foreach_lerp_([*ema.parameters(), ema.mask_logit_bias], [*model.parameters(), model.mask_logit_bias], 1 - decay)
+        old, new = ([*distributed.local(network.parameters()), network.mask_logit_bias] for network in (ema, model))
+        torch._foreach_lerp_(old, new, 1 - decay)
 
 
 def lr_scale(step, schedule, max_iters, warmup_iters, decay_share):

@@ -127,6 +127,7 @@ seed = 1337                      # of weights, batches and corruption
 device = 'auto'                  # auto | cpu | cuda | cuda:1 | mps
 dtype = 'auto'                   # auto | float32 | bfloat16
 attention = 'auto'               # auto | plain | sdpa
+fsdp = False                     # the processes of torchrun share the network instead of each having it whole
 compile = False                  # torch.compile the network; a minute of waiting, then faster
 # -----------------------------------------------------------------------------
 
@@ -378,14 +379,15 @@ def evaluation_line(step, result):
 
 def is_finite(model, parts):
     """Whether the gradients of a step and its losses (see training_step) are all finite; waits once for the device."""
-    total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    total = distributed.grad_norm(model.parameters())
     return torch.cat((total[None], *parts.values())).isfinite().all().item()
 
 
 def check_finite(model, skipped, step, path, max_bad_steps):
     """Raises UserError if a weight is not finite, or the last max_bad_steps steps were skipped: nothing is saved then."""
+    finite = all(torch.isfinite(p).all() for p in distributed.local(model.parameters()))
     for bad, what in ((skipped['in_a_row'] >= max_bad_steps, f"loss or the gradient of {skipped['in_a_row']} steps in a row"),
-                      (not all(torch.isfinite(p).all() for p in model.parameters()), 'network')):
+                      (distributed.anywhere(not finite), 'network')):
         if bad:
             raise UserError(f'the {what} is no longer finite at step {step}: lower --learning_rate or --muon_lr, '
                             f'or set --dtype=float32; {last_good(path)}')
@@ -477,7 +479,10 @@ def train():
         model, choices = configure_compute(model, place, dtype, attention, compile)
     distributed.same_weights(model)
     on = next(model.parameters()).device
-    ema = copy.deepcopy(model) if ema_decay else model
+    ema = copy.deepcopy(model.cpu() if fsdp else model) if ema_decay else model
+    if fsdp:                                                                   # on the device it is never there twice in whole
+        distributed.shard(model, on)
+        distributed.shard(ema, on)
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, (beta1, beta2))
     generator = torch.Generator().manual_seed(seed)                            # which rows
     noise = torch.Generator(on).manual_seed(seed + 1)                          # how they are corrupted
@@ -546,13 +551,13 @@ def train():
         numbered = keep_every and step % keep_every == 0 and step > start
         if due or numbered or stopping:
             check_finite(model, skipped, step, newest, max_bad_steps)
-            result = {}
+            result, shown = {}, distributed.whole_model(ema) if due else None
             with distributed.together():                                       # rank 0 evaluates, the others wait
                 if due and rank == 0:
-                    result = evaluate(ema, val, meta, causal=causal, bidirectional=can_unmask,
+                    result = evaluate(shown, val, meta, causal=causal, bidirectional=can_unmask,
                                       detects=detects and (can_unmask or guesser is not None), guesser=guesser, seed=seed)
                     print(evaluation_line(step, result))
-                    result.update(show_samples(ema, meta, config, eval_samples if step else 0, usual))
+                    result.update(show_samples(shown, meta, config, eval_samples if step else 0, usual))
             if eval_only:
                 break
             if due:
@@ -567,6 +572,7 @@ def train():
                     plotted = attempt(draw_curves, log, os.path.join(out_dir, 'curves.png'))
                 if rank == 0 and numbered:
                     save(os.path.join(out_dir, checkpoint_name(training_type, remasking_loss_type, step)), dict(state, result={}))
+            del shown, state                                                   # with fsdp they are whole
         if stopping:
             break
         pause = time.time() - t0

@@ -478,7 +478,7 @@ def set_up(s):
         words = shlex.split(s.train_args)
     except ValueError as error:
         raise UserError(f"train_args='{s.train_args}': {error}") from None
-    config = configurator.configure(dict(vars(train)), words)
+    config = train.staged(configurator.configure(dict(vars(train)), words))
     if config['init_from'] != 'scratch':
         raise UserError('train_args starts from a checkpoint, but what is diagnosed is a fresh network: leave its init_from out; '
                         f"the checkpoint itself is diagnosed by --init_from={config['init_from']} without train_args")

@@ -7,6 +7,7 @@ torchrun also starts this file itself, see worker: a start costs seconds, so mos
 import os
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from test_train import MIXED, TINY, assert_close, assert_same, assert_same_run, 
 
 import corruption
 import distributed
+from checks import check_settings
 from configurator import UserError
 from data import loader
 from train import PARTS, training_step
@@ -27,6 +29,8 @@ from train import PARTS, training_step
 RUN = [*TINY, '--batch_size=8', '--eval_samples=0', '--log_interval=4']
 JOINT = [*RUN, *MIXED, '--draft_head', '--proofreading_warmup_iters=0']
 CAUSAL = [*RUN, '--training_type=causal', '--optimizer=adamw', '--gradient_accumulation_steps=2']  # Muon amplifies roundings
+WHOLE = [*CAUSAL, '--n_layer=2', '--n_recur=2', '--grad_clip=0.1', '--keep_every=3']
+SHARDED = [*JOINT, '--fsdp', '--remask_ratio=0.2', '--corruption=own']      # Muon; of one row with wrong tokens one rank has none
 # training type, causal ratio and rows; of a single causal row one rank has none
 BATCHES = [('causal', 0.0, 6), ('unmasking', 0.5, 6), ('unmasking', 0.5, 2), ('unmasking', 0.0, 6)]
 
@@ -89,11 +93,16 @@ def worker(folder, job, *ports):
                 raise UserError('said by rank 1')
     except UserError as error:
         heard = str(error)
-    torch.save((whole, shared, heard, distributed.anywhere(rank == '1')), f'{folder}/shared.{rank}')
+    model = tiny_gpt(18, 64)
+    distributed.shard(model, torch.device('cpu'))
+    part = [sum(t.numel() for t in distributed.local(net.parameters())) / sum(p.numel() for p in net.parameters())
+            for net in (model.blocks, model.wte)]
+    torch.save((whole, shared, part, heard, distributed.anywhere(rank == '1')), f'{folder}/shared.{rank}')
     distributed.disconnect()
     for port, (name, words, more) in zip(ports, (
             ('causal', CAUSAL, {}), ('straight', JOINT, {}), ('rank0', JOINT, dict(stop_at=2, whom=os.getpid())),
-            ('rank0', [*JOINT, '--init_from=resume'], {})), strict=True):
+            ('rank0', [*JOINT, '--init_from=resume'], {}), ('fsdp', [*WHOLE, '--fsdp'], {}), ('sharded', SHARDED, {}),
+            ('parts', SHARDED, dict(stop_at=2, whom=os.getpid())), ('parts', [*SHARDED, '--init_from=resume'], {})), strict=True):
         os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE='False')    # every run meets at a place of its own
         seen = train_here(f'{folder}/{name}', *words, **more)
         torch.save(seen, f'{folder}/{name}.{rank}')
@@ -131,7 +140,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def runs(folder):
     """The runs of worker: (folder, stdout)."""
-    status, out, err = torchrun(folder, __file__, str(folder), 'runs', *[free_port() for _ in range(4)])
+    status, out, err = torchrun(folder, __file__, str(folder), 'runs', *[free_port() for _ in range(8)])
     assert status == 0, err
     return folder, out
 
@@ -206,6 +215,45 @@ def test_two_processes_train_as_one_does(runs, tmp_path):
     assert 'ranks' not in one['rng'] and len(two['rng']['ranks']) == 2
 
 
+def test_a_sharded_network_trains_as_a_whole_one_does(runs, tmp_path, run):
+    """Its checkpoints are those of one process: any number goes on with them, and sample.py samples."""
+    start(str(tmp_path / 'one'), *WHOLE)
+    os.mkdir(tmp_path / 'resumed')
+    shutil.copy(runs[0] / 'fsdp' / 'ckpt_causal_3.pt', tmp_path / 'resumed' / 'ckpt_causal.pt')
+    start(str(tmp_path / 'resumed'), *WHOLE, '--init_from=resume')
+    one = read(str(tmp_path / 'one'))
+    for other in (read(str(runs[0] / 'fsdp')), read(str(tmp_path / 'resumed'))):
+        for net in ('model', 'ema'):
+            for name in one[net]:
+                assert torch.allclose(one[net][name], other[net][name], rtol=1e-3, atol=2e-5), name
+        for i, kept in one['optimizers'][0]['state'].items():
+            for name in kept:
+                torch.testing.assert_close(other['optimizers'][0]['state'][i][name], kept[name], rtol=1e-3, atol=1e-6)
+    for expected, line in zip(log_of(tmp_path / 'one'), log_of(runs[0] / 'fsdp'), strict=True):
+        assert line == pytest.approx(expected, rel=1e-3)
+    status, out, err = run('sample', f"--init_from={runs[0] / 'fsdp' / 'ckpt_causal.pt'}", '--num_samples=2', '--device=cpu')
+    assert status == 0 and '2 samples' in out, err
+
+
+def test_a_rank_keeps_its_part_and_no_more(runs):
+    for rank in range(2):
+        *_, part, _, _ = torch.load(runs[0] / f'shared.{rank}')
+        assert part == [0.5, 1]                                            # of the blocks, of the embedding
+
+
+def test_settings_that_fsdp_does_not_go_with(monkeypatch):
+    def refused(message, **changes):
+        with pytest.raises(UserError, match=message):
+            check_settings(default_config(fsdp=True, **changes))
+    refused('start them by torchrun')
+    monkeypatch.setattr(distributed, 'several', lambda: True)
+    monkeypatch.setattr(distributed, 'world', lambda: 2)
+    refused('there are 1 and 7 of them', batch_size=8, causal_ratio=0.125)
+    refused('there are 7 and 1 of them', batch_size=8, causal_ratio=0.875)
+    for changes in (dict(causal_ratio=0.25), dict(causal_ratio=1.0, views=1), dict(training_type='causal', causal_ratio=0.125)):
+        check_settings(default_config(fsdp=True, batch_size=8, **changes))
+
+
 def test_ranks_share_the_rows_and_draw_masks_of_their_own(runs, tmp_path):
     first, second = [torch.load(runs[0] / f'straight.{rank}') for rank in range(2)]
     batches = []
@@ -226,17 +274,18 @@ def test_ranks_share_the_rows_and_draw_masks_of_their_own(runs, tmp_path):
 def test_one_voice(runs):
     """One rank speaks, one log and one checkpoint are left."""
     folder, out = runs
-    assert out.count('cpu, 1 threads, float32, plain attention, 2 processes\n') == out.count(' parameters; ') == 4
-    assert out.count('step 6  validation: ') == out.count('step 4/6 ') == out.count('/log.jsonl (pip install') == 3
+    assert out.count('cpu, 1 threads, float32, plain attention, 2 processes\n') == out.count(' parameters; ') == 8
+    assert out.count('step 6  validation: ') == out.count('step 4/6 ') == out.count('/log.jsonl (pip install') == 6
     assert sorted(os.listdir(folder / 'straight')) == ['ckpt_joint_all_positions.pt', 'log.jsonl']
     assert [line['step'] for line in log_of(folder / 'straight')] == [0, 3, 4, 6]
 
 
 def test_rank_0_stops_all_ranks(runs):
     folder, out = runs
-    assert out.count('finishing the step, then saving ...') == 1
+    assert out.count('finishing the step, then saving ...') == 2
     assert 'stopped; go on with: the same torchrun command and --init_from=resume' in out and ', step 2\n' in out
     assert_same_run(str(folder / 'straight'), str(folder / 'rank0'))
+    assert_same_run(str(folder / 'sharded'), str(folder / 'parts'))
 
 
 def test_torchrun_is_stopped_and_goes_on(runs, capsys):
