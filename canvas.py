@@ -85,7 +85,8 @@ def start_canvas(model, meta, num, prompt=(), lengths=None):
     if lengths is None:
         return text_canvas(model, meta, [list(prompt)] * num, ends=False)
     if lengths.min() < max(1, len(prompt)):
-        raise UserError(f'a length of {int(lengths.min())} is too short' + (f': the prompt has {len(prompt)} tokens' if prompt else ''))
+        raise UserError(f'a length of {int(lengths.min())} is too short'
+                        + (f': the prompt has {len(prompt)} tokens' if prompt else ''))
     n = lengths.tolist() if meta['eos'] is not None else [int(lengths.max())] * num
     return text_canvas(model, meta, [[*prompt] + [model.mask_token_id] * (k - len(prompt)) for k in n], ends=True)
 
@@ -116,7 +117,8 @@ def spans(text, n):
             raise UserError(f"mask expects spans like 3:5 or 3:5,8:9, counted from 0; got '{text}'")
         at = range(int(first), int(last))
         if not at or at[-1] >= n:
-            raise UserError(f"mask: the span {part.strip()} is {'empty' if not at else f'outside the text, which has {n} tokens'}")
+            raise UserError(f'mask: the span {part.strip()} is '
+                            f"{'empty' if not at else f'outside the text, which has {n} tokens'}")
         if set(at) & set(found):
             raise UserError(f"mask: the spans of '{text}' overlap")
         found += at

@@ -368,8 +368,8 @@ def load_start(path, config, args, meta):
     """
     What a run starts from: (weights, checkpoint), the averaged weights unless it resumes.
 
-    args: the model_args of this run. Unless it resumes, it may have parts that the checkpoint lacks, those of GROWS: they start as
-    identities, so it begins where the checkpoint stands. Raises UserError, naming the field in which the two differ otherwise.
+    args: the model_args of this run. Unless it resumes, it may have parts that the checkpoint lacks, those of GROWS: they start
+    as identities, so it begins where the checkpoint stands. Raises UserError, naming the field in which the two differ otherwise.
     """
     resume = config['init_from'] == 'resume'
     source, checkpoint = load_checkpoint(path, ema=not resume)

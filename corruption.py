@@ -67,7 +67,8 @@ def corrupt(x0, free, real, *, training_type, mask_token_id, wrong_token_id, gen
             where = filled & rows
             if kind == 'noise':
                 noisy_rows = rows[:, :1]
-                noisy = mixed_noise(x0, real & free, noise_level(B, *sigma, generator), noise_mix, mask_token_id, pad_id, generator)
+                noisy = mixed_noise(x0, real & free, noise_level(B, *sigma, generator), noise_mix,
+                                    mask_token_id, pad_id, generator)
                 input = torch.where(rows, noisy, input)
                 continue
             if kind in ('fragment', 'sticky') and training_type == 'remasking':
@@ -90,7 +91,7 @@ def corrupt(x0, free, real, *, training_type, mask_token_id, wrong_token_id, gen
     target = x0.masked_fill(wrong, wrong_token_id) if remask_target == 'wrong' else x0
     visible = free & ~masked & proofread
     keep = penalty_mask_correct if remasking_loss_type == 'all_positions' else 0.0
-    share = masked.sum(1, keepdim=True).clamp(min=1) if mask_weighting == 'row' else (free.sum(1, keepdim=True) + 1) / 2   # (B, 1)
+    share = masked.sum(1, keepdim=True).clamp(min=1) if mask_weighting == 'row' else (free.sum(1, keepdim=True) + 1) / 2  # (B, 1)
     unmask = weight_unmask_task * masked / share
     remask = weight_remask_task * (wrong + keep * (visible & ~wrong)) / visible.sum(1, keepdim=True).clamp(min=1)
     weight = unmask + remask

@@ -96,12 +96,14 @@ def main():
         if (step + 1) % log_interval == 0:
             speed = (step + 1) / (time.time() - t0)
             left = int((max_iters - step - 1) / speed)
-            print(f'step {step + 1}/{max_iters}  loss {mean / log_interval:.3f}  {speed:.1f} it/s  {left // 60}:{left % 60:02d} left')
+            print(f'step {step + 1}/{max_iters}  loss {mean / log_interval:.3f}  {speed:.1f} it/s  '
+                  f'{left // 60}:{left % 60:02d} left')
             mean = 0.0
     keep = {name: checkpoint[name] for name in ('model_args', 'meta')}
     own = {name: globals()[name] for name in configurator.settings(__file__)}
     save_checkpoint(goal, dict(keep, model=student.state_dict(), ema=average.state_dict(), iter_num=max_iters,
-                               config={**config, 'training_type': 'unmasking', 'causal_ratio': 0.0, 'energy_head': 0}, distilled=own))
+                               config={**config, 'training_type': 'unmasking', 'causal_ratio': 0.0, 'energy_head': 0},
+                               distilled=own))
     task = load_task(meta['name'])
     for text in [sample['text'] for sample in generate(average.eval(), meta, 4, seed=seed, steps=8)]:
         print(f'    {text}   {task.verdict(text)}' if task else f'    {text!r}')

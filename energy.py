@@ -96,7 +96,8 @@ def draw_samples(model, meta, config, num):
         t0 = time.time()
         if share:
             samples += generate(model, meta, share, seed=seed + i, progress=True, **choose_rules(config, commit='random', **how))
-            print(f"{share} samples, {', '.join(f'{name}={value}' for name, value in how.items())}: {time.time() - t0:.0f} s", flush=True)
+            print(f"{share} samples, {', '.join(f'{name}={value}' for name, value in how.items())}: {time.time() - t0:.0f} s",
+                  flush=True)
     ids = rows_of(samples, meta, model.config.block_size)
     order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
     return ids[order], [samples[i]['text'] for i in order.tolist()]
@@ -130,7 +131,7 @@ def make_batch(model, x0, meta, pool, generator):
 
 
 def losses(model, ids, real, label, wrong, known):
-    """What make_batch returned -> the cross-entropy of the energies, and that of the scores of tokens known to be right or wrong."""
+    """What make_batch returned -> the cross-entropies of the energies and of the scores of tokens known to be right or wrong."""
     score, at = model.token_energy(ids, real), real & known[:, None]           # (B, T)
     return (F.binary_cross_entropy_with_logits(score.logsumexp(-1), label.float()),
             F.binary_cross_entropy_with_logits(score[at], wrong[at].float()))
@@ -181,7 +182,8 @@ def with_critic(weights, model):
 
 
 def main():
-    for name, low in (('max_iters', 1), ('log_interval', 1), ('eval_rows', 1), ('own_samples', 8), ('batch_size', 12), ('seed', 0)):
+    for name, low in (('max_iters', 1), ('log_interval', 1), ('eval_rows', 1), ('own_samples', 8), ('batch_size', 12),
+                      ('seed', 0)):
         if globals()[name] < low:
             raise UserError(f'{name} must be at least {low}, got {globals()[name]}')
     if passes not in (1, 2):

@@ -35,7 +35,7 @@ class GPTConfig:
     n_recur: int = 2         # how often the stack of n_layer blocks is applied, with the same weights
     dropout: float = 0.0
     draft_head: bool = False # a head that guesses what the causal pass will say next, see Drafter
-    energy_head: int = 0     # a head that says how wrong a text is, see Critic; reads 1: the bidirectional pass, 2: the causal one too
+    energy_head: int = 0     # a head that says how wrong a text is, see Critic; reads 1: the bidirectional pass, 2: both passes
     noise_condition: bool = False  # the network is told the share of [MASK] in its canvas (the universal denoiser seed)
     self_condition: bool = False  # the network is shown its previous prediction (Chen et al. 2022, Analog Bits)
     time_dim: int = 0        # noise_condition by an MLP of that width; 0: off (TEMPORAL of the fix guide's seed, as the next two)
@@ -145,8 +145,8 @@ class Block(nn.Module):
 
 class Mixer(nn.Module):
     """
-    The embedding as n blocks that exchange information (MU of the fix guide's seed): attention among the blocks of one token, added
-    to it. A function of the token alone; it starts as the identity.
+    The embedding as n blocks that exchange information (MU of the fix guide's seed): attention among the blocks of one token,
+    added to it. A function of the token alone; it starts as the identity.
     """
 
     def __init__(self, C, n):
@@ -221,7 +221,8 @@ class GPT(nn.Module):
             self.previous = Linear(config.n_embd, config.n_embd, zero=True) if config.self_condition else None
             self.mixer = Mixer(config.n_embd, config.mu_blocks) if config.mu_blocks else None
             if config.time_dim:
-                self.level = nn.Sequential(Linear(32, config.time_dim), nn.GELU(), Linear(config.time_dim, config.n_embd, zero=True))
+                self.level = nn.Sequential(Linear(32, config.time_dim), nn.GELU(),
+                                           Linear(config.time_dim, config.n_embd, zero=True))
         self.register_buffer('mask_logit_bias', torch.zeros(()))     # set by the controller in train.py, saved with the model
         cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
         self.register_buffer('cos', cos, persistent=False)           # (block_size, hs)
@@ -238,7 +239,7 @@ class GPT(nn.Module):
         segment (B, T): a number for the text that each position belongs to; several texts share a row, and each is as if it were
         alone, in both modes.
         previous (B, T): with self_condition, ids that an earlier pass predicted, the mask token where none did; None: nowhere.
-        level (B, 1) or (B, T): with noise_condition or time_dim, the share of the tokens that are noise; None: the share of [MASK] in the row.
+        level (B, 1) or (B, T): with noise_condition or time_dim, the share of noise; None: the share of [MASK] in the row.
         """
         T = idx.size(1)
         extra = 0
@@ -268,7 +269,7 @@ class GPT(nn.Module):
         return norm(x)
 
     def embed(self, idx):
-        """ids (B, T) -> embeddings (B, T, C); what mu_blocks adds is worked out once a word or once a position, whichever is less."""
+        """ids (B, T) -> embeddings (B, T, C); what mu_blocks adds is worked out per word or per position, whichever is less."""
         if self.mixer is None:
             return self.wte(idx)
         if len(self.wte.weight) < idx.numel():

@@ -84,8 +84,8 @@ def give_credit(grads):
     """
     K-1 (the fix guide's seed): every one of the n gradients g times min(1, n |g| / sum |g|), in place.
 
-    A tensor whose gradient is smaller than the mean moves less still. Both optimisers undo a constant factor, since their steps do
-    not depend on the scale of the gradient, so what is left of it is how the factor changes from step to step.
+    A tensor whose gradient is smaller than the mean moves less still. Both optimisers undo a constant factor, since their steps
+    do not depend on the scale of the gradient, so what is left of it is how the factor changes from step to step.
     """
     norms = distributed.norms(grads)                                           # (n,)
     torch._foreach_mul_(distributed.local(grads), (len(grads) * norms / norms.sum().clamp(min=1e-30)).clamp(max=1).unbind())

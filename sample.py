@@ -43,7 +43,7 @@ remask_from: str = None    # path of a second, remasking checkpoint that judges 
 merge_from: str = None     # path of a second checkpoint of the same architecture to merge with the first
 merge_weight = 0.5         # its share in the merged weights: 0 is the first checkpoint, 1 the second
 out_dir = 'out'            # where 'ckpt' looks
-export: str = None         # only write the weights (averaged, merged) to this .safetensors file, which init_from takes (pip install safetensors)
+export: str = None         # only write the weights (averaged, merged) to this .safetensors file, for init_from; needs safetensors
 # the task
 task = 'generate'          # generate | infill | repair | edit | score (writes nothing, says what the model thinks of a text)
 prompt = ''                # generate: text that every sample starts with
@@ -79,7 +79,7 @@ remask_rate: float = None  # how often, see generate_diffusion; None: 1 for wron
 remask_random_ratio = 0.0  # 0: re-mask by doubt alone, 1: at random alone
 remask_threshold: float = None  # re-mask what is doubted more than this, each position once
 remask_schedule: tuple = None   # re-mask a share of the visible tokens that goes from the first to the second number: 0.3,0.05
-rewrite: bool = None       # draw what is doubted anew at once, in the light of what stands there; None: in repair, if trained on noise
+rewrite: bool = None       # draw what is doubted anew at once, given what stands there; None: in repair, if trained on noise
 remdm = 'cap'              # remask=remdm: cap | rescale | loop
 correct_share: float = None     # share of the steps, at the end, that only re-mask and refill; None: 0.25
 # what the energy head is asked, in a checkpoint that has one (energy.py)
@@ -103,7 +103,7 @@ attention = 'auto'         # auto | plain | sdpa
 compile = False            # torch.compile the network
 # -----------------------------------------------------------------------------
 
-RATES = dict(wrong=1.0, critic=1.0, confidence=1.0, p2=1.0)   # remask_rate where it is not given; 0.3 for the others, see EXPERIMENTS.md
+RATES = dict(wrong=1.0, critic=1.0, confidence=1.0, p2=1.0)   # remask_rate if not given; 0.3 for the others, see EXPERIMENTS.md
 DRAFT_WINDOW = 8  # remask=causal drafts this many tokens a round; EXPERIMENTS.md has 4 to 63
 
 
@@ -115,8 +115,8 @@ DRAFT_WINDOW = 8  # remask=causal drafts this many tokens a round; EXPERIMENTS.m
 def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', remask='none', schedule='linear',
                        draft='bidirectional', remask_model=None, remask_rate=None, remask_random_ratio=0.0,
                        remask_threshold=None, remask_schedule=None, remdm='cap', correct_share=0.25, temperature=1.0,
-                       top_k=None, top_p=None, choice_temperature=4.5, commit_threshold=0.9, priority=(), block_length=None, rewrite=False,
-                       end_id=None, pad_id=None, closed=None, forbid=(), guide=None, generator=None, trace=False):
+                       top_k=None, top_p=None, choice_temperature=4.5, commit_threshold=0.9, priority=(), block_length=None,
+                       rewrite=False, end_id=None, pad_id=None, closed=None, forbid=(), guide=None, generator=None, trace=False):
     """
     The one sampling loop: canvas, fixed -> repeat: candidates at masked positions, commit some, re-mask some.
 
@@ -155,8 +155,8 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     rewrite: what random, wrong or confidence would re-mask is drawn anew in the same pass instead, seen as it stands: a network
     that was trained on noise reads out of a wrong token what it was before (with commit random; all else needs its candidates).
     draft='causal': candidates come from the causal pass, one a step from the left: plain AR sampling.
-    guide: that many whole completions are proposed at each step, and the tokens of one of them, chosen with probability
-    proportional to exp(-energy), are committed (temperature 0: of the lowest energy). Each takes as many more passes as the head reads.
+    guide: that many whole completions are proposed at each step, and the tokens of one, chosen with probability proportional
+    to exp(-energy), are committed (temperature 0: of the lowest energy). Each takes as many more passes as the head reads.
     end_id, pad_id: once everything left of an end token is decided, what is right of it is padding.
     closed (B,) bool: rows in which none of the ids forbid is drawn; None: those whose end token is fixed.
 
@@ -169,7 +169,8 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     if remask not in CORRECTING and not (remask_threshold is None and remask_schedule is None):
         raise UserError(f"remask_threshold and remask_schedule are for --remask={', '.join(CORRECTING)}, not for {remask}")
     if rewrite and (remask not in ('random', 'wrong', 'confidence') or commit != 'random' or remask_model or guide):
-        raise UserError('rewrite goes with --commit=random and --remask=wrong, random or confidence, without a second network or guide')
+        raise UserError('rewrite goes with --commit=random and --remask=wrong, random or confidence, '
+                        'without a second network or guide')
     canvas = canvas.clone()
     start = (canvas == mask).sum(1)                                            # (B,) tokens to fill
     corrects, loops = remask in CORRECTING, remask == 'remdm' and remdm == 'loop'
@@ -288,7 +289,8 @@ def check_rules(canvas, mask, fixed, commit, remask, remdm, draft, schedule, tem
         raise UserError('the causal pass cannot see what is right of a hole: with a fixed suffix or a given length '
                         'use --remask=wrong, random or none and --ar_prefix=0')
     if guide and 'causal' in (remask, draft):
-        raise UserError('guide chooses among whole completions, which causal sampling does not have: use --remask=none, wrong or critic')
+        raise UserError('guide chooses among whole completions, which causal sampling does not have: '
+                        'use --remask=none, wrong or critic')
     greedy = temperature == 0 or top_k == 1 or (commit == 'confidence' and choice_temperature == 0)
     empty = masked.sum(1) >= canvas.size(1) - 1                                # nothing is given but the start symbol
     if commit in (*WHOLE_CANVAS, 'abstain') and commit != 'priority' and greedy and empty.sum() > 1:
@@ -302,7 +304,8 @@ def check_rules(canvas, mask, fixed, commit, remask, remdm, draft, schedule, tem
 
 
 @torch.no_grad()
-def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=256, seed=1337, progress=False, trace=False, **rules):
+def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=256, seed=1337, progress=False, trace=False,
+         **rules):
     """
     Runs generate_diffusion on canvas, fixed (B, T) in batches: a list of B dicts text, tokens (ids from the first position to
     the end), nfe, finished; with trace also trace (S, T), the row's canvases.
@@ -351,7 +354,7 @@ def best_samples(samples, canvases, num):
     again, num: each of the first is replaced by the candidate of the lowest energy, for an equal canvas and of its own length,
     that is not taken yet.
 
-    Of its own length, because long texts have more in them that can be wrong: candidates that compete over all lengths get shorter.
+    Of its own length, because more can be wrong in long texts: candidates that compete over all lengths get shorter.
     """
     kinds = [(tuple(canvas), len(sample['tokens'])) for sample, canvas in zip(samples, canvases)]
     candidates = {}
@@ -462,7 +465,8 @@ def check_settings():
     if task != 'generate' and (prompt or length):
         raise UserError(f'prompt and length are for --task=generate; {task} takes --text or --file')
     if task != 'generate' and (text is None) == (file is None):
-        raise UserError(f'--task={task} needs a text: --text="..." or --file=FILE, one text a line' + (', not both' if file else ''))
+        raise UserError(f'--task={task} needs a text: --text="..." or --file=FILE, one text a line'
+                        + (', not both' if file else ''))
     if (task == 'edit') != (mask is not None):
         raise UserError('--mask=3:5 says what --task=edit writes anew' + ('' if task == 'edit' else f'; {task} takes no mask'))
     if export and not export.endswith('.safetensors'):
@@ -576,10 +580,10 @@ def main():
         masked = canvas == model.mask_token_id
         rules = choose_rules(
             config, preset=preset, task=task, inside=task == 'repair' or bool((masked.cummax(1).values & ~masked).any()),
-            judge=judge is not None, steps=steps, schedule=schedule, commit=commit, block_length=block_length, ar_prefix=ar_prefix,
-            choice_temperature=choice_temperature, remask=remask, remask_rate=remask_rate, remask_threshold=remask_threshold,
-            remask_schedule=remask_schedule, correct_share=correct_share, rewrite=rewrite, guide=guide,
-            best_of=best_of, temperature=temperature)
+            judge=judge is not None, steps=steps, schedule=schedule, commit=commit, block_length=block_length,
+            ar_prefix=ar_prefix, choice_temperature=choice_temperature, remask=remask, remask_rate=remask_rate,
+            remask_threshold=remask_threshold, remask_schedule=remask_schedule, correct_share=correct_share, rewrite=rewrite,
+            guide=guide, best_of=best_of, temperature=temperature)
         print(', '.join(f'{name}={value}' for name, value in rules.items()))
         samples = fill(
             model, meta, canvas, fixed, batch_size=batch_size, seed=seed, progress=True,

@@ -286,8 +286,8 @@ def conditioned(model, input, segment, level):
     """
     The hidden states (R, T, C) of canvases (R, T), the network being told what it is conditioned on.
 
-    noise_condition, time_dim: the level (R, T) of noise. self_condition: its own prediction at the masks, from a pass before; every other
-    row goes without, so that the network can start from nothing.
+    noise_condition, time_dim: the level (R, T) of noise. self_condition: its own prediction at the masks, from a pass before;
+    every other row goes without, so that the network can start from nothing.
     """
     previous = None
     if model.previous is not None:

@@ -1,5 +1,6 @@
 # the plan's separate remasking model: it never sees a mask, it only learns to say which visible tokens are wrong.
-# Use it beside an unmasking model: python sample.py --init_from=out/ckpt_unmasking.pt --remask_from=out/ckpt_remasking_all_positions.pt
+# Use it beside an unmasking model:
+# python sample.py --init_from=out/ckpt_unmasking.pt --remask_from=out/ckpt_remasking_all_positions.pt
 training_type = 'remasking'
 remasking_loss_type = 'all_positions'  # with 'corrupted_only' the answer would always be [WRONG]: nothing to learn
 remask_target = 'wrong'

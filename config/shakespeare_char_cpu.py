@@ -17,6 +17,7 @@ n_layer = 4
 n_head = 4                        # 32 channels a head; at this size 64 are a little worse, 16 much
 n_embd = 128                      # in ten minutes a narrow network that reads more gets further than a wide one
 n_recur = 1
+time_dim = 32                     # it is told how much is masked: a lower bound for half a per cent of the parameters
 max_iters = 1600
 learning_rate = 1e-2
 decay_share = 0.7

@@ -1,5 +1,5 @@
-# characters of tiny Shakespeare, an hour on two CPU cores: the lowest bound that they reach. It unmasks and does nothing else; for a
-# network that also finds and corrects its mistakes, take what config/shakespeare_char_cpu.py has, and a NELBO that is higher
+# characters of tiny Shakespeare, an hour on two CPU cores: the lowest bound that they reach. It unmasks and does nothing else;
+# for a network that also finds and corrects its mistakes, take what config/shakespeare_char_cpu.py has, and a higher NELBO
 training_type = 'unmasking'
 mask_weighting = 'token'
 

@@ -37,7 +37,8 @@ def run(s):
     model, meta, config, task, train = checkpoint_of_arithmetic(s)
     perfect = [{**task.score(fresh_draws(s, task, number), train), 'nfe': 0} for number in range(s.num_seeds)]
     rows = [summary('the grammar itself', 'free', perfect, s.num_samples)]
-    for name, protocol, rules in tqdm(wanted(s, sampler_rows(config, s.steps, model.config.block_size)), desc='rows', leave=False):
+    for name, protocol, rules in tqdm(wanted(s, sampler_rows(config, s.steps, model.config.block_size)),
+                                      desc='rows', leave=False):
         rows.append(measure(s, model, meta, task, train, name, rules, protocol))
     print(f'{s.num_seeds} seeds x {s.num_samples} samples, ± standard error')
     return rows, markdown(['sampler', 'start', *[f'{m} %' if m in SHARES else m for m in METRICS]],

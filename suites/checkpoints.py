@@ -21,8 +21,9 @@ from suites.common import SHARES, cell, load, markdown, training_strings
 VALIDATION = ('nelbo', 'causal_nll', 'auc', 'fixed', 'refilled')
 GENERATED = ('valid', 'correct', 'length_tv', 'unique', 'nfe')
 # settings that say nothing about what was learned
-IGNORED = ('seed', 'out_dir', 'eval_interval', 'eval_rows', 'eval_samples', 'eval_only', 'log_interval', 'keep_every', 'wandb_log',
-           'wandb_project', 'wandb_run_name', 'sample_prompt', 'overwrite', 'max_bad_steps', 'device', 'dtype', 'attention', 'compile')
+IGNORED = ('seed', 'out_dir', 'eval_interval', 'eval_rows', 'eval_samples', 'eval_only', 'log_interval', 'keep_every',
+           'wandb_log', 'wandb_project', 'wandb_run_name', 'sample_prompt', 'overwrite', 'max_bad_steps',
+           'device', 'dtype', 'attention', 'compile')
 
 
 def recipe(config):

@@ -10,7 +10,7 @@ from suites.common import cell, checkpoint_of_arithmetic, markdown, measure, wan
 
 
 def budget_rows(config, block_size):
-    """The samplers that a checkpoint of this config supports: (name, whether it takes a budget of passes, keywords of sample.generate)."""
+    """The samplers of a checkpoint of this config: (name, whether it takes a budget of passes, keywords of sample.generate)."""
     can_unmask, causal, detects = supports(config)
     rows = []
     if causal:

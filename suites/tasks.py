@@ -65,8 +65,8 @@ def first_operand_open(texts):
 
 def repair_rows(s, model, meta, config, clean, sigma=0.2, noise_mix='mask:0.5,replace:0.2,swap:0.15,delete:0.075,insert:0.075'):
     """
-    Repair of clean rows (N, T) under mixed noise: accuracy over the real tokens; by_string, the mean over strings of their share of
-    right tokens, start symbol included (the seed's measure, kinder to short strings); exact, the share that is right as a whole.
+    Repair of clean rows (N, T) under mixed noise: accuracy over the real tokens; by_string, the mean over strings of their share
+    of right tokens, start symbol included (the seed's measure, kinder to short strings); exact, the share right as a whole.
 
     In the seed's protocol an insertion never fires, in the other it does. Beside the repair: doing nothing; doing nothing but
     fill the masks perfectly; one pass that takes the likeliest token everywhere. Greedy, so one draw.
@@ -74,14 +74,16 @@ def repair_rows(s, model, meta, config, clean, sigma=0.2, noise_mix='mask:0.5,re
     free, real = modelled(clean, meta)
     rows = []
     device = next(model.parameters()).device
-    for protocol, mixture in (("the seed's protocol", noise_mix.replace('insert:0.075', 'insert:0')), ('with insertions', noise_mix)):
+    for protocol, mixture in (("the seed's protocol", noise_mix.replace('insert:0.075', 'insert:0')),
+                              ('with insertions', noise_mix)):
         mix = parse_mixture('noise_mix', mixture, NOISE)
         level = sigma * sum(share for _, share in mix)                         # what would have been an insertion does nothing
         noisy = mixed_noise(clean, real, torch.full((len(clean),), level), mix, model.mask_token_id, meta['pad'],
                             torch.Generator().manual_seed(s.seed))
         found = {'nothing': noisy, 'nothing, masks filled perfectly': torch.where(noisy == model.mask_token_id, clean, noisy)}
         with torch.no_grad():
-            likeliest = [model.logits(model(part.to(device)), real_only=True).argmax(-1).cpu() for part in noisy.split(s.batch_size)]
+            likeliest = [model.logits(model(part.to(device)), real_only=True).argmax(-1).cpu()
+                         for part in noisy.split(s.batch_size)]
         found['the likeliest token everywhere'] = torch.where(free, torch.cat(likeliest), clean)
         nfe = dict(zip(found, (0, 0, 1)))
         if supports(config)[2]:

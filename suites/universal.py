@@ -59,7 +59,8 @@ GENERATION = [
     *[(f'base: maskgit {steps} linear', 'base', dict(MASKGIT, schedule='linear', steps=steps)) for steps in (5, 12, 20, 30)],
     ('base: anchor seeding then maskgit 20', 'base', dict(MASKGIT, steps=20, anchor='=')),
     ('base: priority unmasking 20', 'base', dict(commit='priority', priority='()=+*', steps=20)),
-    *[(f'noise conditioning: single shot at {level}', 'noise conditioning', dict(steps=1, level=level)) for level in (1.0, 0.9, 0.8, 0.5)],
+    *[(f'noise conditioning: single shot at {level}', 'noise conditioning', dict(steps=1, level=level))
+      for level in (1.0, 0.9, 0.8, 0.5)],
     *[(f'{run}: AR warm start of {n} then maskgit 20', run, dict(MASKGIT, steps=20, ar_prefix=n))
       for run in ('base', 'hybrid-aware') for n in (3, 5, 8, 16)],
     *[(f'energy: best of {n} by maskgit 20', 'energy', dict(MASKGIT, steps=20, best_of=n)) for n in (5, 10)],
@@ -116,7 +117,7 @@ def draw_samples(s, network, run, how, number):
 
 
 def seed_anchors(canvas, fixed, anchor, rows, generator):
-    """The id anchor put and fixed in every row of canvas, fixed (B, T), where it stands first in one of the rows (N, T) at random."""
+    """The id anchor put and fixed in every row of canvas, fixed (B, T), where it stands first in a random one of rows (N, T)."""
     row = torch.randint(len(rows), (len(canvas),), generator=generator)
     at = (rows[row] == anchor).long().argmax(1)                                # (B,)
     here = torch.arange(canvas.size(1)) == at[:, None]
@@ -214,7 +215,7 @@ def corrupted(model, meta, clean, seed, low=0.2, high=0.6):
 
 
 def own_mistakes(s, model, meta, task, rounds=10, steps=32):
-    """The network's own samples that are no strings, and those with a wrong value: num_samples of each, if rounds of as many will do."""
+    """The network's own samples that are no strings, and those with a wrong value: num_samples of each, if the rounds suffice."""
     found = {'own samples, invalid': [], 'own samples, wrong value': []}
     for number in range(rounds):
         seed = s.seed + 1000 + number                                          # none that the energy head may have learned from
@@ -247,7 +248,8 @@ def suspicion(model, meta, ids, causal=True, batch_size=125, most=200):
         parts.append((masked.any(1).float(), doubt.sum(1) / visible.sum(1).clamp(min=1), doubt.amax(1),
                       causal_nll(model, filled, text) / text.sum(1).clamp(min=1) if causal else None,
                       leave_one_out(model, x, visible) if sum(len(part[0]) for part in parts) < most else None,
-                      model.energy(*text_of(filled, meta['eos'], meta['pad'], [meta['bos']])) if model.critic is not None else None))
+                      model.energy(*text_of(filled, meta['eos'], meta['pad'], [meta['bos']]))
+                      if model.critic is not None else None))
     columns = ([part.cpu() for part in column if part is not None] for column in zip(*parts))
     found = {name: torch.cat(column) if column else None for name, column in zip(SCORES, columns)}
     if found['energy'] is not None:                                            # a text with a mask in it is no text yet
@@ -282,7 +284,7 @@ MEASURES = dict(generation=(GENERATION, generation_rows), repair=(REPAIR, repair
 
 
 def run(s):
-    """The suite with bench's settings s: (rows, up to three tables). What cannot be measured is left out, and an error at the end."""
+    """The suite with bench's settings s: (rows, up to three tables). What cannot be measured is left out; an error at the end."""
     check_train_args(s, RUNS)
     asked = wanted(s, [(*row, table) for table, (rows, _) in MEASURES.items() for row in rows])
     network = functools.partial(network_of, s, RUNS, {})
@@ -296,8 +298,8 @@ def run(s):
 def row_key(s, name, start, how, table):
     """What a measured row depends on, as text."""
     runs = [start, *([how['then'][0]] if 'then' in how else [])]
-    return json.dumps([table, name, [os.path.basename(folder_of(s, RUNS, run)) for run in runs], how, s.num_samples, s.num_seeds, s.seed,
-                       s.eval_rows if table == 'repair' else None])
+    return json.dumps([table, name, [os.path.basename(folder_of(s, RUNS, run)) for run in runs], how,
+                       s.num_samples, s.num_seeds, s.seed, s.eval_rows if table == 'repair' else None])
 
 
 def tables(s, rows):
@@ -330,6 +332,6 @@ def repair_table(rows):
         nothing.update({how: cells for how, cells in ways.items() if how.startswith('nothing')})
         edit = ' · '.join(cell(row['edit'], m) for m in ('valid', 'correct', 'anchors'))
         lines.append([row['run'], *ways['--task=repair'], edit, *[cell(row, m) for m in ('nelbo', 'causal_nll', 'auc')]])
-    head = ['repair', 'accuracy % · by string % · exact %', 'the same, with insertions', 'edit: valid % · correct % · anchors kept %',
-            'nelbo', 'causal nll', 'auc']
+    head = ['repair', 'accuracy % · by string % · exact %', 'the same, with insertions',
+            'edit: valid % · correct % · anchors kept %', 'nelbo', 'causal nll', 'auc']
     return markdown(head, [[how, *cells, '', '', '', ''] for how, cells in nothing.items()] + lines)

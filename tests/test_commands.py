@@ -140,9 +140,9 @@ def test_sampling_from_merged_checkpoints(run, tmp_path):
 
 def test_settings_reach_the_sampler(trained):
     """What the command line says is what fill is called with."""
-    wanted = dict(steps=7, schedule='cosine', commit='confidence', block_length=5, commit_threshold=0.7, remask='wrong', remask_rate=0.7,
-                  remask_random_ratio=0.2, remask_schedule=(0.5, 0.1), remdm='loop', correct_share=0.5, ar_prefix=3,
-                  temperature=0.9, top_k=5, top_p=0.8, choice_temperature=2.5, seed=11, batch_size=13)
+    wanted = dict(steps=7, schedule='cosine', commit='confidence', block_length=5, commit_threshold=0.7, remask='wrong',
+                  remask_rate=0.7, remask_random_ratio=0.2, remask_schedule=(0.5, 0.1), remdm='loop', correct_share=0.5,
+                  ar_prefix=3, temperature=0.9, top_k=5, top_p=0.8, choice_temperature=2.5, seed=11, batch_size=13)
     module, calls = load_script('sample'), []
 
     def fill(model, meta, canvas, fixed, **more):
@@ -271,7 +271,8 @@ def test_bench_scores_a_judge_beside_the_writer_it_learned_from(tmp_path, monkey
     judge = write_checkpoint(tmp_path / 'j.pt', tiny_gpt(18, 64, seed=1, n_recur=1), training_type='remasking', guess_from=writer)
     s, calls = bench_settings('--num_samples=3', '--steps=10', '--eval_rows=6', '--remask_rate=0.7'), []
     generate = checkpoints.generate
-    monkeypatch.setattr(checkpoints, 'generate', lambda model, *args, **more: calls.append((model, more)) or generate(model, *args, **more))
+    monkeypatch.setattr(checkpoints, 'generate',
+                        lambda model, *args, **more: calls.append((model, more)) or generate(model, *args, **more))
     validation, scores = checkpoints.checkpoint_scores(s, judge)
     assert set(validation) == {'auc', 'fixed', 'refilled'} and set(scores) == {'remask=none', 'remask=wrong'}
     networks = [load_checkpoint(path)[0].wte.weight for path in (writer, judge)]
@@ -529,7 +530,8 @@ def test_bench_refuses(run, trained, tmp_path):
                            ([f'--init_from={trained[1]}', '--remask_rate=2'], 'remask_rate must be in 0..1, got 2'),
                            ([f'--init_from={trained[1]}', '--eval_rows=0'], 'eval_rows must be at least 1'),
                            ([f'--init_from={trained[1]}', f'--merge_from={text}'], 'do not fit together'),
-                           (['--suite=checkpoints', f'--init_from={tmp_path}/x*.pt'], f"no checkpoint matches '{tmp_path}/x*.pt'"),
+                           (['--suite=checkpoints', f'--init_from={tmp_path}/x*.pt'],
+                            f"no checkpoint matches '{tmp_path}/x*.pt'"),
                            (['--suite=checkpoints', f'--init_from={judge},{text}', f'--merge_from={tmp_path}/j*.pt'],
                             'matches 1 checkpoints, init_from 2')):
         refused(run('bench', '--num_samples=5', *CPU, *words), 'bench', message)

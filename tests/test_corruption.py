@@ -362,7 +362,8 @@ def test_all_kinds_in_one_mixture():
 MIX = (('mask', 0.3), ('replace', 0.25), ('swap', 0.2), ('delete', 0.1), ('insert', 0.15))
 
 
-@pytest.mark.parametrize('low, high, bias', [(0.1, 0.9, 0.0), (0.1, 0.9, 0.3), (0.0, 1.0, 1.0), (0.85, 0.9, 0.5), (0.4, 0.4, 0.0)])
+@pytest.mark.parametrize('low, high, bias', [(0.1, 0.9, 0.0), (0.1, 0.9, 0.3), (0.0, 1.0, 1.0), (0.85, 0.9, 0.5),
+                                             (0.4, 0.4, 0.0)])
 def test_noise_levels(low, high, bias):
     """Uniform on low..high, but in a share bias of the rows on the upper fifth of 0..high."""
     B = 20000
@@ -491,7 +492,8 @@ def test_noise_inserts(pad):
                 new, hits = new + len(inserted), hits + n
             assert len(set(inserted)) == len(inserted)
             if sigma == 1 and text:                                       # a new one before every real token
-                assert [token >= 24 for token in text[1 if pad else 0:]] == [i % 2 == 0 for i in range(len(text) - (1 if pad else 0))]
+                assert [token >= 24 for token in text[1 if pad else 0:]] == [i % 2 == 0
+                                                                             for i in range(len(text) - (1 if pad else 0))]
         assert not pad or abs(new / hits - sigma) <= 4 * (sigma * (1 - sigma) / hits) ** 0.5
 
 
@@ -555,15 +557,16 @@ def test_noise_shares():
 
 
 def test_masks_that_weigh_alike():
-    """mask_weighting='token' changes no canvas; all masks of a row's n positions weigh 2/(n+1), in the mean over k what they weigh by row."""
+    """mask_weighting='token': the same canvases; each mask among n positions weighs 2/(n+1), in the mean over k as by row."""
     x0, free = clean_rows(4096)
     more = dict(training_type='unmasking', weight_unmask_task=1.5)
     (input, _, by_row), (same, _, alike) = (corrupted(x0, free, **more, mask_weighting=kind) for kind in ('row', 'token'))
     masked, n = input == MASK, free.sum(1, keepdim=True)
     assert torch.equal(input, same) and torch.allclose(alike, 1.5 * masked * 2 / (n + 1))
     assert by_row.sum(1).mean().item() == pytest.approx(alike.sum(1).mean().item(), rel=0.02)
-    proofread = corrupted(x0, free, 'joint', remask_ratio=1.0, mask_weighting='token')                # and no visible token's weight
-    assert torch.equal(proofread[2] * (proofread[0] != MASK), corrupted(x0, free, 'joint', remask_ratio=1.0)[2] * (proofread[0] != MASK))
+    proofread = corrupted(x0, free, 'joint', remask_ratio=1.0, mask_weighting='token')   # and no visible token's weight
+    assert torch.equal(proofread[2] * (proofread[0] != MASK),
+                       corrupted(x0, free, 'joint', remask_ratio=1.0)[2] * (proofread[0] != MASK))
 
 
 @pytest.mark.parametrize('loss_type', ['all_positions', 'corrupted_only'])
@@ -606,7 +609,8 @@ def test_noise_in_a_mixture():
     """Its rows, and only these, weigh as a denoiser's: all positions together weight_remask_task, without an unmasking loss."""
     x0, free = clean_rows(400)
     free[:] = True
-    more = dict(sigma=(0.3, 0.6, 0.0), noise_mix=(('mask', 1.0), ('replace', 1.0)), weight_unmask_task=2.0, weight_remask_task=0.5)
+    more = dict(sigma=(0.3, 0.6, 0.0), noise_mix=(('mask', 1.0), ('replace', 1.0)),
+                weight_unmask_task=2.0, weight_remask_task=0.5)
     for order in ([('noise', 0.5), ('random', 0.5)], [('random', 0.5), ('noise', 0.5)]):
         input, target, weight = corrupted(x0, free, 'joint', corruption=tuple(order), remask_ratio=1.0, **more)
         total, masks = weight.sum(1), (input == MASK).any(1)
@@ -628,7 +632,8 @@ def test_denoising_levels():
         return (input != x0).double().mean(1)
     assert not hits(0.0, 0.0, 0.0).any() and (hits(1.0, 1.0, 0.0) == 1).all()
     spread = hits(0.1, 0.9, 0.0)
-    assert spread.mean().item() == pytest.approx(0.5, abs=0.02) and spread.std().item() == pytest.approx(0.8 / 12 ** 0.5, abs=0.02)
+    assert (spread.mean().item() == pytest.approx(0.5, abs=0.02)
+            and spread.std().item() == pytest.approx(0.8 / 12 ** 0.5, abs=0.02))
     assert hits(0.1, 0.9, 1.0).mean().item() == pytest.approx(0.81, abs=0.01)
 
 # -----------------------------------------------------------------------------
@@ -649,8 +654,10 @@ def test_a_given_prefix_is_left_alone(training_type, kind):
             law[min(n, 5)] = law.get(min(n, 5), 0) + ratio / most
         heard = (input != x0) | (weight > 0)
         for place in range(T):                                            # n free tokens: each is masked with (n + 1) / 2n
-            expected = sum(p * ((10 - n) / (18 - 2 * n) if training_type == 'unmasking' else 1) for n, p in law.items() if n < place)
-            assert heard[:, place].double().mean().item() == pytest.approx(expected, abs=0.04 if 0 < expected < 1 else 1e-9), place
+            expected = sum(p * ((10 - n) / (18 - 2 * n) if training_type == 'unmasking' else 1)
+                           for n, p in law.items() if n < place)
+            assert heard[:, place].double().mean().item() == pytest.approx(
+                expected, abs=0.04 if 0 < expected < 1 else 1e-9), place
 
 # -----------------------------------------------------------------------------
 # several texts in a row

@@ -48,8 +48,8 @@ def test_the_student_learns_what_the_teacher_says(tmp_path, monkeypatch):
     """A teacher that says 7 everywhere: what is asked for at the masks are 7s, and the student says them more often."""
     path = write_checkpoint(str(tmp_path / 'ckpt.pt'), training_type='unmasking')
     module, asked = load_script('distill'), []
-    configurator.configure(vars(module), [f'--init_from={path}', f'--out_dir={tmp_path}/out', '--learning_rate=0.01', '--ema_decay=0.5',
-                                          *TINY, '--max_iters=15'])
+    configurator.configure(vars(module), [f'--init_from={path}', f'--out_dir={tmp_path}/out', '--learning_rate=0.01',
+                                          '--ema_decay=0.5', *TINY, '--max_iters=15'])
 
     def sevens(teacher, canvas, fixed, **rules):
         asked.append((teacher, canvas, fixed, rules))
@@ -72,13 +72,16 @@ def test_the_student_learns_what_the_teacher_says(tmp_path, monkeypatch):
 def test_what_distillation_refuses(distilled, run, tmp_path):
     teacher, path, _ = distilled
     before = open(path, 'rb').read()
-    refused(run('distill', f'--init_from={path}', f'--out_dir={os.path.dirname(path)}', *TINY), 'distill', path, 'its own teacher')
+    refused(run('distill', f'--init_from={path}', f'--out_dir={os.path.dirname(path)}', *TINY),
+            'distill', path, 'its own teacher')
     assert open(path, 'rb').read() == before
     for kind in ('causal', 'remasking'):
         mute = write_checkpoint(str(tmp_path / 'mute.pt'), training_type=kind)
-        refused(run('distill', f'--init_from={mute}', f'--out_dir={tmp_path}/out', *TINY), 'distill', mute, f'training_type={kind}')
-    for word, message in (('--teacher_preset=speculative', "'speculative' cannot"), ('--teacher_preset=hybrid', "'hybrid' cannot"),
-                          ('--teacher_preset=maskgti', 'did you mean maskgit'), ('--max_iters=0', 'max_iters must be at least 1'),
-                          ('--learning_rate=1e39', 'no longer finite'), ('--init_from=nowhere.pt', 'nowhere.pt')):
+        refused(run('distill', f'--init_from={mute}', f'--out_dir={tmp_path}/out', *TINY),
+                'distill', mute, f'training_type={kind}')
+    for word, message in (('--teacher_preset=speculative', "'speculative' cannot"),
+                          ('--teacher_preset=hybrid', "'hybrid' cannot"), ('--teacher_preset=maskgti', 'did you mean maskgit'),
+                          ('--max_iters=0', 'max_iters must be at least 1'), ('--learning_rate=1e39', 'no longer finite'),
+                          ('--init_from=nowhere.pt', 'nowhere.pt')):
         refused(run('distill', f'--init_from={teacher}', f'--out_dir={tmp_path}/out', *TINY, word), 'distill', message)
     assert not os.path.exists(tmp_path / 'out' / 'ckpt_distilled.pt')

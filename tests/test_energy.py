@@ -78,7 +78,8 @@ def test_what_of_a_canvas_is_text():
     x = torch.tensor([[5, 1, 2, 6, 7, 7], [5, 1, 6, 3, 6, 0], [5, 1, 7, 2, 7, 7], [5, 1, 5, 2, 6, 7], [5, 6, 1, 1, 1, 1]])
     ids, real = text_of(x, eos, pad, [bos, eos, pad])
     assert ids.tolist() == [[5, 1, 2, 6, 7, 7], [5, 1, 6, 7, 7, 7], [5, 1, 7, 2, 7, 7], [5, 1, 5, 2, 6, 7], [5, 6, 7, 7, 7, 7]]
-    assert real.long().tolist() == [[0, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0]]
+    assert real.long().tolist() == [[0, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 0],
+                                    [0, 1, 0, 0, 0, 0]]
     ids, real = text_of(x, None, None)
     assert torch.equal(ids, x) and real.all()
 
@@ -141,11 +142,12 @@ def test_guiding_two_steps_commits_a_token_of_the_chosen_text():
 
 
 def test_the_best_are_kept_and_no_length_is_lost():
-    """Three samples and six more candidates, on two canvases: lengths stay, in every kind the lowest energies are kept, none twice."""
+    """Three samples, six more candidates, two canvases: lengths stay, in every kind the lowest energies are kept, none twice."""
     def candidate(length, energy):
         return dict(tokens=[0] * length, energy=energy, nfe=length)
     a, b = [9, 9], [9, 8]
-    samples = [candidate(*each) for each in ((2, 0.5), (2, 0.4), (5, 3.0), (2, 0.1), (3, -9.0), (5, 2.0), (2, 0.3), (2, 0.2), (2, -8.0))]
+    samples = [candidate(*each) for each in ((2, 0.5), (2, 0.4), (5, 3.0), (2, 0.1), (3, -9.0), (5, 2.0),
+                                             (2, 0.3), (2, 0.2), (2, -8.0))]
     kept = best_samples(samples, [a, a, b] * 3, 3)
     assert [(len(sample['tokens']), sample['energy']) for sample in kept] == [(2, 0.1), (2, 0.2), (5, 2.0)]
     assert [sample['nfe'] for sample in kept] == [2 + 2 + 2, 2 + 3 + 2, 5 + 5 + 2]
@@ -195,14 +197,16 @@ def test_the_critic_sees_completed_canvases_whose_tokens_are_committed():
         seen.append(ids.clone())
         return torch.full(ids.shape, -50.0)
     oracle.token_energy = token_energy
-    _, nfe, trace = generate_diffusion(oracle, *empty(oracle, 50), remask='critic', correct_share=0.0, trace=True, generator=seeded())
+    _, nfe, trace = generate_diffusion(oracle, *empty(oracle, 50), remask='critic', correct_share=0.0, trace=True,
+                                       generator=seeded())
     assert len(seen) == 3 and (nfe == 3 * 3 + 1).all()                    # the last step asks nobody
     for ids, before, after in zip(seen, trace, trace[1:]):
         assert (ids < 3).all() and torch.equal(ids[after != 3], after[after != 3])
 
 
-@pytest.mark.parametrize('rules', [dict(remask='critic', steps=5), dict(guide=2, steps=3), dict(remask='critic', guide=3, steps=4),
-                                   dict(best_of=3, steps=4), dict(best_of=2, guide=2, remask='critic', ar_prefix=1)], ids=str)
+@pytest.mark.parametrize('rules', [dict(remask='critic', steps=5), dict(guide=2, steps=3),
+                                   dict(remask='critic', guide=3, steps=4), dict(best_of=3, steps=4),
+                                   dict(best_of=2, guide=2, remask='critic', ar_prefix=1)], ids=str)
 def test_every_pass_is_counted_and_the_seed_decides(rules):
     """A hook counts the passes of one row; what is fixed stays, and the samples hold real tokens only."""
     model, passes = headed(18, 12), []
@@ -267,7 +271,8 @@ def test_what_is_measured(monkeypatch):
         ids = [15, *(ARITHMETIC['itos'].index(c) for c in text), 16]
         return torch.tensor(ids + [17] * (64 - len(ids)))
     texts = ['1=1', '(+1(+12))=4', '(+12)=4', '(+12', '3=3=3']
-    result = energy.measure(model, ARITHMETIC, torch.stack([row('(+12)=3')] * 4), torch.stack([row(t) for t in texts]), texts, seeded())
+    result = energy.measure(model, ARITHMETIC, torch.stack([row('(+12)=3')] * 4), torch.stack([row(t) for t in texts]),
+                            texts, seeded())
     # as long as a clean row: half; shorter: one; longer: none
     assert result['wrong values'] == 0.5 and result['malformed samples'] == 1 and result['own samples'] == 0.7
     assert 0 <= result['noise'] <= 1 and list(result) == ['noise', 'own samples', 'malformed samples', 'wrong values']
@@ -293,7 +298,8 @@ def test_training_an_energy_head(trained):
     for words in ('joint on arithmetic', 'step 4/4  energy ', 'ROC-AUC against noise', f'python sample.py --init_from={path}'):
         assert words in text, text
     before, (model, after) = torch.load(source, weights_only=True), load_checkpoint(path)
-    assert after['config'] == {**before['config'], 'energy_head': 2} and after['model_args'] == {**before['model_args'], 'energy_head': 2}
+    assert (after['config'] == {**before['config'], 'energy_head': 2}
+            and after['model_args'] == {**before['model_args'], 'energy_head': 2})
     assert after['meta'] == before['meta'] and after['iter_num'] == 7 and not {'optimizers', 'rng'} & set(after)
     assert after['energy']['settings']['max_iters'] == 4 and 0 <= after['energy']['result']['noise'] <= 1
     for weights in ('model', 'ema'):                                      # the network is as it was, the critic the same in both
@@ -304,7 +310,8 @@ def test_training_an_energy_head(trained):
 
 
 @pytest.mark.parametrize('words', [['--best_of=2', '--steps=3', '--remask=none'], ['--guide=2', '--steps=3'],
-                                   ['--remask=critic', '--steps=3'], ['--best_of=2', '--task=infill', '--text=(+_2)=_']], ids=' '.join)
+                                   ['--remask=critic', '--steps=3'], ['--best_of=2', '--task=infill', '--text=(+_2)=_']],
+                         ids=' '.join)
 def test_sampling_with_it(run, trained, words):
     status, out, err = run('sample', f'--init_from={trained[1]}', '--num_samples=2', *words, *CPU)
     assert status == 0, err
@@ -313,7 +320,7 @@ def test_sampling_with_it(run, trained, words):
 
 def test_the_same_seed_gives_the_same_head(run, trained, tmp_path):
     heads = []
-    for name, seed in (('a.pt', 1), ('b.pt', 1), ('c.pt', 2)):            # from a checkpoint that has a head already: it starts anew
+    for name, seed in (('a.pt', 1), ('b.pt', 1), ('c.pt', 2)):            # the checkpoint has a head already: it starts anew
         status, _, err = run('energy', f'--init_from={trained[1]}', f'--save={tmp_path / name}', f'--seed={seed}', *TINY)
         assert status == 0, err
         heads.append(load_checkpoint(str(tmp_path / name))[0].state_dict())
@@ -327,7 +334,8 @@ def test_mistakes(run, trained, tmp_path):
     with open(trained[1], 'rb') as file:
         before = file.read()
     folder = os.path.dirname(trained[1])
-    for words, message in (([f'--init_from={trained[1]}', f'--out_dir={folder}'], 'would overwrite the checkpoint it is made from'),
+    for words, message in (([f'--init_from={trained[1]}', f'--out_dir={folder}'],
+                            'would overwrite the checkpoint it is made from'),
                            (['--init_from=ckpt', f'--out_dir={folder}'], 'would overwrite'),
                            ([f'--init_from={trained[1]}', f'--save={folder}/a/../ckpt_energy.pt'], 'would overwrite'),
                            ([f'--init_from={causal}', f'--out_dir={tmp_path}'], 'cannot unmask'),

@@ -128,7 +128,8 @@ def test_a_fresh_condition_changes_no_number(name, weights):
         torch.manual_seed(0)
         return GPT(GPTConfig(block_size=4, vocab_size=3, n_layer=1, n_head=2, n_embd=16, **more))
     x, told = torch.tensor([[0, 3, 2, 1], [1, 1, 3, 3]]), fresh(**{name: True})
-    assert torch.equal(fresh()(x), told(x, previous=x, level=torch.rand(2, 1))) and told.num_params() == fresh().num_params() + weights
+    assert (torch.equal(fresh()(x), told(x, previous=x, level=torch.rand(2, 1)))
+            and told.num_params() == fresh().num_params() + weights)
 
 
 def test_attention_is_scaled_softmax_of_normalised_rotated_heads():
@@ -383,7 +384,7 @@ def test_nelbo_is_the_average_over_all_orders():
         exact.append(orders[-1].mean())
         assert exact[-1] > -np.log(np.exp(-orders[-1]).mean()) + 1e-4    # Jensen: it is an upper bound, and a loose one
     exact = torch.tensor(exact)
-    for B, calls, draws in ((12000, 1, 1), (6, 300, 1), (6, 300, 3)):  # unbiased for a small batch as well, and with several draws
+    for B, calls, draws in ((12000, 1, 1), (6, 300, 1), (6, 300, 3)):  # unbiased for a small batch too, and with several draws
         generator, which = seeded(3), torch.arange(B) % 3
         estimates = torch.stack([nelbo(model, rows[which], free[which], generator, draws) for _ in range(calls)]).double()
         for row in range(3):

@@ -1006,7 +1006,8 @@ def test_a_rewritten_end_moves_the_padding():
         def __call__(self, idx, causal=False, previous=None):
             return 20 * F.one_hot(torch.tensor([[0, 1, 1, 2, 0]]), 6).double()
     canvas = torch.tensor([[0, 1, 2, 3, 3]])
-    result, _, _ = generate_diffusion(Told(4, 5, None), canvas, canvas < 0, steps=1, **REPAIRS, end_id=2, pad_id=3, generator=seeded())
+    result, _, _ = generate_diffusion(Told(4, 5, None), canvas, canvas < 0, steps=1, **REPAIRS, end_id=2, pad_id=3,
+                                      generator=seeded())
     assert result.tolist() == [[0, 1, 1, 2, 3]]
 
 

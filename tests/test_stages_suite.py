@@ -232,6 +232,7 @@ def test_cost_is_measured_only_when_asked_for(s, trained_here, monkeypatch, tmp_
     s.train_args = f'{TINY} --dataset=words --block_size=12 --batch_size=8'
     s.only = 'cost'
     rows, table = stages.run(s)
-    assert [row['name'] for row in rows] == [variant for variant in stages.VARIANTS if variant not in stages.LEGS] and not trained_here
+    assert ([row['name'] for row in rows] == [variant for variant in stages.VARIANTS if variant not in stages.LEGS]
+            and not trained_here)
     assert all(row['ratio'] == pytest.approx(rows[0]['seconds'] / row['seconds']) and row['n'] == 2 for row in rows)
     assert len(table.splitlines()) == 2 + len(rows)

@@ -127,7 +127,8 @@ def test_task_canvases_that_do_not_fit(task, text, more, message):
 
 
 def test_who_has_seen_noise_repairs_by_rewriting():
-    for noisy in (default_config(training_type='denoising'), default_config(training_type='joint', corruption='own:0.5,noise:0.5')):
+    for noisy in (default_config(training_type='denoising'),
+                  default_config(training_type='joint', corruption='own:0.5,noise:0.5')):
         assert choose_rules(noisy, task='repair', inside=True) == {**REWRITE, 'ar_prefix': 0}
         assert choose_rules(noisy, task='repair', inside=True, temperature=0.7)['temperature'] == 0.7
         for more in (dict(rewrite=False), dict(remask='random'), dict(commit='confidence'), dict(preset='intelligent')):

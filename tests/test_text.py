@@ -94,7 +94,8 @@ def test_the_text_of_a_split(words):
 # training
 
 
-TEXT = ['--dataset=words', f'--block_size={T}', '--training_type=unmasking', '--max_iters=2', '--eval_interval=2', '--eval_rows=4']
+TEXT = ['--dataset=words', f'--block_size={T}', '--training_type=unmasking', '--max_iters=2', '--eval_interval=2',
+        '--eval_rows=4']
 
 
 def test_samples_of_text_are_compared_with_the_data(words, tmp_path, capsys):

@@ -285,8 +285,8 @@ def test_training_step(training_type, ratio, views, accumulate):
     bidirectional = training_type != 'causal' and (views or num_causal < 8)
     if bidirectional:
         rows, generator = x0.repeat(views, 1) if views else x0[num_causal:], seeded(1)
-        batch = corrupt(rows, rows != 15, (rows != 15) & (rows != 17), training_type=training_type, mask_token_id=18, wrong_token_id=19,
-                        generator=generator, guess=own_guesses(model, generator), remask_ratio=0.25,
+        batch = corrupt(rows, rows != 15, (rows != 15) & (rows != 17), training_type=training_type, mask_token_id=18,
+                        wrong_token_id=19, generator=generator, guess=own_guesses(model, generator), remask_ratio=0.25,
                         penalty_mask_correct=0.25, weight_remask_task=0.5)
         for row, n in enumerate(extent(batch[0], batch[2], 17, generator)):
             total = total + loss(model, *[part[row:row + 1, :n] for part in batch])[0] / max(1, views)
@@ -317,7 +317,8 @@ def test_more_views_leave_the_scale_of_the_gradient_as_it_is(monkeypatch):
 def test_rows_without_padding_are_not_packed():
     """In a stream the same step is one pass a mode over rows as they are."""
     model, x0, seen = tiny_gpt(3, 8, n_recur=1), torch.randint(3, (6, 8), generator=seeded()), []
-    model.register_forward_hook(lambda module, args, more, out: seen.append((len(args[0]), more.get('segment'))), with_kwargs=True)
+    model.register_forward_hook(lambda module, args, more, out: seen.append((len(args[0]), more.get('segment'))),
+                                with_kwargs=True)
     config = default_config(training_type='unmasking', causal_ratio=0.5)
     training_step(model, x0, dict(ARITHMETIC, bos=None, pad=None), config, 5, seeded(1))
     assert seen == [(3, None), (3, None)]
@@ -325,7 +326,7 @@ def test_rows_without_padding_are_not_packed():
 
 @pytest.mark.parametrize('level', [False, True])
 def test_what_a_conditioned_network_is_shown_in_training(level):
-    """Of every other row its likeliest tokens at the masks, found by a first pass that is told the same level and no prediction."""
+    """Of every other row its likeliest tokens at the masks, from a first pass that is told the same level and no prediction."""
     model, asked = tiny_gpt(V, T, self_condition=True, noise_condition=level), []
     model.mask_logit_bias.fill_(50.0)
     x0, input, _, _ = joint_batch()
@@ -382,10 +383,10 @@ def test_training_step_asks_for_what_the_settings_say(monkeypatch):
         (clean, free, real), more = asked[-1]
         assert torch.equal(clean, x0) and torch.equal(free, x0 != 15)
         assert torch.equal(real, (x0 != 15) & (x0 != pad) if pad else x0 != 15)
-        expected = dict(training_type='denoising', remask_target='original', remask_ratio=3 / 8, sigma=(0.2, 0.7, 0.4), pad_id=pad,
-                        noise_mix=(('mask', 0.4), ('swap', 0.6)), corruption=(('sticky', 1.0),), weight_unmask_task=0.3,
-                        weight_remask_task=0.6, remasking_loss_type='all_positions', mask_token_id=18, wrong_token_id=19,
-                        prefix_ratio=0.1, mask_weighting='token')
+        expected = dict(training_type='denoising', remask_target='original', remask_ratio=3 / 8, sigma=(0.2, 0.7, 0.4),
+                        pad_id=pad, noise_mix=(('mask', 0.4), ('swap', 0.6)), corruption=(('sticky', 1.0),),
+                        weight_unmask_task=0.3, weight_remask_task=0.6, remasking_loss_type='all_positions',
+                        mask_token_id=18, wrong_token_id=19, prefix_ratio=0.1, mask_weighting='token')
         assert {name: more[name] for name in expected} == expected
         assert more['penalty_mask_correct'] == pytest.approx(0.15)
         assert counted[-1].pop('hidden').requires_grad                    # see conditioned
@@ -425,7 +426,8 @@ def parrot(token):
 @pytest.mark.parametrize('training_type', ['joint', 'remasking'])
 def test_the_guesses_are_those_of_the_guesser(monkeypatch, training_type):
     model, x0, inputs = tiny_gpt(18, 64, n_recur=1), arithmetic_rows(8), []
-    monkeypatch.setattr(train, 'loss', lambda model, input, *args, **more: inputs.append(input) or loss(model, input, *args, **more))
+    monkeypatch.setattr(train, 'loss',
+                        lambda model, input, *args, **more: inputs.append(input) or loss(model, input, *args, **more))
     config = default_config(training_type=training_type, remask_ratio=1.0)
     for guesser in (parrot(7), parrot(3), None):
         training_step(model, x0, ARITHMETIC, config, 500, seeded(1), guesser=guesser)
@@ -504,7 +506,8 @@ def test_at_its_limits_the_controller_waits_and_comes_back_at_once(control, limi
     after = step(control, free)
     assert sign * (control['bias'] - after['bias']) > 0.1
     if control['price']:
-        assert sign * (math.log(control['price'] / after['price']) - math.log((1 - control['price']) / (1 - after['price']))) > 0.1
+        assert sign * (math.log(control['price'] / after['price'])
+                       - math.log((1 - control['price']) / (1 - after['price']))) > 0.1
 
 
 def test_one_step_of_the_controller():
@@ -909,7 +912,8 @@ def test_every_kind_of_run(tmp_path, words, name):
     assert model.wte.weight.shape == fresh.wte.weight.shape
     for field, part in (('noise_condition', model.level), ('self_condition', model.previous)):
         wanted = f'--{field}' in words
-        assert checkpoint['model_args'][field] == wanted == (part is not None) and (not wanted or part.weight.any())   # it has learned
+        assert (checkpoint['model_args'][field] == wanted == (part is not None)
+                and (not wanted or part.weight.any()))                    # it has learned
 
 
 @pytest.mark.parametrize('fmt', ['rows', 'stream'])
@@ -1304,8 +1308,8 @@ def test_a_loss_that_is_not_finite_keeps_the_old_checkpoint(tmp_path):
     start(str(tmp_path), *PLAIN, '--max_iters=2')
     before = open(newest(str(tmp_path)), 'rb').read()
     for words in (['--learning_rate=1e39', '--log_interval=1000'], ['--learning_rate=1e39', '--log_interval=1']):
-        with pytest.raises(UserError, match='the gradient of 10 steps in a row is no longer finite at step 1[23].*--learning_rate.*'
-                                            f'last good checkpoint is {newest(str(tmp_path))}'):
+        with pytest.raises(UserError, match='the gradient of 10 steps in a row is no longer finite at step 1[23].*'
+                                            f'--learning_rate.*last good checkpoint is {newest(str(tmp_path))}'):
             start(str(tmp_path), *PLAIN, '--init_from=resume', '--max_iters=40', '--eval_interval=1000', *words)
         assert open(newest(str(tmp_path)), 'rb').read() == before and len(os.listdir(tmp_path)) == 2
 
@@ -1415,7 +1419,8 @@ def test_skipped_steps_are_counted_over_a_resume_and_too_many_in_a_row_stop_the_
     start(str(tmp_path), *words, '--max_iters=3', patch=spoiled((1, 2), 'parts'))
     path, before = newest(str(tmp_path)), open(newest(str(tmp_path)), 'rb').read()
     assert read(str(tmp_path))['skipped'] == dict(steps=2, in_a_row=2)
-    with pytest.raises(UserError, match=f'4 steps in a row is no longer finite at step 4: .*; the last good checkpoint is {path}'):
+    with pytest.raises(UserError, match='4 steps in a row is no longer finite at step 4: .*; '
+                                        f'the last good checkpoint is {path}'):
         start(str(tmp_path), *words, '--max_iters=9', '--init_from=resume', patch=spoiled((3, 4), 'parts'))
     assert open(path, 'rb').read() == before and sorted(os.listdir(tmp_path)) == ['ckpt_unmasking.pt', 'log.jsonl']
     start(str(tmp_path), *words, '--max_iters=9', '--init_from=resume', patch=spoiled((3, 5, 6, 7), 'parts'))   # 3 in a row

@@ -40,8 +40,8 @@ def trainings(monkeypatch):
         if how['status'] == 0:
             parts = {name: any(f'--{name}' in word for word in command) for name in ('noise_condition', 'self_condition')}
             path = os.path.join(folder, runs.WRITTEN.get(script, 'ckpt_denoising.pt'))
-            write_checkpoint(path, tiny_gpt(18, 64, n_recur=1, energy_head=script == 'energy.py', **parts), training_type='denoising',
-                             remask_target='original', causal_ratio=0.3, max_iters=how['max_iters'])
+            write_checkpoint(path, tiny_gpt(18, 64, n_recur=1, energy_head=script == 'energy.py', **parts),
+                             training_type='denoising', remask_target='original', causal_ratio=0.3, max_iters=how['max_iters'])
             if script == 'energy.py':
                 checkpoint = torch.load(path)
                 torch.save({**checkpoint, 'config': {**checkpoint['config'], 'energy_head': True}}, path)
@@ -125,7 +125,8 @@ def test_a_row_is_measured_once(s, trainings, monkeypatch, tmp_path):
     monkeypatch.setattr(universal, 'fill', lambda *args, **more: drawn.append(more['steps']) or fill(*args, **more))
     s.only = 'base: ancestral 4,base: ancestral 8,student: ancestral 4'
     rows, table = universal.run(s)
-    assert [row['name'] for row in rows] == ['base: ancestral 4', 'student: ancestral 4', 'base: ancestral 8'] and drawn == [4, 4, 8]
+    assert ([row['name'] for row in rows] == ['base: ancestral 4', 'student: ancestral 4', 'base: ancestral 8']
+            and drawn == [4, 4, 8])
     assert universal.run(s) == (rows, table) and drawn == [4, 4, 8]
     cache = tmp_path / 'universal' / 'rows.jsonl'
     lines = cache.read_text().splitlines()
@@ -133,7 +134,7 @@ def test_a_row_is_measured_once(s, trainings, monkeypatch, tmp_path):
     cache.write_text('\n'.join([lines[0], lines[1][:-9], '[]', '', lines[2][:40]]))           # torn where a crash would tear it
     again, _ = universal.run(s)
     assert drawn == [4, 4, 8, 4, 8]
-    assert [{**row, 'seconds': 0} for row in again] == [{**row, 'seconds': 0} for row in rows]     # the same seed, the same samples
+    assert [{**row, 'seconds': 0} for row in again] == [{**row, 'seconds': 0} for row in rows]   # the same seed, the same samples
     universal.run(s)
     assert len(drawn) == 5
     s.num_samples = 2
@@ -154,11 +155,12 @@ def test_the_tables_can_be_measured(s):
 
 
 def test_every_kind_of_row(s, trainings):
-    s.only = ('single shot at 0.5,skeleton,energy: guided,energy: best of 5,critic,energy: detection,base: repair,base: anchor,priority,'
-              'hybrid-aware: AR warm start of 5,corrector,ours: AR,self-conditioning: maskgit')
+    s.only = ('single shot at 0.5,skeleton,energy: guided,energy: best of 5,critic,energy: detection,base: repair,base: anchor,'
+              'priority,hybrid-aware: AR warm start of 5,corrector,ours: AR,self-conditioning: maskgit')
     rows, text = universal.run(s)
     assert [row['table'] for row in rows] == ['generation'] * (len(rows) - 4) + ['repair'] + ['detection'] * 3
-    assert {row['name'].split(':')[0] for row in rows} >= {'noise conditioning', 'skeleton alone', 'skeleton then digits', 'energy'}
+    assert {row['name'].split(':')[0] for row in rows} >= {'noise conditioning', 'skeleton alone', 'skeleton then digits',
+                                                           'energy'}
     for row in rows[:-4]:
         assert row['n'] == 3 and 0 < row['nfe'] <= 200 and 0 <= row['valid'] <= 1, row['name']
     found = {row['name']: row for row in rows}
