@@ -35,11 +35,11 @@ suite = 'arithmetic'     # arithmetic | samplers | tasks | checkpoints | univers
 init_from = 'ckpt'       # 'ckpt': the newest checkpoint under out_dir; or a path; checkpoints: paths or patterns, a comma between
 merge_from: str = None   # another checkpoint, merged with the first (see sample.py); checkpoints: as many as init_from
 merge_weight = 0.5       # its share
-out_dir = 'out'          # where 'ckpt' looks; universal, text: runs, rows and table go to the folder of that name in it
-train_args = ''          # diagnose: words for train.py; universal, text: words for all training scripts that have them
+out_dir = 'out'          # where 'ckpt' looks; universal, text, stages: runs, rows and table go to the folder of that name in it
+train_args = ''          # diagnose: words for train.py; universal, text, stages: words for all training scripts that have them
 num_samples = 1000       # samples a row and seed; faults: kills
-num_seeds = 3            # arithmetic, samplers, universal, text: seeds a row; tasks: draws a string
-steps = 64               # arithmetic, checkpoints: passes of diffusion samplers; faults --only=soak: minutes; speed: rounds
+num_seeds = 3            # arithmetic, samplers, universal, text: seeds a row; tasks: draws a string; stages: of training
+steps = 64               # arithmetic, checkpoints, stages: passes of diffusion samplers; soak of faults: minutes; speed: rounds
 budgets = (8, 16, 32, 64)  # samplers, text: passes
 remask_rate = 0.3        # checkpoints: of remask=wrong
 eval_rows = 1000         # checkpoints, universal: rows of the validation split

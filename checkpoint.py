@@ -141,8 +141,11 @@ def check_overwrite(path, config):
         old = read_checkpoint(path)['config']
     except UserError as error:
         raise UserError(f'this run would write over a file that it cannot read; {how} ({error})') from error
-    for name in ('dataset', 'coarse', *[field.name for field in fields(GPTConfig) if field.name != 'dropout']):
-        if name in config and old.get(name, config[name]) != config[name]:
+    off = {'coarse': '', **{field.name: field.default for field in fields(GPTConfig) if field.name != 'dropout'}}
+    old = {**off, **old}                                                       # what it did not have was off
+    for name in ('dataset', *off):
+        idle = name == 'graph_topk' and not old['graph_window']                # of no effect there
+        if name in config and name in old and old[name] != config[name] and not idle:
             raise UserError(f'{path} is of another run, with {name}={old[name]!r} where this one has {config[name]!r}: {how}')
     return f'{path} will be written over: it is of the same network and dataset'
 

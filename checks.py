@@ -62,6 +62,9 @@ def check_settings(config):
     if config['fsdp'] and kind != 'causal' and any(0 < some < distributed.world() for some in (causal, others)):
         raise UserError(f'with fsdp each of {distributed.world()} processes needs causal rows and others, there are {causal} and '
                         f'{others} of them: raise --batch_size')
+    for name in ('noise_condition', 'time_dim', 'self_condition'):
+        if config[name] and kind in ('remasking', 'causal'):
+            raise UserError(f'{name} is about masked positions, training_type={kind} has none')
     if config['draft_head'] and kind != 'causal' and not config['causal_ratio']:
         raise UserError('draft_head drafts for the causal mode, which this run does not train: set --causal_ratio=0.5')
     if config['allow_abstain'] and kind in ('remasking', 'causal'):

@@ -178,7 +178,8 @@ def shard(model, device):
     Splits the matrices of the blocks over the ranks: from here on they are DTensors, and so are their gradients.
 
     All else, the embedding for the most part, every rank has whole, because training_step goes there past GPT.forward, where no
-    hook of FSDP sees it. Every rank has to go through the network equally often: a pass of one waits for all the others.
+    hook of FSDP sees it. Every rank has to go through the network equally often: a pass of one waits for all the others. In
+    bfloat16 the gradients of a stack that is applied several times are summed in that dtype, without fsdp in float32.
     """
     if sharded(model):
         return
@@ -208,7 +209,7 @@ def full(tensor):
 
 
 def like(value, own):
-    """A state dict, in which this rank's part takes the place of what is whole there and split in its counterpart own."""
+    """A tensor, or a state dict, in which this rank's part takes the place of what is whole there and split in its counterpart own."""
     if isinstance(value, dict):
         return {name: like(one, own[name] if isinstance(own, (dict, list)) else own) for name, one in value.items()}
     if not sharded(own) or value.shape != own.shape:

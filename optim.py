@@ -11,7 +11,7 @@ import distributed
 
 class Muon(torch.optim.Muon):
     """
-    torch.optim.Muon (Jordan et al. 2024), all matrices of one shape at a time: the same steps by a twentieth of the kernels.
+    torch.optim.Muon (Jordan et al. 2024), all matrices of one shape at a time: the same steps, by as many kernels for any depth.
 
     A GPU would otherwise wait for them to be launched, longer than for the whole backward pass of a small network. The state
     is that of torch.optim.Muon; it has the default coefficients and rates.
@@ -37,7 +37,7 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalized(matrices, coefficients, steps):
-    """The nearest (half-)orthogonal matrices, roughly: five steps of Newton and Schulz in bfloat16. (n, rows, columns) each."""
+    """The nearest semi-orthogonal matrices, roughly: five steps of Newton and Schulz in bfloat16. (n, rows, columns) each."""
     a, b, c = coefficients
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.bfloat16().mT if tall else matrices.bfloat16()

@@ -99,7 +99,7 @@ n_head = 4                       # attention heads
 n_embd = 128                     # width
 n_recur = 2                      # how often the stack is applied
 dropout = 0.0                    # for small data and long runs
-noise_condition = False          # tell the network which share of its canvas is noise
+noise_condition = False          # tell the network which share of its canvas is masked; when denoising, which is noise
 self_condition = False           # show it its previous prediction; half of the rows go without
 stage = 0                        # 1: tell it the noise level through an MLP (time_dim), 2: and k1_credit, 3: and graph_window
 time_dim = 0                     # noise_condition by an MLP of that width; 0: off
@@ -269,7 +269,7 @@ def ramp(step, warmup_iters):
 
 
 def staged(config):
-    """The config with what its stage turns on; a switch that is set keeps its value. Raises UserError for an unknown stage."""
+    """The config with what its stage turns on; what is on already keeps its value. Raises UserError for an unknown stage."""
     if not 0 <= config['stage'] <= len(STAGES):
         raise UserError(f"stage expects 0 to {len(STAGES)}, got {config['stage']}")
     implied = {name: value for switches in STAGES[:config['stage']] for name, value in switches.items()}
@@ -469,10 +469,11 @@ def train():
                                     noise_condition=noise_condition, self_condition=self_condition,
                                     **{name: config[name] for name in ('time_dim', 'graph_window', 'graph_topk', 'mu_blocks')}))
         model = GPT(GPTConfig(**args))
-        path = newest if init_from == 'resume' else init_from
+        path, checkpoint = newest if init_from == 'resume' else init_from, {}
         if init_from != 'scratch':
             weights, checkpoint = load_start(path, config, args, meta)
             model.load_state_dict({**model.state_dict(), **weights})           # what the checkpoint did not have yet stays
+            del weights
         guesser = load_guesser(guess_from, args, meta) if guess_from else None
         if guesser:
             configure_compute(guesser, place, dtype, attention, compile)
@@ -498,6 +499,8 @@ def train():
                 network.mask_logit_bias.fill_(mask_logit_bias)
         control = dict(p_mask=None, bias=model.mask_logit_bias.item(), price=penalty_keep_mask)
     elsewhere = init_from == 'resume' and len(ranks) != world
+    spent = checkpoint.get('seconds', 0.0) if init_from == 'resume' else 0.0
+    del checkpoint                                                             # it may be as large as all the rest
     if elsewhere or (rank and init_from != 'resume'):                          # every rank draws something else
         torch.manual_seed(seed + start + 10_000 * rank)
         noise.manual_seed(seed + start + 10_000 * rank + 1)
@@ -524,7 +527,7 @@ def train():
     can_unmask, causal, detects = supports(config)
     stop = stop_on_signal()
     marks = [(start, time.time())]
-    began = time.time() - (checkpoint.get('seconds', 0.0) if init_from == 'resume' else 0.0)  # evaluations and saves taken out
+    began = time.time() - spent                                                # evaluations and saves taken out
 
     def attempt(action, *args, last=False):
         """What an action on files returns. A full disk costs a line on screen, and only the last checkpoint costs the run."""
@@ -544,9 +547,10 @@ def train():
     def save(path, state, last=False):
         attempt(save_checkpoint, path, dict(state, seconds=t0 - began), last=last)  # wall time of the training steps
 
+    asked = False
     for step in range(start, max_iters + 1):
-        stop['asked'] = distributed.anywhere(stop['asked'])
-        t0, stopping = time.time(), step == max_iters or stop['asked']
+        asked = distributed.anywhere(stop['asked'])
+        t0, stopping = time.time(), step == max_iters or asked
         due = eval_only or step == max_iters or (step % eval_interval == 0 and (step > start or not start))
         numbered = keep_every and step % keep_every == 0 and step > start
         if due or numbered or stopping:
@@ -562,10 +566,12 @@ def train():
                 break
             if due:
                 write({'step': step, **result})
-            state = make_checkpoint(model, ema, optimizers, generator, noise, step, sums, control, skipped, args, config, meta,
-                                    result)
-            if world > 1:
-                state['rng']['ranks'] = distributed.gather(state['rng'])
+            state = None
+            if step > start:
+                state = make_checkpoint(model, ema, optimizers, generator, noise, step, sums, control, skipped, args, config,
+                                        meta, result)
+                if world > 1:
+                    state['rng']['ranks'] = distributed.gather(state['rng'])
             with distributed.together():
                 if rank == 0 and step > start and (due or stopping):
                     save(newest, state, last=stopping)
@@ -612,7 +618,7 @@ def train():
             print(progress_line(step + 1, config, record, speed), flush=True)
             write(record)
             sums = {}
-    if stop['asked'] and step < max_iters and not eval_only:
+    if asked and step < max_iters and not eval_only:
         command = f'python train.py {shlex.join(sys.argv[1:])}' if world == 1 else 'the same torchrun command and'
         print(f'stopped; go on with: {command} --init_from=resume')
     elif not eval_only:

@@ -1,9 +1,9 @@
-# GPT-2's size on OpenWebText (not measured here):
+# GPT-2's size on OpenWebText (its loss was not measured here; a step is, see EXPERIMENTS.md):
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_scale.py
 # half a million tokens a step, all processes together; on fewer GPUs raise gradient_accumulation_steps and lower batch_size
 # in proportion
 training_type = 'joint'
-mask_weighting = 'token'        # all masks weigh alike: lower loss at equal steps
+mask_weighting = 'token'        # all masks weigh alike: on characters that gives a lower bound
 remask_ratio = 0.25
 causal_ratio = 0.25
 draft_head = True

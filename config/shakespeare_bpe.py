@@ -1,6 +1,6 @@
 # tiny Shakespeare in GPT-2's tokens, on a CPU. Only positions that carry loss are projected to the vocabulary of 50,257
 training_type = 'joint'
-mask_weighting = 'token'        # all masks weigh alike: lower loss at equal steps
+mask_weighting = 'token'        # all masks weigh alike: on characters that gives a lower bound
 remask_ratio = 0.25
 causal_ratio = 0.2
 draft_head = True

@@ -1,6 +1,6 @@
 # characters of tiny Shakespeare, ten minutes on two CPU cores
 training_type = 'joint'
-mask_weighting = 'token'          # all masks weigh alike: lower loss at equal steps
+mask_weighting = 'token'          # all masks weigh alike: a lower bound at equal steps
 remask_ratio = 0.2                # a fifth of the rows carries wrong characters ...
 corruption = 'own:0.7,random:0.3' # ... most of them mistakes that the network would make, some of them typing errors
 remask_target = 'original'        # where it is wrong it learns what is right

@@ -1,6 +1,6 @@
 # WikiText-2 in GPT-2's tokens, 45 million parameters, 26 of them embeddings: for one GPU (not measured here)
 training_type = 'joint'
-mask_weighting = 'token'        # all masks weigh alike: lower loss at equal steps
+mask_weighting = 'token'        # all masks weigh alike: on characters that gives a lower bound
 remask_ratio = 0.25
 causal_ratio = 0.2
 draft_head = True

@@ -17,17 +17,19 @@ from model import configure_compute
 from rules import supports
 from sample import generate
 from suites.common import SHARES, cell, load, markdown, training_strings
+from suites.runs import known_settings
 
 VALIDATION = ('nelbo', 'causal_nll', 'auc', 'fixed', 'refilled')
 GENERATED = ('valid', 'correct', 'length_tv', 'unique', 'nfe')
 # settings that say nothing about what was learned
 IGNORED = ('seed', 'out_dir', 'eval_interval', 'eval_rows', 'eval_samples', 'eval_only', 'log_interval', 'keep_every',
            'wandb_log', 'wandb_project', 'wandb_run_name', 'sample_prompt', 'overwrite', 'max_bad_steps',
-           'device', 'dtype', 'attention', 'compile')
+           'device', 'dtype', 'attention', 'compile', 'fsdp', 'stage')   # what a stage turns on has settings of its own
 
 
 def recipe(config):
     """What of a run's settings decides about the result; of a path only that there is one."""
+    config = {**{name: setting.default for name, setting in known_settings('train.py').items()}, **config}   # older: was off
     return {name: 'a checkpoint' if name in ('init_from', 'guess_from') and value not in (None, 'scratch', 'resume') else value
             for name, value in config.items() if name not in IGNORED}
 
@@ -76,7 +78,7 @@ def run(s):
         for path, other in bar:
             config = recipe(load_checkpoint(path)[1]['config'])
             first = first or config
-            changes = ', '.join(f'{name}={value}' for name, value in config.items() if value != first.get(name, value))
+            changes = ', '.join(f'{name}={value}' for name, value in config.items() if value != first[name])
             groups.setdefault(changes or 'the first', []).append(checkpoint_scores(s, path, other))
     rows = []
     for name, runs in groups.items():

@@ -544,7 +544,7 @@ def run(s):
     The suite with bench's settings s: (rows of name, status, measured, advice; the summary). Every result is printed at once.
     """
     config, trained, checkpoint = set_up(s)
-    train.check_settings(config)
+    train.check_settings(dict(config, fsdp=False))                             # of many processes here is one
     meta, data = load_data(config['dataset'])
     train.check_fits(config, meta)
     if checkpoint:

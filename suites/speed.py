@@ -404,8 +404,9 @@ def samplers(model, meta, config, num):
         found['plain ancestral'] = plainly(plain_ancestral)
         found['ours, ancestral'] = ours(commit='random', remask='none')
     found[f"ours, default (remask={best['remask']})"] = ours(**best)
-    if causal and not model.config.graph_window:                               # whose edges depend on the whole row
+    if causal and not model.config.graph_window:                               # cached_pass knows no graph
         found['AR, cached'] = plainly(cached_ar, end_id=meta['eos'], pad_id=meta['pad'])
+    if causal:
         found['ours, AR'] = ours(ar_prefix=model.config.block_size)
     return found
 
@@ -597,8 +598,12 @@ def draw_growth(rows, path):
         points = [row for row in rows if row['shape'] == axis]
         for line, (name, unit, factor) in enumerate((('seconds', 'ms a step', 1e3), ('memory', 'peak memory, MB', 2**-20))):
             panel = figure.add_subplot(2, len(axes), number + line * len(axes), xlabel=axis, ylabel=unit)
-            panel.loglog()
-            panel.plot([row[axis] for row in points], [factor * row[name] for row in points], marker='.')
+            values = [row[axis] for row in points]
+            panel.loglog(values, [factor * row[name] for row in points], marker='.')
+            panel.set_xticks(values, [f'{value:,}' for value in values])       # plain numbers, and no others between
+            panel.yaxis.set_major_formatter('{x:g}')
+            panel.yaxis.set_minor_formatter('{x:g}')
+            panel.tick_params(which='minor', labelsize='small', bottom=False, labelbottom=False)
             panel.grid(alpha=0.3)
     with atomically(path) as temporary:
         figure.savefig(temporary, format='png', dpi=110)

@@ -39,7 +39,8 @@ from suites.runs import check_train_args, folder_of, measure_all, network_of
 OURS = ['train.py', 'config/shakespeare_char_cpu.py']
 # the same network and rows, nothing but the next token; what the other tasks need of it and of the settings is off
 CAUSAL = [*OURS, '--training_type=causal', '--views=0', '--draft_head=False', '--noise_condition=False', '--self_condition=False',
-          '--allow_abstain=False', '--target_mask_prob=0', '--mask_logit_bias=0', '--guess_from=None']
+          '--stage=0', '--time_dim=0', '--allow_abstain=False', '--target_mask_prob=0', '--mask_logit_bias=0',
+          '--guess_from=None']
 RUNS = {
     'ours': OURS,
     'AR same tokens': CAUSAL,

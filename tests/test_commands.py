@@ -291,7 +291,7 @@ def test_configs(path):
     module = load_script('train')
     before = {name: setting.default for name, setting in configurator.settings(module.__file__).items()}
     config = configurator.configure(vars(module), [path])
-    assert config != before
+    assert config != before or path.endswith('stage0.py')                      # which says that there is nothing
     meta = dict(train_tokens=10 ** 6, val_tokens=10 ** 5, name=config['dataset'])
     text = dict(STREAM, vocab_size=95, itos=[chr(c) for c in range(32, 127)])
     meta = {**(ARITHMETIC if config['dataset'].startswith('arithmetic') else text), **meta}

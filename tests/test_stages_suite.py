@@ -180,7 +180,7 @@ def trained_here(run, monkeypatch):
     return commands
 
 
-TINY = '--n_layer=1 --n_embd=16 --n_head=1 --eval_rows=20 --device=cpu --dtype=float32'
+TINY = '--n_layer=1 --n_embd=32 --n_head=1 --eval_rows=20 --device=cpu --dtype=float32'
 
 
 def test_arithmetic_from_training_to_the_table(s, trained_here, monkeypatch, tmp_path):
