@@ -191,7 +191,7 @@ class Drafter(nn.Module):
     def forward(self, state, embedded):
         """state (N, C), the token's embedding (N, C) -> the next state (N, C)."""
         h = self.fc(torch.cat((norm(state), norm(embedded)), dim=-1))
-        return state + self.proj(F.relu(h) * h)
+        return state + self.proj(SquaredReLU.apply(h))
 
 
 class Critic(nn.Module):

@@ -37,7 +37,7 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalized(matrices, coefficients, steps):
-    """The nearest semi-orthogonal matrices, roughly: five steps of Newton and Schulz in bfloat16. (n, rows, columns) each."""
+    """The nearest semi-orthogonal matrices, roughly: some steps of Newton and Schulz in bfloat16. (n, rows, columns) each."""
     a, b, c = coefficients
     tall = matrices.size(1) > matrices.size(2)
     x = matrices.bfloat16().mT if tall else matrices.bfloat16()

@@ -566,19 +566,20 @@ def train():
                 break
             if due:
                 write({'step': step, **result})
-            state = None
+            del shown                                                          # with fsdp it is whole, as is what follows
             if step > start:
                 state = make_checkpoint(model, ema, optimizers, generator, noise, step, sums, control, skipped, args, config,
                                         meta, result)
                 if world > 1:
                     state['rng']['ranks'] = distributed.gather(state['rng'])
-            with distributed.together():
-                if rank == 0 and step > start and (due or stopping):
-                    save(newest, state, last=stopping)
-                    plotted = attempt(draw_curves, log, os.path.join(out_dir, 'curves.png'))
-                if rank == 0 and numbered:
-                    save(os.path.join(out_dir, checkpoint_name(training_type, remasking_loss_type, step)), dict(state, result={}))
-            del shown, state                                                   # with fsdp they are whole
+                with distributed.together():
+                    if rank == 0 and (due or stopping):
+                        save(newest, state, last=stopping)
+                        plotted = attempt(draw_curves, log, os.path.join(out_dir, 'curves.png'))
+                    if rank == 0 and numbered:
+                        name = checkpoint_name(training_type, remasking_loss_type, step)
+                        save(os.path.join(out_dir, name), dict(state, result={}))
+                del state
         if stopping:
             break
         pause = time.time() - t0
