@@ -103,7 +103,8 @@ def check(setting, value):
     if kind in (tuple, list) and type(value) in (tuple, list):
         return kind(value)
     if kind is not None and type(value) is not kind:  # isinstance would let True pass for 1
-        raise UserError(f'{setting.name} expects {expected(kind)}, got {value!r}')
+        one = f'; one value is written {value!r},' if kind is tuple and type(value) in (int, float) else ''
+        raise UserError(f'{setting.name} expects {expected(kind)}, got {value!r}{one}')
     return value
 
 

@@ -205,7 +205,7 @@ def test_value(configure, word, name, value):
     ('--learning_rate=1e999', 'learning_rate expects a finite number, got inf (--learning_rate=1e999)'),
     ('--learning_rate=1+1', "learning_rate expects a float, got '1+1'"),
     ('--betas=0.9,1e999', 'betas expects a finite number, got (0.9, inf)'),
-    ('--betas=0.9', 'betas expects a tuple, got 0.9'),
+    ('--betas=0.9', 'betas expects a tuple, got 0.9; one value is written 0.9, (--betas=0.9)'),
     ('--compile=1', 'compile expects a bool, got 1 (--compile=1)'),
     ('--compile=None', 'compile expects a bool, got None'),
     ('--compile=', "compile expects a bool, got ''"),
