@@ -74,9 +74,9 @@ def propose(model, hidden, where, filters, generator, closed=None, forbid=()):
     return spread(where, ids), spread(where, logp.gather(1, ids[:, None])[:, 0]), logp
 
 
-def draft_pass(model, x, masked, draft, previous=None):
+def draft_pass(model, x, masked, draft, previous=None, cache=None, first=True):
     """
-    Hidden states (R, T, C); the causal pass skips the columns right of the last row's first hole, which it cannot see.
+    Hidden states (R, T, C) of x (R, T); those of the causal pass only at each row's first hole, elsewhere 0.
 
     previous (R, T): for a network with self_condition, its likeliest tokens of the pass before, replaced by those of this one.
     """
@@ -85,8 +85,23 @@ def draft_pass(model, x, masked, draft, previous=None):
         if previous is not None:
             previous[masked] = model.logits(hidden[masked], real_only=True).argmax(-1)
         return hidden
-    width = int(masked.long().argmax(1).max()) + 1
-    return F.pad(model(x[:, :width], causal=True), (0, 0, 0, x.size(1) - width))
+    at = masked.long().argmax(1, keepdim=True)                                 # (R, 1)
+    hidden = causal_pass(model, x, at, cache, first)                           # (R, 1, C)
+    return hidden.new_zeros(*x.shape, hidden.size(2)).scatter(1, at[..., None].expand_as(hidden), hidden)
+
+
+def causal_pass(model, x, at, cache=None, first=True):
+    """
+    Hidden states (R, W, C) of the causal pass over x (R, T) at the positions at (R, W), a window for each row.
+
+    cache: of GPT.empty_cache, None: everything left of the windows is computed again. first: it is still empty; later it knows what
+    is left of the windows, and nothing else is computed.
+    """
+    if cache is not None and not first:
+        return model(x, causal=True, cache=cache, at=at)
+    width = min(model.config.block_size, int(at.max()) + 1)
+    hidden = model(x[:, :width], causal=True, cache=cache)                     # (R, width, C)
+    return hidden.gather(1, at.clamp(max=width - 1)[..., None].expand(-1, -1, hidden.size(2)))
 
 
 def close_rows(x, masked, mask, end_id, pad_id):
@@ -272,7 +287,7 @@ def guided(model, hidden, x, masked, num, filters, generator, end_id=None, pad_i
 # drafting and verifying
 
 
-def speculate(model, x, masked, drafted, q, filters, generator):
+def speculate(model, x, masked, drafted, q, filters, generator, cache=None, first=True):
     """
     One round of speculative sampling (Leviathan et al. 2023): a verdict on the draft of each row's next tokens, the next draft.
 
@@ -283,6 +298,7 @@ def speculate(model, x, masked, drafted, q, filters, generator):
     least one token, and every token is distributed by p, whatever the draft is worth. next_draft says where it comes from.
 
     x (R, T), whose masks are a suffix of each row -> x (R, T), the next drafted and q, the passes (R,) that it took.
+    cache, first: see causal_pass, of T + W + 1 positions; what it knows of rejected tokens the next round writes over.
     """
     T, W = x.size(1), drafted.size(1)
     none = q[:, 0].sum(-1) == 0
@@ -292,9 +308,7 @@ def speculate(model, x, masked, drafted, q, filters, generator):
     passes = 1 + (none if model.drafter is None else torch.zeros_like(none)).long()
     at = masked.long().argmax(1)[:, None] + torch.arange(W + 1, device=x.device)             # (R, W+1) from the first hole
     x = F.pad(x, (0, W + 1), value=model.mask_token_id)                        # room for windows that stand out
-    width = min(T, int(at.max()) + 1)
-    hidden = model(x.scatter(1, at[:, :W], drafted)[:, :width], causal=True)   # (R, width, C)
-    hidden = hidden.gather(1, at.clamp(max=width - 1)[..., None].expand(-1, -1, hidden.size(2)))                # (R, W+1, C)
+    hidden = causal_pass(model, x.scatter(1, at[:, :W], drafted), at, cache, first)      # (R, W+1, C)
     p = filtered(model.logits(hidden, real_only=True), **filters)              # (R, W+1, V+2)
 
     p_drafted, q_drafted = (law.gather(2, drafted[..., None])[..., 0] for law in (p[:, :W], q))                 # (R, W)

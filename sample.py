@@ -27,6 +27,7 @@ import time
 import torch
 from tqdm import tqdm
 
+import show
 from canvas import decode, encode, load_task, rows_of, start_canvas, task_canvas, until_end
 from checkpoint import check_same_model, export_safetensors, identity, import_safetensors, load_checkpoint, write_atomically
 from configurator import UserError
@@ -190,6 +191,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     nfe = torch.zeros_like(start)
     history = [canvas.clone()] if trace else None
     rows = torch.arange(canvas.size(0), device=canvas.device) if corrects else start.nonzero()[:, 0]
+    cache = model.empty_cache(len(rows), canvas.size(1) + DRAFT_WINDOW + 1) if 'causal' in (remask, draft) else None
 
     for step in range(steps):
         if rows.numel() == 0:
@@ -197,10 +199,10 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
         x, last = canvas[rows], step == steps - 1                              # (R, T)
         masked, visible = x == mask, (x != mask) & ~fixed[rows]
         if remask == 'causal':
-            x, drafted, q, passes = speculate(model, x, masked, drafted, q, filters, generator)
+            x, drafted, q, passes = speculate(model, x, masked, drafted, q, filters, generator, cache, step == 0)
         else:
             shown = None if previous is None else previous[rows].masked_fill(~masked, mask)
-            hidden, passes = draft_pass(model, x, masked, draft, shown), 1     # (R, T, C)
+            hidden, passes = draft_pass(model, x, masked, draft, shown, cache, step == 0), 1
             if shown is not None:
                 previous[rows] = shown
             progress = ((step + 1) / fill[rows]).clamp(max=1)                  # (R,)
@@ -270,6 +272,8 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
         if last or not corrects or remask_threshold is not None:
             open_rows = (x == mask).any(1)
             rows = rows[open_rows]
+            if cache is not None and not open_rows.all():
+                cache = cache.index_select(2, open_rows.nonzero()[:, 0])
             if remask == 'causal':
                 drafted, q = drafted[open_rows], q[open_rows]
     return canvas, nfe, history
@@ -505,6 +509,9 @@ def load_all():
         configure_compute(judge, device, dtype, attention, compile)
     model, choices = configure_compute(model, device, dtype, attention, compile)
     print(f'{model.num_params():,} parameters, {choices}')
+    for network in () if export else (model, judge):                           # what is exported stays as it was trained
+        if network:
+            network.freeze()
     return model, checkpoint, judge
 
 
@@ -527,41 +534,12 @@ def canvases(model, meta):
     return [line for line in texts for _ in range(num_samples or 1)], canvas, fixed
 
 
-def marks(before, trace, mask_token_id):
-    """
-    What a repair did to a text, a character a position: ^ changed, ? doubted and kept, else a space.
-
-    before (T,) ids; trace (S, T), the canvases from the first to the last.
-    """
-    again = ((trace[:-1] != mask_token_id) & (trace[1:] == mask_token_id)).any(0)          # (T,) re-masked at some step
-    return ''.join('^' if new != old else '?' if doubted else ' '
-                   for old, new, doubted in zip(before.tolist(), trace[-1].tolist(), again.tolist()))
-
-
 def judge_samples(model, meta, config, samples, width):
     """Adds to every sample what judge_rows says of it; p_wrong is cut to its tokens."""
     for sample, judged in zip(samples, judge_rows(model, meta, rows_of(samples, meta, width), config)):
         sample.update(judged)
         if 'p_wrong' in judged:
             sample['p_wrong'] = judged['p_wrong'][:len(sample['tokens'])]
-
-
-def report(sample, meta, verdict, before=None):
-    """The lines to print for one sample: what became of the text before, and what the model thinks of it, if it was asked."""
-    lines = [f"{sample['text']}   {verdict(sample['text'])}" if verdict else sample['text']]
-    indent = ''
-    if before is not None:
-        lines, indent = [before, f'-> {lines[0]}'], '   '
-    shown = slice(meta['bos'] is not None, None)                               # the start symbol is not printed
-    if meta['tokenizer'] == 'char' and sample.get('marks', '').strip():
-        lines.append(f"{indent}{sample['marks'][shown].rstrip()}   (^ changed, ? doubted and kept)")
-    if 'p_wrong' in sample:
-        tenths = [min(9, int(10 * p)) for p in sample['p_wrong'][shown]]
-        lines.append(indent + ''.join(map(str, tenths)) + '   p(WRONG) of every token in tenths')
-    numbers = [f'{name} {sample[key]:.3f}' for key, name in (('nelbo', 'NELBO'), ('causal_nll', 'causal NLL')) if key in sample]
-    if numbers:
-        lines.append(indent + ', '.join(numbers) + ' nats/token')
-    return '\n'.join(lines) + ('' if verdict else f"\n{'-' * 15}")
 
 
 def main():
@@ -593,45 +571,26 @@ def main():
     seconds, num = time.time() - t0, len(samples)
     if task == 'repair':
         for sample, before in zip(samples, canvas):
-            sample['marks'] = marks(before, sample['trace'].cpu(), model.mask_token_id)[:len(sample['tokens'])]
+            sample['marks'] = show.marks(before, sample['trace'].cpu(), model.mask_token_id)[:len(sample['tokens'])]
     if score or task == 'score':
         judge_samples(model, meta, config, samples, canvas.size(1))
 
     scorer = load_task(meta['name'])
     for i, sample in enumerate(samples[:50]):
-        print(report(sample, meta, scorer and scorer.verdict, texts[i] if texts and task != 'score' else None))
+        print(show.report(sample, meta, scorer and scorer.verdict, texts[i] if texts and task != 'score' else None))
     if num > 50:
         print(f'... and {num - 50} more' + ('' if save else ' (--save=FILE.jsonl keeps them all)'))
     mean_nfe = sum(sample['nfe'] for sample in samples) / num
     if task != 'score':
         print(f'{num} samples, {mean_nfe:.1f} passes each (NFE), {num / seconds:.1f} samples/s')
     if animate or html:
-        watch(judge or (model if supports(config)[2] else None), meta, fixed, samples, scorer and scorer.verdict,
-              ', '.join(f'{name}={value}' for name, value in rules.items()) + f'; {mean_nfe:.0f} passes a sample')
+        show.watch(judge or (model if supports(config)[2] else None), meta, fixed, samples, scorer and scorer.verdict, task,
+                   ', '.join(f'{name}={value}' for name, value in rules.items()) + f'; {mean_nfe:.0f} passes a sample',
+                   animate, html)
     if save:
         lines = [{key: value for key, value in sample.items() if key != 'trace'} for sample in samples]
         write_atomically(save, ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines))
         print(f'written to {save}')
-
-
-def watch(judge, meta, fixed, samples, verdict, subtitle, most=20):
-    """
-    Plays the first samples, with their traces, in the terminal (--animate), or writes them to a page (--html).
-
-    judge: the network that says how wrong each token is; None if there is none that learned it.
-    """
-    import show
-    stories = []
-    for row, sample in enumerate(samples[:most]):
-        steps = [step[None] for step in sample['trace']]                       # S x (1, T)
-        doubts = show.judge_steps(judge, steps) if judge else torch.full((len(steps), *steps[0].shape), float('nan'))
-        label = f"{sample['text']}   {verdict(sample['text'])}" if verdict else sample['text'][:60]
-        stories.append(show.story(meta, steps, fixed[row:row + 1], doubts, 0, label))
-    if animate:
-        show.animate(stories)
-    if html:
-        show.write_page(html, f"{meta['name']}: {task}", subtitle, stories)
-        print(f'written to {html}')
 
 
 if __name__ == '__main__':

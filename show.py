@@ -2,7 +2,8 @@
 Watch the denoising: what a sampler wrote, took back and rewrote, step by step, with what the network thinks of each token.
 
 judge_steps() asks the network about every canvas of a trace, story() makes one sample of it into frames of text, and
-animate() plays them in the terminal, write_page() in one HTML file that needs nothing else.
+animate() plays them in the terminal, write_page() in one HTML file that needs nothing else; watch() does all of that.
+report() says the end of it in lines of text.
 """
 
 import html
@@ -20,6 +21,35 @@ from rules import p_wrong
 STYLES = dict(kept='', changed='magenta', new='green bold', remasked='red reverse', mask='dim', fixed='bold cyan')
 STATES = list(STYLES)
 SIGNS = str.maketrans({'\n': '↵', ' ': '␣', '\t': '⇥'})  # for what would not be seen
+
+
+def marks(before, trace, mask_token_id):
+    """
+    What a repair did to a text, a character a position: ^ changed, ? doubted and kept, else a space.
+
+    before (T,) ids; trace (S, T), the canvases from the first to the last.
+    """
+    again = ((trace[:-1] != mask_token_id) & (trace[1:] == mask_token_id)).any(0)          # (T,) re-masked at some step
+    return ''.join('^' if new != old else '?' if doubted else ' '
+                   for old, new, doubted in zip(before.tolist(), trace[-1].tolist(), again.tolist()))
+
+
+def report(sample, meta, verdict, before=None):
+    """The lines to print for one sample: what became of the text before, and what the model thinks of it, if it was asked."""
+    lines = [f"{sample['text']}   {verdict(sample['text'])}" if verdict else sample['text']]
+    indent = ''
+    if before is not None:
+        lines, indent = [before, f'-> {lines[0]}'], '   '
+    shown = slice(meta['bos'] is not None, None)                               # the start symbol is not printed
+    if meta['tokenizer'] == 'char' and sample.get('marks', '').strip():
+        lines.append(f"{indent}{sample['marks'][shown].rstrip()}   (^ changed, ? doubted and kept)")
+    if 'p_wrong' in sample:
+        tenths = [min(9, int(10 * p)) for p in sample['p_wrong'][shown]]
+        lines.append(indent + ''.join(map(str, tenths)) + '   p(WRONG) of every token in tenths')
+    numbers = [f'{name} {sample[key]:.3f}' for key, name in (('nelbo', 'NELBO'), ('causal_nll', 'causal NLL')) if key in sample]
+    if numbers:
+        lines.append(indent + ', '.join(numbers) + ' nats/token')
+    return '\n'.join(lines) + ('' if verdict else f"\n{'-' * 15}")
 
 
 @torch.no_grad()
@@ -106,6 +136,26 @@ def write_page(path, title, subtitle, stories):
     data = data.replace('<', r'\u003c').replace('>', r'\u003e').replace('&', r'\u0026')  # no text can end the script
     page = Template(PAGE).substitute(title=html.escape(title), subtitle=html.escape(subtitle), data=data)
     write_atomically(path, page)
+
+
+def watch(judge, meta, fixed, samples, verdict, title, subtitle, in_terminal, path, most=20):
+    """
+    Plays the first samples, dicts of sample.fill with their traces, in the terminal, or writes them to the page at path, or both.
+
+    judge: the network that says how wrong each token is; None if there is none that learned it. fixed (B, T): what was given.
+    verdict: a function of a text that says what is wrong with it, or None.
+    """
+    stories = []
+    for row, sample in enumerate(samples[:most]):
+        steps = [step[None] for step in sample['trace']]                       # S x (1, T)
+        doubts = judge_steps(judge, steps) if judge else torch.full((len(steps), *steps[0].shape), float('nan'))
+        label = f"{sample['text']}   {verdict(sample['text'])}" if verdict else sample['text'][:60]
+        stories.append(story(meta, steps, fixed[row:row + 1], doubts, 0, label))
+    if in_terminal:
+        animate(stories)
+    if path:
+        write_page(path, f"{meta['name']}: {title}", subtitle, stories)
+        print(f'written to {path}')
 
 
 PAGE = '''<!doctype html>

@@ -69,13 +69,13 @@ def markdown(head, lines):
     return '\n'.join(text)
 
 
-def load(s, path, other=None):
-    """The model of a checkpoint, ready to compute, and the checkpoint; merged with the other if there is one."""
+def load(s, path, other=None, learns=False):
+    """The model of a checkpoint, ready to compute, and the checkpoint; merged with the other if there is one. learns: see freeze."""
     model, checkpoint = load_merged(path, other, s.merge_weight) if other else load_checkpoint(path)
     model, choices = configure_compute(model, s.device, s.dtype, s.attention, s.compile)
     tqdm.write(f"{path}: {checkpoint['config']['training_type']} on {checkpoint['meta']['name']}, iteration "
                f"{checkpoint['iter_num']}, {model.num_params():,} parameters; {choices}")
-    return model, checkpoint
+    return model if learns else model.freeze(), checkpoint
 
 
 def checkpoint_of_arithmetic(s):

@@ -469,7 +469,7 @@ def set_up(s):
     Raises UserError for words that train.py would refuse, and where it is not clear what is meant.
     """
     if not s.train_args:
-        model, checkpoint = load(s, find_checkpoint(s.init_from, s.out_dir))
+        model, checkpoint = load(s, find_checkpoint(s.init_from, s.out_dir), learns=True)
         known = configurator.settings(train.__file__)
         return {name: checkpoint['config'].get(name, setting.default) for name, setting in known.items()}, model, checkpoint
     if s.init_from != 'ckpt':

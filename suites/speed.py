@@ -40,7 +40,7 @@ from checkpoint import atomically, make_folder
 from configurator import UserError
 from corruption import KINDS, corrupt, modelled, parse_mixture
 from data.loader import load_data
-from model import GPT, GPTConfig, configure_compute, norm, rotate
+from model import GPT, GPTConfig, configure_compute
 from rules import best_rules, close_rows, draw, filtered, supports
 from sample import find_checkpoint, generate
 from suites.common import load, markdown, wanted
@@ -317,34 +317,6 @@ def plain_ancestral(model, canvas, generator):
     return x
 
 
-def cached_pass(model, ids, position, cache):
-    """
-    The causal pass over one more position: the ids (R,) left of it -> its hidden states (R, C).
-
-    cache (L, 2, R, nh, T, hs): the keys and values that each of L block applications had so far; this position's are added.
-    """
-    x = norm(model.embed(ids) + model.causal_embd).to(model.compute_dtype)     # (R, C)
-    R, C = x.shape
-    cos, sin = model.cos[position].to(x.dtype), model.sin[position].to(x.dtype)              # (hs,)
-    for block, known in zip(list(model.blocks) * model.config.n_recur, cache):
-        qkv = block.qkv(norm(x)).view(R, 3, block.n_head, C // block.n_head)
-        q, k = rotate(norm(qkv[:, :2]), cos, sin).unbind(1)                    # (R, nh, hs) each
-        known[0, :, :, position], known[1, :, :, position] = k, qkv[:, 2]
-        keys, values = known[:, :, :, :position + 1]                           # (R, nh, position + 1, hs) each
-        y = F.scaled_dot_product_attention(q[:, :, None], keys, values, scale=1.0)           # (R, nh, 1, hs)
-        x = x + block.attn_proj(y.reshape(R, C))
-        h = block.fc(norm(x))
-        x = x + block.proj(F.relu(h) * h)
-    return norm(x)
-
-
-def empty_cache(model, R, T):
-    """A cache for cached_pass, of R rows of T positions."""
-    config, like = model.config, model.wte.weight
-    return torch.zeros(config.n_layer * config.n_recur, 2, R, config.n_head, T, config.n_embd // config.n_head,
-                       dtype=model.compute_dtype, device=like.device)
-
-
 @torch.no_grad()
 def cached_ar(model, canvas, generator, end_id=None, pad_id=None, **filters):
     """
@@ -356,16 +328,15 @@ def cached_ar(model, canvas, generator, end_id=None, pad_id=None, **filters):
     x, start = canvas.clone(), canvas == model.mask_token_id
     rows = torch.arange(len(x), device=x.device)
     going = rows >= 0                                                          # (R,) rows without an end token
-    cache, ids = empty_cache(model, *x.shape), torch.full_like(x[:, 0], model.mask_token_id)
+    cache = model.empty_cache(*x.shape)
     for position in range(x.size(1)):
-        hidden = cached_pass(model, ids, position, cache)                      # (R, C)
+        hidden = model(x[rows], causal=True, cache=cache, at=torch.full_like(rows[:, None], position))       # (R, 1, C)
         if start[0, position]:
-            x[rows, position] = draw(filtered(model.logits(hidden, real_only=True), **filters), generator)
-        ids = x[rows, position]
-        going = going & (ids != (-1 if end_id is None else end_id))
+            x[rows, position] = draw(filtered(model.logits(hidden[:, 0], real_only=True), **filters), generator)
+        going = going & (x[rows, position] != (-1 if end_id is None else end_id))
         left = int(going.sum())
         if left <= 0.75 * len(rows):                                           # not for every row: that moves the whole cache
-            rows, ids, cache, going = rows[going], ids[going], cache[:, :, going], going[going]
+            rows, cache, going = rows[going], cache.index_select(2, going.nonzero()[:, 0]), going[going]
         if not left:
             break
     return close_rows(x, start, model.mask_token_id, end_id, pad_id)
@@ -404,7 +375,7 @@ def samplers(model, meta, config, num):
         found['plain ancestral'] = plainly(plain_ancestral)
         found['ours, ancestral'] = ours(commit='random', remask='none')
     found[f"ours, default (remask={best['remask']})"] = ours(**best)
-    if causal and not model.config.graph_window:                               # cached_pass knows no graph
+    if causal and not model.config.graph_window:                               # a graph cannot use a cache
         found['AR, cached'] = plainly(cached_ar, end_id=meta['eos'], pad_id=meta['pad'])
     if causal:
         found['ours, AR'] = ours(ar_prefix=model.config.block_size)

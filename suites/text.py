@@ -56,6 +56,9 @@ SAMPLERS = {
     **{f'remask={remask} at 0.03': dict(commit='random', schedule='linear', remask=remask, remask_rate=0.03)
        for remask in ('random', 'remdm')},
     'intelligent': dict(preset='intelligent'),
+    # re-masking what is doubted sharpens the law; is that all it does? Plain sampling of the same entropy, and less sharp re-masking
+    'remask=none at temperature 0.9': dict(commit='random', schedule='linear', remask='none', temperature=0.9),
+    'remask=wrong at temperature 1.05': dict(commit='random', schedule='linear', remask='wrong', temperature=1.05),
 }
 DRAWS = 8                                                                      # likelihood: masks a window
 GAP = 16                                                                       # infill: so many tokens are hidden
@@ -169,7 +172,7 @@ def sample_rows(s, network, name, run, how):
             rows = random_rows(data['val'], num, T, torch.Generator().manual_seed(s.seed))
         samples = [dict(text=decode(meta, ids)[0], tokens=ids, nfe=0) for ids in rows.tolist()]
     else:
-        rules = choose_rules(checkpoint['config'], temperature=1.0, **how)
+        rules = choose_rules(checkpoint['config'], **{'temperature': 1.0, **how})
         samples = [sample for number in range(s.num_seeds) for sample in generate(
             model, meta, s.num_samples, batch_size=s.batch_size, seed=s.seed + number, progress=True, **rules)]
     tokens = [sample['tokens'] for sample in samples]

@@ -56,6 +56,45 @@ def test_bidirectional_pass_sees_everything():
             assert ((model(one) - model(x)).abs().amax(-1) > 1e-5).all()
 
 
+@torch.no_grad()
+def test_a_cache_gives_the_causal_pass_at_any_windows():
+    """Rows at places of their own, tokens that are taken back, a window that stands out of the row, a dtype of its own."""
+    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
+        for model in plain_and_sdpa(tiny_gpt(V=7, T=8, n_layer=2, n_recur=2)):
+            model.compute_dtype = dtype
+            x = torch.randint(7, (3, 12), generator=seeded())
+            full = model(x[:, :8], causal=True)
+            cache = model.empty_cache(3, 12)
+            assert cache.shape == (4, 2, 3, model.config.n_head, 12, model.wte.weight.size(1) // model.config.n_head)
+            model((x[:, :4] + 1) % 7, causal=True, cache=cache)           # all wrong, and written over
+            first = model(x[:, :4], causal=True, cache=cache)
+            assert (first - full[:, :4]).abs().max() < error
+            for at in (torch.tensor([[1, 2], [4, 5], [2, 3]]), torch.tensor([[2, 3], [6, 7], [4, 5]]),
+                       torch.tensor([[4, 5, 6, 7, 8], [7, 8, 9, 10, 11], [5, 6, 7, 8, 9]])):
+                found = model(x, causal=True, cache=cache, at=at)
+                inside = at < 8
+                exact = full.gather(1, at.clamp(max=7)[..., None].expand_as(found))
+                assert found.shape == (*at.shape, full.size(2)) and found.dtype == dtype
+                assert (found - exact)[inside].abs().max() < error
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_frozen_network_gives_the_same_to_the_bit(dtype):
+    model = tiny_gpt(V=7, T=8, draft_head=True, energy_head=1, time_dim=8, self_condition=True, mu_blocks=4)
+    model.compute_dtype = dtype
+    x, real = torch.randint(8, (3, 8), generator=seeded()), torch.ones(3, 8, dtype=torch.bool)
+
+    def results():
+        both = model(x), model(x, causal=True)
+        drafted = model.draft(both[1][:, 0], x[:, 0].clamp(max=6))
+        return [*both, drafted, *map(model.logits, (*both, drafted)), model.token_energy(x.clamp(max=6), real)]
+    before, names = results(), list(model.state_dict())
+    assert model.freeze() is model and list(model.state_dict()) == names
+    assert all(torch.equal(*pair) for pair in zip(before, results(), strict=True))
+    assert {p.dtype for p in model.blocks.parameters()} == {dtype} and model.wte.weight.dtype == torch.float32
+
+
 def test_causal_start_symbol_and_mode_embedding():
     model = tiny_gpt(V=5, T=6)
     x = torch.randint(5, (3, 6), generator=seeded())

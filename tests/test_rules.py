@@ -35,7 +35,7 @@ class Independent(Oracle):
         wrong = torch.as_tensor(0.0 if wrong is None else wrong, dtype=torch.float64)
         self.wrong = (wrong if wrong.ndim == 2 else wrong.expand(self.T)[:, None]).expand(self.T, self.V)
 
-    def __call__(self, idx, causal=False, previous=None):
+    def __call__(self, idx, causal=False, previous=None, cache=None):
         self.seen.append((idx.clone(), causal))
         hole = (idx == self.V)[..., None]
         p = torch.where(hole, self.table.expand(*idx.shape, -1), F.one_hot(idx, self.V + 1)[..., :self.V].double())
@@ -396,7 +396,7 @@ def test_displaced_by_hand():
 def test_p2_where_tokens_are_impossible():
     """Their score is the worst there is, and yet no more of them lose their place than have to; what is fixed takes none."""
     class Certain(Independent):
-        def __call__(self, idx, causal=False, previous=None):          # what it did not write itself has p = 0
+        def __call__(self, idx, causal=False, previous=None, cache=None):          # what it did not write itself has p = 0
             hidden = super().__call__(idx)
             hidden[..., :2] = torch.tensor([0.0, -1e9])
             return hidden
@@ -640,7 +640,7 @@ class HeadOracle(Oracle):
     def state(self, node):
         return F.one_hot(node.clamp(max=len(self.answers) - 1), len(self.answers)).double()
 
-    def __call__(self, idx, causal=False, previous=None):
+    def __call__(self, idx, causal=False, previous=None, cache=None):
         assert causal, 'with a draft head there is no need for a bidirectional pass'
         self.seen.append((idx.clone(), causal))
         node = [torch.zeros(len(idx), dtype=torch.long)]

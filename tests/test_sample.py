@@ -56,7 +56,10 @@ class Oracle:
     def parameters(self):
         yield torch.zeros(1)
 
-    def __call__(self, idx, causal=False, previous=None):
+    def empty_cache(self, B, T):
+        return None
+
+    def __call__(self, idx, causal=False, previous=None, cache=None):
         self.seen.append((idx.clone(), causal))
         T = idx.size(1)
         assert T <= self.T
@@ -220,6 +223,34 @@ def test_good_drafts_save_passes(monkeypatch):
     # a bad draft costs one more pass: the tokens do not depend on one another here, so that what the causal pass says
     # behind a rejected token is what it would say in the next round, and that draft is accepted as a whole
     assert set(nfe.tolist()) == {2, 3}
+
+
+@pytest.mark.parametrize('window', [1, 3, 16])
+@pytest.mark.parametrize('rules', [dict(remask='causal'), dict(draft='causal', commit='left_to_right')], ids=str)
+@pytest.mark.parametrize('head', [False, True])
+def test_a_cache_changes_what_is_computed_and_nothing_else(monkeypatch, window, rules, head):
+    """Rows with prompts of their own, that end when they like; also a graph, which has no cache."""
+    monkeypatch.setattr(sample, 'DRAFT_WINDOW', window)
+    model = tiny_gpt(5, 12, n_layer=2, n_recur=2, draft_head=head)
+    canvas = torch.full((160, 12), 5)
+    for rows, prompt in zip(canvas.split(40), ([], [2], [0, 1, 3, 2, 1], [1] * 12)):
+        rows[:, :len(prompt)] = torch.tensor(prompt, dtype=torch.long)
+    computed, forward = [], model.forward
+    monkeypatch.setattr(model, 'forward', lambda *args, **how: computed.append(forward(*args, **how)) or computed[-1])
+    results = []
+    for cached in (True, False):
+        if not cached:
+            monkeypatch.setattr(model, 'empty_cache', lambda B, T: None)
+        results.append(generate_diffusion(model, canvas, canvas != 5, end_id=4, pad_id=0, generator=seeded(), **rules)[:2])
+        results[-1] += (sum(hidden[..., 0].numel() for hidden in computed),)
+        computed.clear()
+    (x, nfe, some), (y, passes, all_of_them) = results
+    assert torch.equal(x, y) and torch.equal(nfe, passes) and len(x.unique(dim=0)) > 60
+    assert some < 0.7 * all_of_them or window == 16
+    graph = tiny_gpt(5, 12, n_layer=2, graph_window=1)
+    assert graph.empty_cache(4, 12) is None
+    x, _, _ = generate_diffusion(graph, canvas[:40], canvas[:40] != 5, generator=seeded(), **rules)
+    assert (x < 5).all()
 
 
 def text_law(law, V, T, end):
@@ -460,7 +491,7 @@ def reluctant(keep, V=3):
         def __init__(self):
             vars(self).update(vars(oracle))
 
-        def __call__(self, idx, causal=False, previous=None):
+        def __call__(self, idx, causal=False, previous=None, cache=None):
             hidden = answer(idx, causal)
             hidden[..., V] = torch.as_tensor(keep, dtype=hidden.dtype)[:idx.size(1)]
             return hidden
@@ -567,7 +598,7 @@ def test_repair_finds_the_errors_itself():
     law[all_sequences(3, 4).eq(1).all(1)] = 1.0                           # only 1 1 1 1 exists
 
     class Doubter(Oracle):
-        def __call__(self, idx, causal=False, previous=None):
+        def __call__(self, idx, causal=False, previous=None, cache=None):
             out = super().__call__(idx.masked_fill(idx != 1, 3), causal)
             out[..., 4] = torch.where(idx == 1, -30.0, 30.0)
             return out
@@ -1003,7 +1034,7 @@ def test_rewriting_is_one_look_and_the_likeliest_token_wherever_another_is_less_
 def test_a_rewritten_end_moves_the_padding():
     """The end token 2 is doubted and becomes text; behind the new end there is padding, whatever the network would like there."""
     class Told(Oracle):
-        def __call__(self, idx, causal=False, previous=None):
+        def __call__(self, idx, causal=False, previous=None, cache=None):
             return 20 * F.one_hot(torch.tensor([[0, 1, 1, 2, 0]]), 6).double()
     canvas = torch.tensor([[0, 1, 2, 3, 3]])
     result, _, _ = generate_diffusion(Told(4, 5, None), canvas, canvas < 0, steps=1, **REPAIRS, end_id=2, pad_id=3,

@@ -102,18 +102,6 @@ def test_step_flops_are_those_that_torch_counts(small, sizes, changes):
 # the samplers
 
 
-def test_cached_pass_is_the_causal_pass():
-    model = tiny_gpt(V, T, n_layer=2)
-    x = torch.randint(V, (4, T), generator=torch.Generator().manual_seed(0))
-    cache, left = speed.empty_cache(model, 4, T), torch.full((4,), model.mask_token_id)
-    with torch.no_grad():
-        logits = model.logits(model(x, causal=True))                           # (4, T, V+2)
-        for position in range(T):
-            found = model.logits(speed.cached_pass(model, left, position, cache))
-            torch.testing.assert_close(found, logits[:, position], rtol=0, atol=1e-4)
-            left = x[:, position]
-
-
 def test_cached_ar_writes_what_ar_writes():
     """The likeliest tokens after different prompts: rows end early, and late, and leave."""
     model = tiny_gpt(V, T, seed=2, n_layer=2)

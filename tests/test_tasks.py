@@ -19,7 +19,8 @@ from checkpoint import load_checkpoint
 from configurator import UserError
 from model import causal_nll
 from rules import COMMIT_RULES, PRESETS, REMASK_RULES, REWRITE, TASKS, choose_rules
-from sample import judge_rows, marks
+from sample import judge_rows
+from show import marks
 from suites import common, samplers, tasks
 
 BOS, EOS, PAD, MASK = 15, 16, 17, 18
