@@ -157,7 +157,7 @@ class Block(nn.Module):
         v = qkv[2]
         if known is not None:
             known.view(2, -1, C // self.n_head).index_copy_(1, at, torch.stack((k, v)).flatten(1, 3))
-            k, v = known[:, :, :, :bias.size(-1)]                   # (B, nh, <= S, hs) each
+            k, v = known                                            # (B, nh, S, hs) each
         if plain and T > 1:                                         # for one query the fused kernel is the faster one
             y = plain_attention(q, k, v, bias)
         else:
@@ -292,7 +292,7 @@ class GPT(nn.Module):
         cos, sin = self.cos[place].to(x.dtype), self.sin[place].to(x.dtype)                  # (T, hs), or (B, 1, W, hs)
         bias = far = None
         if cache is not None:
-            behind = torch.arange(int(at.max()) + 1, device=at.device) > at[..., None]       # (B, W, <= S)
+            behind = torch.arange(cache.size(4), device=at.device) > at[..., None]           # (B, W, S)
             heads = torch.arange(len(at) * self.config.n_head, device=at.device).view(len(at), -1, 1)
             at = (heads * cache.size(4) + at[:, None]).flatten()     # (B * nh * W,), see Block.attention
             bias = torch.zeros(behind.shape, dtype=x.dtype, device=x.device).masked_fill(behind, float('-inf'))[:, None]
@@ -307,10 +307,10 @@ class GPT(nn.Module):
                 x = block(x, cos, sin, causal, bias, self.plain_attention, far, next(known), at)
         return norm(x)
 
-    def empty_cache(self, B, T):
+    def empty_cache(self, B, T=0):
         """
-        A cache for the causal pass over B rows of T positions: the keys and values (L, 2, B, nh, T, hs) of every application of
-        a block. None if the network cannot use one: a graph looks at the embeddings of the whole row.
+        A cache for the causal pass over B rows, with places for T positions: the keys and values (L, 2, B, nh, T, hs) of every
+        application of a block. None if the network cannot use one: a graph looks at the embeddings of the whole row.
         """
         if self.config.graph_window:
             return None
@@ -385,6 +385,12 @@ class GPT(nn.Module):
         """Number of parameters that the user asked for: the padding rows of the embedding do not count."""
         padding = self.wte.weight.size(0) - self.config.vocab_size - 2
         return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
+
+
+def room_for(cache, T):
+    """A cache with places for T positions or a few more: attention goes over all of them, so there shall not be many."""
+    more = T - cache.size(4)
+    return cache if more <= 0 else F.pad(cache, (0, 0, 0, -(-more // 16) * 16))
 
 
 def check_config(config):

@@ -94,8 +94,8 @@ def causal_pass(model, x, at, cache=None, first=True):
     """
     Hidden states (R, W, C) of the causal pass over x (R, T) at the positions at (R, W), a window for each row.
 
-    cache: of GPT.empty_cache, None: everything left of the windows is computed again. first: it is still empty; later it knows what
-    is left of the windows, and nothing else is computed.
+    cache: of GPT.empty_cache, with room for the windows; None: everything left of them is computed again. first: it is still empty;
+    later it knows what is left of the windows, and nothing else is computed.
     """
     if cache is not None and not first:
         return model(x, causal=True, cache=cache, at=at)
@@ -298,7 +298,7 @@ def speculate(model, x, masked, drafted, q, filters, generator, cache=None, firs
     least one token, and every token is distributed by p, whatever the draft is worth. next_draft says where it comes from.
 
     x (R, T), whose masks are a suffix of each row -> x (R, T), the next drafted and q, the passes (R,) that it took.
-    cache, first: see causal_pass, of T + W + 1 positions; what it knows of rejected tokens the next round writes over.
+    cache, first: see causal_pass; what the cache knows of rejected tokens the next round writes over.
     """
     T, W = x.size(1), drafted.size(1)
     none = q[:, 0].sum(-1) == 0

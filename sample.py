@@ -32,7 +32,7 @@ from canvas import decode, encode, load_task, rows_of, start_canvas, task_canvas
 from checkpoint import check_same_model, export_safetensors, identity, import_safetensors, load_checkpoint, write_atomically
 from configurator import UserError
 from corruption import modelled
-from model import causal_nll, configure_compute, nelbo, random_subset
+from model import causal_nll, configure_compute, nelbo, random_subset, room_for
 from rules import (COMMIT_RULES, CORRECTING, REMASK_RULES, REMDM_SCHEDULES, TASKS, WHOLE_CANVAS, choose_rules,
                    close_rows, commit_order, displaced, doubted, draft_pass, fine, first_of, guided, masks_left, p_wrong, propose,
                    remdm_rate, share_at, spare_lengths, speculate, spread, supports, text_of)
@@ -191,13 +191,15 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     nfe = torch.zeros_like(start)
     history = [canvas.clone()] if trace else None
     rows = torch.arange(canvas.size(0), device=canvas.device) if corrects else start.nonzero()[:, 0]
-    cache = model.empty_cache(len(rows), canvas.size(1) + DRAFT_WINDOW + 1) if 'causal' in (remask, draft) else None
+    cache = model.empty_cache(len(rows)) if 'causal' in (remask, draft) else None
 
     for step in range(steps):
         if rows.numel() == 0:
             break
         x, last = canvas[rows], step == steps - 1                              # (R, T)
         masked, visible = x == mask, (x != mask) & ~fixed[rows]
+        if cache is not None:
+            cache = room_for(cache, int(masked.long().argmax(1).max()) + 1 + (drafted.size(1) if remask == 'causal' else 0))
         if remask == 'causal':
             x, drafted, q, passes = speculate(model, x, masked, drafted, q, filters, generator, cache, step == 0)
         else:

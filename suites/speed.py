@@ -40,7 +40,7 @@ from checkpoint import atomically, make_folder
 from configurator import UserError
 from corruption import KINDS, corrupt, modelled, parse_mixture
 from data.loader import load_data
-from model import GPT, GPTConfig, configure_compute
+from model import GPT, GPTConfig, configure_compute, room_for
 from rules import best_rules, close_rows, draw, filtered, supports
 from sample import find_checkpoint, generate
 from suites.common import load, markdown, wanted
@@ -328,8 +328,9 @@ def cached_ar(model, canvas, generator, end_id=None, pad_id=None, **filters):
     x, start = canvas.clone(), canvas == model.mask_token_id
     rows = torch.arange(len(x), device=x.device)
     going = rows >= 0                                                          # (R,) rows without an end token
-    cache = model.empty_cache(*x.shape)
+    cache = model.empty_cache(len(x))
     for position in range(x.size(1)):
+        cache = room_for(cache, position + 1)
         hidden = model(x[rows], causal=True, cache=cache, at=torch.full_like(rows[:, None], position))       # (R, 1, C)
         if start[0, position]:
             x[rows, position] = draw(filtered(model.logits(hidden[:, 0], real_only=True), **filters), generator)
