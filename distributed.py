@@ -209,7 +209,7 @@ def full(tensor):
 
 
 def like(value, own):
-    """A tensor, or a state dict, in which this rank's part takes the place of what is whole there and split in its counterpart own."""
+    """A tensor, or a state dict, in which this rank's part replaces what is whole there and split in its counterpart own."""
     if isinstance(value, dict):
         return {name: like(one, own[name] if isinstance(own, (dict, list)) else own) for name, one in value.items()}
     if not sharded(own) or value.shape != own.shape:

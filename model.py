@@ -8,7 +8,7 @@ Notable features:
 - two extra tokens: [MASK] = V (not yet decided) and [WRONG] = V + 1 (decided, and doubted)
 - the block stack may be applied n_recur times (the K of the universal denoiser seed)
 - rotary positions, QK-norm, ReLU^2, norms without parameters, no biases, a tied head
-- compute in bf16 where the device is fast at it; the parameters stay float32
+- compute in bf16 where the device is fast at it; the parameters stay float32 as long as it learns, see GPT.freeze
 """
 
 import ctypes
@@ -63,7 +63,7 @@ class Linear(nn.Linear):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021): x (..., T, hs), cos and sin (T, hs) from rotary_table."""
+    """Rotary positions (Su et al. 2021): x (..., T, hs), cos and sin (T, hs) or (B, 1, T, hs) from rotary_table."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
@@ -77,7 +77,7 @@ def rotary_table(T, hs):
 
 def plain_attention(q, k, v, bias):
     """softmax(q k' + bias) v written out. On a CPU, at short T, its backward is several times faster than the fused kernel's."""
-    scores = q @ k.transpose(-2, -1)                                # (B, nh, T, T)
+    scores = q @ k.transpose(-2, -1)                                # (B, nh, T, T), or of T queries and S keys
     return (scores if bias is None else scores + bias).softmax(-1) @ v
 
 
@@ -104,7 +104,7 @@ class SquaredReLU(torch.autograd.Function):
 
 
 def squared_relu(h):
-    """See SquaredReLU; where no gradient is wanted in place, which makes the pass of a sampler a fifth faster on a CPU."""
+    """See SquaredReLU. In place where no gradient is wanted, which makes the pass of a sampler a fifth faster on a CPU."""
     return SquaredReLU.apply(h) if torch.is_grad_enabled() else F.relu(h).square_()
 
 
@@ -147,7 +147,7 @@ class Block(nn.Module):
     def attention(self, x, cos, sin, causal, bias, plain, far=None, known=None, at=None):
         """
         far (B, 1, T, T): 1 where the graph has no edge, else 0; None: no graph.
-        known (2, B, nh, S, hs): the keys and values of a cache, contiguous; these ones' places in it, at (B * nh * T,), are filled.
+        known (2, B, nh, S, hs): the keys and values of a cache, contiguous; at (B * nh * T,): where the new ones go.
         """
         B, T, C = x.size()
         if far is not None:
@@ -267,8 +267,8 @@ class GPT(nn.Module):
         alone, in both modes.
         previous (B, T): with self_condition, ids that an earlier pass predicted, the mask token where none did; None: nowhere.
         level (B, 1) or (B, T): with noise_condition or time_dim, the share of noise; None: the share of [MASK] in the row.
-        cache: with causal, see empty_cache; the keys and values are written to it. at (B, W): those of all positions left of
-        these are in it, and only these are computed: hidden states (B, W, C). None: all are.
+        cache: with causal, without segment and gradient, see empty_cache; the keys and values are written to it. at (B, W): those
+        of all positions left of these are in it, and only these are computed: hidden states (B, W, C). None: all are.
         """
         T = idx.size(1)
         extra = 0
@@ -310,17 +310,18 @@ class GPT(nn.Module):
     def empty_cache(self, B, T=0):
         """
         A cache for the causal pass over B rows, with places for T positions: the keys and values (L, 2, B, nh, T, hs) of every
-        application of a block. None if the network cannot use one: a graph looks at the embeddings of the whole row.
+        application of a block. None if the network cannot use one: a graph compares embeddings, which a cache does not keep.
         """
         if self.config.graph_window:
             return None
         heads, L = self.config.n_head, self.config.n_layer * self.config.n_recur
-        return torch.zeros(L, 2, B, heads, T, self.config.n_embd // heads, dtype=self.compute_dtype, device=self.wte.weight.device)
+        shape = (L, 2, B, heads, T, self.config.n_embd // heads)
+        return torch.zeros(shape, dtype=self.compute_dtype, device=self.wte.weight.device)
 
     def freeze(self):
         """
         For a network that learns no more: its matrices are cast to the dtype it computes in once, and not in every pass, which
-        takes a tenth to a fifth of the time of sampling. Changes no result.
+        takes a tenth to a fifth of the time of sampling. Changes no result. To be called when device and dtype are chosen.
         """
         for part in (self.blocks, self.drafter):
             for weight in [] if part is None else part.parameters():

@@ -94,8 +94,8 @@ def causal_pass(model, x, at, cache=None, first=True):
     """
     Hidden states (R, W, C) of the causal pass over x (R, T) at the positions at (R, W), a window for each row.
 
-    cache: of GPT.empty_cache, with room for the windows; None: everything left of them is computed again. first: it is still empty;
-    later it knows what is left of the windows, and nothing else is computed.
+    cache: of GPT.empty_cache, with room for the windows; None: everything left of them is computed again. first: it is still
+    empty; later it knows what is left of the windows, and nothing else is computed.
     """
     if cache is not None and not first:
         return model(x, causal=True, cache=cache, at=at)

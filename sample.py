@@ -91,7 +91,7 @@ temperature: float = None  # 0: the most probable token, 1: the model's own dist
 top_k: int = None          # draw among the k most probable tokens only
 top_p: float = None        # draw among the most probable tokens that together reach this probability only
 seed = 1337                # the same seed and command give the same text
-batch_size = 256           # samples drawn at a time
+batch_size = 256           # samples drawn at a time; what causal sampling keeps of the text grows with it
 # what to show
 score = False              # print NELBO, causal NLL and p(WRONG) of every token of what was written
 animate = False            # play the denoising in the terminal (pip install rich)
@@ -105,7 +105,7 @@ compile = False            # torch.compile the network
 # -----------------------------------------------------------------------------
 
 RATES = dict(wrong=1.0, critic=1.0, confidence=1.0, p2=1.0)   # remask_rate if not given; 0.3 for the others, see EXPERIMENTS.md
-DRAFT_WINDOW = 8  # remask=causal drafts this many tokens a round; EXPERIMENTS.md has 4 to 63
+DRAFT_WINDOW = 8  # remask=causal drafts this many tokens a round; EXPERIMENTS.md has 3 to 63
 
 
 # -----------------------------------------------------------------------------
@@ -297,6 +297,8 @@ def check_rules(canvas, mask, fixed, commit, remask, remdm, draft, schedule, tem
     if guide and 'causal' in (remask, draft):
         raise UserError('guide chooses among whole completions, which causal sampling does not have: '
                         'use --remask=none, wrong or critic')
+    if draft == 'causal' and (commit != 'left_to_right' or remask != 'none'):
+        raise UserError("draft='causal' writes from left to right and takes nothing back: commit='left_to_right', remask='none'")
     greedy = temperature == 0 or top_k == 1 or (commit == 'confidence' and choice_temperature == 0)
     empty = masked.sum(1) >= canvas.size(1) - 1                                # nothing is given but the start symbol
     if commit in (*WHOLE_CANVAS, 'abstain') and commit != 'priority' and greedy and empty.sum() > 1:

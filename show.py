@@ -3,7 +3,7 @@ Watch the denoising: what a sampler wrote, took back and rewrote, step by step, 
 
 judge_steps() asks the network about every canvas of a trace, story() makes one sample of it into frames of text, and
 animate() plays them in the terminal, write_page() in one HTML file that needs nothing else; watch() does all of that.
-report() says the end of it in lines of text.
+report() says the end of it in lines of text, marks() what a repair did.
 """
 
 import html

@@ -70,7 +70,7 @@ def markdown(head, lines):
 
 
 def load(s, path, other=None, learns=False):
-    """The model of a checkpoint, ready to compute, and the checkpoint; merged with the other if there is one. learns: see freeze."""
+    """The model of a checkpoint, merged with the other if there is one and frozen unless it learns, and the checkpoint."""
     model, checkpoint = load_merged(path, other, s.merge_weight) if other else load_checkpoint(path)
     model, choices = configure_compute(model, s.device, s.dtype, s.attention, s.compile)
     tqdm.write(f"{path}: {checkpoint['config']['training_type']} on {checkpoint['meta']['name']}, iteration "

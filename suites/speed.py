@@ -2,7 +2,7 @@
 How fast is it, and what would a plain script take? What is compared takes turns, so that a noisy machine is noisy to all of them.
 
 sampling  samples/s: ours, the plain ancestral sampler (one token a pass, every logit of every row), and left to right with a
-          key/value cache. The network, its dtype and attention are the same for all, and all end with the text
+          key/value cache, in a loop of its own and in ours. Network, dtype and attention are the same; all end with the text
 training  tokens/s of a whole step: the same network as nanoGPT runs it (float32, eager, fused attention kernel, one AdamW that
           loops over the tensors, every logit), ours with the same task, and ours as in config/remask_all.py, with one feature
           less each
@@ -350,7 +350,8 @@ def sampling_network(s):
     except UserError:
         config = recipe()
         meta, _ = load_data(config['dataset'])
-        return network(s, {**config, 'vocab_size': meta['vocab_size']}).eval(), meta, config, 'a fresh network of remask_all'
+        fresh = network(s, {**config, 'vocab_size': meta['vocab_size']}).eval().freeze()
+        return fresh, meta, config, 'a fresh network of remask_all'
     model, checkpoint = load(s, path, s.merge_from)
     return model.eval(), checkpoint['meta'], checkpoint['config'], path
 

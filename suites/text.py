@@ -56,7 +56,7 @@ SAMPLERS = {
     **{f'remask={remask} at 0.03': dict(commit='random', schedule='linear', remask=remask, remask_rate=0.03)
        for remask in ('random', 'remdm')},
     'intelligent': dict(preset='intelligent'),
-    # re-masking what is doubted sharpens the law; is that all it does? Plain sampling of the same entropy, and less sharp re-masking
+    # re-masking what is doubted sharpens the law, and so does a temperature: which text is better at the same entropy?
     'remask=none at temperature 0.9': dict(commit='random', schedule='linear', remask='none', temperature=0.9),
     'remask=wrong at temperature 1.05': dict(commit='random', schedule='linear', remask='wrong', temperature=1.05),
 }
