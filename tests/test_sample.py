@@ -621,6 +621,9 @@ def test_rules_that_do_not_fit_are_refused():
     for name in ('commit', 'remask', 'schedule', 'draft'):
         with pytest.raises(UserError, match=f"{name} expects one of .*; got 'best'"):
             generate_diffusion(oracle, *empty(oracle, 2), **{name: 'best'})
+    for rules in (dict(), dict(commit='left_to_right', remask='random'), dict(commit='left_to_right', remask='causal')):
+        with pytest.raises(UserError, match='writes from left to right and takes nothing back'):
+            generate_diffusion(oracle, *empty(oracle, 2), draft='causal', **rules)
     canvas, fixed = empty(oracle, 2)
     with pytest.raises(UserError, match='a fixed position holds a mask'):
         generate_diffusion(oracle, canvas, ~fixed)
