@@ -144,10 +144,10 @@ class Block(nn.Module):
         self.proj = Linear(4 * C, C, zero=True)
         self.dropout = nn.Dropout(config.dropout)
 
-    def attention(self, x, cos, sin, causal, bias, plain, far=None, known=None, at=None):
+    def attention(self, x, cos, sin, causal, bias, plain, far=None, known=None, slots=None):
         """
         far (B, 1, T, T): 1 where the graph has no edge, else 0; None: no graph.
-        known (2, B, nh, S, hs): the keys and values of a cache, contiguous; at (B * nh * T,): where the new ones go.
+        known (2, B, nh, S, hs): the keys and values of a cache, contiguous; slots (B * nh * T,): where the new ones go.
         """
         B, T, C = x.size()
         if far is not None:
@@ -156,7 +156,7 @@ class Block(nn.Module):
         q, k = rotate(norm(qkv[:2]), cos, sin)                      # one call for both: (B, nh, T, hs) each
         v = qkv[2]
         if known is not None:
-            known.view(2, -1, C // self.n_head).index_copy_(1, at, torch.stack((k, v)).flatten(1, 3))
+            known.view(2, -1, C // self.n_head).index_copy_(1, slots, torch.stack((k, v)).flatten(1, 3))
             k, v = known                                            # (B, nh, S, hs) each
         if plain and T > 1:                                         # for one query the fused kernel is the faster one
             y = plain_attention(q, k, v, bias)
@@ -164,8 +164,8 @@ class Block(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal and bias is None, scale=1.0)
         return self.attn_proj(y.transpose(1, 2).reshape(B, T, C))   # (B, nh, T, hs) -> (B, T, C)
 
-    def forward(self, x, cos, sin, causal, bias, plain, far=None, known=None, at=None):
-        x = x + self.dropout(self.attention(norm(x), cos, sin, causal, bias, plain, far, known, at))
+    def forward(self, x, cos, sin, causal, bias, plain, far=None, known=None, slots=None):
+        x = x + self.dropout(self.attention(norm(x), cos, sin, causal, bias, plain, far, known, slots))
         return x + self.dropout(self.proj(squared_relu(self.fc(norm(x)))))
 
 
@@ -290,21 +290,21 @@ class GPT(nn.Module):
         x = norm(embedded + extra).to(self.compute_dtype)
         place = slice(T) if cache is None else at[:, None].clamp(max=len(self.cos) - 1)      # (B, 1, W)
         cos, sin = self.cos[place].to(x.dtype), self.sin[place].to(x.dtype)                  # (T, hs), or (B, 1, W, hs)
-        bias = far = None
-        if cache is not None:
-            behind = torch.arange(cache.size(4), device=at.device) > at[..., None]           # (B, W, S)
-            heads = torch.arange(len(at) * self.config.n_head, device=at.device).view(len(at), -1, 1)
-            at = (heads * cache.size(4) + at[:, None]).flatten()     # (B * nh * W,), see Block.attention
-            bias = torch.zeros(behind.shape, dtype=x.dtype, device=x.device).masked_fill(behind, float('-inf'))[:, None]
-        elif self.config.graph_window:
+        bias = far = slots = None
+        if self.config.graph_window:
             edges = graph_edges(embedded, self.config.graph_window, self.config.graph_topk, causal, segment)
             far = (~edges)[:, None].to(x.dtype)                      # (B, 1, T, T)
-        if cache is None and (segment is not None or far is not None or (causal and self.plain_attention)):
+        if cache is not None:
+            S, heads = cache.size(4), torch.arange(len(at) * self.config.n_head, device=at.device)
+            slots = (heads.view(len(at), -1, 1) * S + at[:, None]).flatten()                 # (B * nh * W,)
+            behind = torch.arange(S, device=at.device) > at[:, None, :, None]                # (B, 1, W, S)
+            bias = torch.zeros(behind.shape, dtype=x.dtype, device=x.device).masked_fill(behind, float('-inf'))
+        elif segment is not None or far is not None or (causal and self.plain_attention):
             bias = attention_bias(T, causal, segment, x.dtype, x.device)
         known = itertools.repeat(None) if cache is None else iter(cache)
         for _ in range(self.config.n_recur):
             for block in self.blocks:
-                x = block(x, cos, sin, causal, bias, self.plain_attention, far, next(known), at)
+                x = block(x, cos, sin, causal, bias, self.plain_attention, far, next(known), slots)
         return norm(x)
 
     def empty_cache(self, B, T=0):

@@ -513,8 +513,8 @@ def load_all():
         configure_compute(judge, device, dtype, attention, compile)
     model, choices = configure_compute(model, device, dtype, attention, compile)
     print(f'{model.num_params():,} parameters, {choices}')
-    for network in () if export else (model, judge):                           # what is exported stays as it was trained
-        if network:
+    if not export:                                                             # what is exported stays as it was trained
+        for network in filter(None, (model, judge)):
             network.freeze()
     return model, checkpoint, judge
 
