@@ -43,6 +43,7 @@ class GPTConfig:
     graph_window: int = 0    # the heads may turn to a position's neighbours, so many to each side, see graph_edges; 0: off
     graph_topk: int = 4      # of those also so many positions that are most similar
     mu_blocks: int = 0       # the embedding as so many blocks that exchange information, see Mixer; 0: off
+    short_conv: int = 0      # every block first looks at the so many positions to each side, see ShortConv; 0: off
 
 
 def norm(x):
@@ -130,6 +131,37 @@ def graph_edges(embedded, window, topk, causal, segment):
     return edges.repeat(len(embedded), 1, 1).scatter(-1, nearest.indices, True)
 
 
+class ShortConv(nn.Module):
+    """
+    What stands next to a position is added to it, before attention has to find it: a weight a channel for each of the n positions
+    to its left and, in the bidirectional mode, to its right. It starts as the identity.
+    Primer (So et al. 2021), Canon layers (Allen-Zhu 2025).
+    """
+
+    def __init__(self, C, n):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2 * n, 1, C))         # n to the left, n to the right, the nearest first
+
+    def forward(self, x, causal, segment=None, known=None, slots=None, at=None):
+        """x (B, T, C) -> (B, T, C). segment, at: see GPT.forward; known (B, nh, S, hs) and slots: see Block.attention."""
+        n, (B, T, C), y = len(self.weight) // 2, x.size(), norm(x)
+        if known is not None:                                        # what left of the window is known comes from the cache
+            nh, _, hs = known.shape[1:]
+            places = known.view(-1, hs).index_copy_(0, slots, y.view(B, T, nh, hs).transpose(1, 2).reshape(-1, hs))
+        for d, weight in zip((*range(1, n + 1), *range(-1, -n - 1, -1)), self.weight.to(x.dtype)):
+            if causal and d < 0 or known is None and abs(d) >= T:
+                continue
+            if known is not None:
+                other = places[(slots - d).clamp(min=0)].view(B, nh, T, hs).transpose(1, 2).reshape(B, T, C)
+                other = other * (at >= d)[..., None]
+            else:
+                other = F.pad(y, (0, 0, d, -d))                      # shifted by d, zeros where nothing is
+                if segment is not None:
+                    other = other * (segment == F.pad(segment, (d, -d), value=-1))[..., None]
+            x = torch.addcmul(x, other, weight)
+        return x
+
+
 class Block(nn.Module):
 
     def __init__(self, config):
@@ -138,6 +170,7 @@ class Block(nn.Module):
         self.n_head = config.n_head
         # graph attention: how much less each head looks at what is no neighbour; 0 is full attention, much is the graph alone
         self.aloof = nn.Parameter(torch.zeros(config.n_head)) if config.graph_window else None
+        self.conv = ShortConv(C, config.short_conv) if config.short_conv else None
         self.qkv = Linear(C, 3 * C)
         self.attn_proj = Linear(C, C, zero=True)
         self.fc = Linear(C, 4 * C)
@@ -147,7 +180,7 @@ class Block(nn.Module):
     def attention(self, x, cos, sin, causal, bias, plain, far=None, known=None, slots=None):
         """
         far (B, 1, T, T): 1 where the graph has no edge, else 0; None: no graph.
-        known (2, B, nh, S, hs): the keys and values of a cache, contiguous; slots (B * nh * T,): where the new ones go.
+        known (2 or more, B, nh, S, hs): the keys and values of a cache, contiguous; slots (B * nh * T,): where the new ones go.
         """
         B, T, C = x.size()
         if far is not None:
@@ -156,15 +189,17 @@ class Block(nn.Module):
         q, k = rotate(norm(qkv[:2]), cos, sin)                      # one call for both: (B, nh, T, hs) each
         v = qkv[2]
         if known is not None:
-            known.view(2, -1, C // self.n_head).index_copy_(1, slots, torch.stack((k, v)).flatten(1, 3))
-            k, v = known                                            # (B, nh, S, hs) each
+            known[:2].view(2, -1, C // self.n_head).index_copy_(1, slots, torch.stack((k, v)).flatten(1, 3))
+            k, v = known[:2]                                        # (B, nh, S, hs) each
         if plain and T > 1:                                         # for one query the fused kernel is the faster one
             y = plain_attention(q, k, v, bias)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal and bias is None, scale=1.0)
         return self.attn_proj(y.transpose(1, 2).reshape(B, T, C))   # (B, nh, T, hs) -> (B, T, C)
 
-    def forward(self, x, cos, sin, causal, bias, plain, far=None, known=None, slots=None):
+    def forward(self, x, cos, sin, causal, bias, plain, far=None, segment=None, known=None, slots=None, at=None):
+        if self.conv is not None:
+            x = self.conv(x, causal, segment, None if known is None else known[2], slots, at)
         x = x + self.dropout(self.attention(norm(x), cos, sin, causal, bias, plain, far, known, slots))
         return x + self.dropout(self.proj(squared_relu(self.fc(norm(x)))))
 
@@ -304,18 +339,19 @@ class GPT(nn.Module):
         known = itertools.repeat(None) if cache is None else iter(cache)
         for _ in range(self.config.n_recur):
             for block in self.blocks:
-                x = block(x, cos, sin, causal, bias, self.plain_attention, far, next(known), slots)
+                x = block(x, cos, sin, causal, bias, self.plain_attention, far, segment, next(known), slots, at)
         return norm(x)
 
     def empty_cache(self, B, T=0):
         """
         A cache for the causal pass over B rows, with places for T positions: the keys and values (L, 2, B, nh, T, hs) of every
-        application of a block. None if the network cannot use one: a graph compares embeddings, which a cache does not keep.
+        application of a block, and with short_conv (L, 3, ...) what the convolution reads. None if the network cannot use one: a
+        graph compares embeddings, which a cache does not keep.
         """
         if self.config.graph_window:
             return None
         heads, L = self.config.n_head, self.config.n_layer * self.config.n_recur
-        shape = (L, 2, B, heads, T, self.config.n_embd // heads)
+        shape = (L, 3 if self.config.short_conv else 2, B, heads, T, self.config.n_embd // heads)
         return torch.zeros(shape, dtype=self.compute_dtype, device=self.wte.weight.device)
 
     def freeze(self):
@@ -341,14 +377,16 @@ class GPT(nn.Module):
         """The draft head's state (N, C), fed the tokens ids (N,) -> its next state (N, C), for logits(norm(state))."""
         return self.drafter(state, self.wte(ids).detach().to(state.dtype))
 
-    def logits(self, hidden, real_only=False):
+    def logits(self, hidden, real_only=False, words=None):
         """
         hidden states (N, C) -> float32 logits (N, V+2), only for the positions asked for.
 
         real_only: [MASK] and [WRONG] get -inf, before anything is drawn or any confidence is computed.
+        words (rows, C): the table, if not that of the network itself.
         """
         V = self.config.vocab_size
-        words = self.wte.weight if self.head is None or self.head.dtype != hidden.dtype else self.head
+        if words is None:
+            words = self.wte.weight if self.head is None or self.head.dtype != hidden.dtype else self.head
         logits = F.linear(hidden, words.to(hidden.dtype))[..., :V + 2].float()
         special = F.pad(self.mask_logit_bias.view(1), (0, 1))
         special = special.new_full((2,), float('-inf')) if real_only else special
@@ -402,7 +440,7 @@ def check_config(config):
     if config.n_embd % (2 * config.n_head):
         raise UserError(f'n_embd must be a multiple of 2 * n_head (rotary positions pair the channels of a head), '
                         f'got n_embd={config.n_embd}, n_head={config.n_head}')
-    for name in ('time_dim', 'graph_window', 'graph_topk', 'mu_blocks'):
+    for name in ('time_dim', 'graph_window', 'graph_topk', 'mu_blocks', 'short_conv'):
         if getattr(config, name) < 0:
             raise UserError(f'{name} must not be negative, got {getattr(config, name)}')
     if config.mu_blocks and config.n_embd % config.mu_blocks:

@@ -106,6 +106,7 @@ time_dim = 0                     # noise_condition by an MLP of that width; 0: o
 graph_window = 0                 # graph attention: every head may turn to a position's neighbours, so many to each side; 0: off
 graph_topk = 4                   # graph attention: the so many most similar positions are neighbours too
 mu_blocks = 0                    # the embedding as so many blocks that exchange information; 0: off
+short_conv = 0                   # every block first looks at the so many positions to each side, a weight a channel; 0: off
 draft_head = False               # train a head that drafts for --remask=causal: the same law in far fewer passes
 # optimiser
 optimizer = 'muon'               # muon: torch.optim.Muon for the matrices, AdamW for the rest | adamw: for everything
@@ -132,6 +133,7 @@ compile = False                  # torch.compile the network; a minute of waitin
 # -----------------------------------------------------------------------------
 
 STAGES = (dict(time_dim=128), dict(k1_credit=True), dict(graph_window=8))  # what each one turns on, beside those before it
+PIECE = 2**24                  # so many logits at a time, see in_pieces
 PARTS = ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)')  # of the loss, see training_step
 
 
@@ -156,28 +158,77 @@ def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, 
     input, target, weight = (ids.flatten()[at] for ids in (input, target, weight))               # (N,)
     masked = (input == model.mask_token_id) | causal
     abstains = keep_mask_price is not None and not causal
-    if causal or (masked.all() and not abstains):                              # one pass over the vocabulary less
-        ce = F.cross_entropy(model.logits(hidden, real_only=True), target, reduction='none')           # (N,)
-    else:
-        logits = model.logits(hidden)                                          # (N, V+2)
-        closed = torch.arange(logits.size(-1), device=logits.device) >= model.mask_token_id + abstains
-        logp = logits.masked_fill(masked[:, None] & closed, float('-inf')).log_softmax(-1)
-        ce = -logp.gather(1, target[:, None])[:, 0]
-    known = (-ce.detach()).exp()                                               # p(x0), whatever abstaining is worth
-    if abstains:
-        keep = logp[:, model.mask_token_id]
-        price = torch.tensor(keep_mask_price, device=keep.device).log()
-        ce = torch.where(masked, -torch.logaddexp(-ce, keep + price), ce)
-    if reward_correct_unmask != 1.0:
-        weight = torch.where(masked, weight * (1 - (1 - reward_correct_unmask) * known), weight)
-    weighted = weight * ce
+    only_real = causal or (bool(masked.all()) and not abstains)                # one pass over the vocabulary less
+
+    def of(hidden, words, at):
+        """What the tokens at cost: (the sum of weight * CE, (weight * CE, weight, p(MASK) or nothing)), (n,) each."""
+        logits, here, w = model.logits(hidden, only_real, words), masked[at], weight[at]                 # (n, V+2)
+        if only_real:
+            ce = F.cross_entropy(logits, target[at], reduction='none')         # (n,)
+        else:
+            closed = torch.arange(logits.size(-1), device=logits.device) >= model.mask_token_id + abstains
+            logp = logits.masked_fill(here[:, None] & closed, float('-inf')).log_softmax(-1)
+            ce = -logp.gather(1, target[at, None])[:, 0]
+        known, keep = (-ce.detach()).exp(), ()                                 # p(x0), whatever abstaining is worth
+        if abstains:
+            keep = logp[:, model.mask_token_id]
+            price = torch.tensor(keep_mask_price, device=keep.device).log()
+            ce = torch.where(here, -torch.logaddexp(-ce, keep + price), ce)
+            keep = (keep.detach().exp(),)
+        if reward_correct_unmask != 1.0:
+            w = torch.where(here, w * (1 - (1 - reward_correct_unmask) * known), w)
+        return (w * ce).sum(), ((w * ce).detach(), w, *keep)
+
+    total, (weighted, weight, *keep) = in_pieces(of, hidden, model.wte.weight, PIECE)
     wrong = ~masked & (target != input)
     tasks = {'causal': masked} if causal else {'unmask': masked, 'detect': wrong, 'keep': ~masked & ~wrong}
-    parts = {name: torch.stack((weighted.detach()[which].sum(), weight[which].sum())) for name, which in tasks.items()}
+    parts = {name: torch.stack((weighted[which].sum(), weight[which].sum())) for name, which in tasks.items()}
     if abstains:
         counted = masked if pad_id is None else masked & (target != pad_id)
-        parts['p(MASK)'] = torch.stack((keep.detach().exp()[counted].sum(), counted.sum()))
-    return weighted.sum(), parts
+        parts['p(MASK)'] = torch.stack((keep[0][counted].sum(), counted.sum()))
+    return total, parts
+
+
+class Piecewise(torch.autograd.Function):
+    """See in_pieces."""
+
+    @staticmethod
+    def forward(ctx, of, size, hidden, words):
+        total, found, grad_hidden, grad_words = 0.0, [], [], torch.zeros_like(words)
+        cast = words.detach().to(hidden.dtype).requires_grad_()                # once, not for every piece
+        for at in (slice(start, start + size) for start in range(0, len(hidden), size)):
+            with torch.enable_grad():
+                piece = hidden[at].detach().requires_grad_()
+                part, more = of(piece, cast, at)
+                grads = torch.autograd.grad(part, (piece, cast))
+            total += part.detach()
+            found.append(more)
+            grad_hidden.append(grads[0])
+            grad_words += grads[1]                                             # added up in float32
+        ctx.save_for_backward(torch.cat(grad_hidden), grad_words)
+        found = [torch.cat(column) for column in zip(*found)]
+        ctx.mark_non_differentiable(*found)
+        return total, *found
+
+    @staticmethod
+    def backward(ctx, grad, *others):
+        grad_hidden, grad_words = ctx.saved_tensors
+        return None, None, grad_hidden * grad, grad_words * grad
+
+
+def in_pieces(of, hidden, words, most):
+    """
+    of(hidden, words, places), a sum over positions and vectors (n,) of what else is told about them: (sum, vectors (N,)).
+
+    hidden (N, C), words (rows, C). If there are more than most logits, of is asked for some positions at a time, and the
+    gradients are taken on the way, so that the logits of one piece are all that exist at any time (as Liger's kernels do, Hsu
+    et al. 2024): a large vocabulary takes a fraction of the memory, and on a CPU also half of the time, because fresh memory
+    is dear.
+    """
+    if len(hidden) * len(words) <= most or not torch.is_grad_enabled():
+        return of(hidden, words, slice(None))
+    total, *found = Piecewise.apply(of, max(1, most // len(words)), hidden, words)
+    return total, found
 
 
 def draft_loss(model, hidden, x0, weight, depth=6, most=256):
@@ -467,7 +518,8 @@ def train():
         torch.manual_seed(seed)
         args = model_args(GPTConfig(block_size, meta['vocab_size'], n_layer, n_head, n_embd, n_recur, dropout, draft_head,
                                     noise_condition=noise_condition, self_condition=self_condition,
-                                    **{name: config[name] for name in ('time_dim', 'graph_window', 'graph_topk', 'mu_blocks')}))
+                                    **{name: config[name] for name in ('time_dim', 'graph_window', 'graph_topk', 'mu_blocks',
+                                                                       'short_conv')}))
         model = GPT(GPTConfig(**args))
         path, checkpoint = newest if init_from == 'resume' else init_from, {}
         if init_from != 'scratch':

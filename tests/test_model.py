@@ -14,7 +14,7 @@ from conftest import all_sequences, chi_square, default_config, tiny_gpt
 import model as model_module
 from checkpoint import check_same_model, identity, load_checkpoint, model_args, save_checkpoint
 from configurator import UserError
-from model import GPT, Drafter, GPTConfig, causal_nll, configure_compute, nelbo, random_subset, stratified_k
+from model import GPT, Drafter, GPTConfig, ShortConv, causal_nll, configure_compute, nelbo, random_subset, stratified_k
 
 
 def seeded(seed=0):
@@ -30,9 +30,10 @@ def plain_and_sdpa(model):
 # who sees what
 
 
-def test_causal_pass_sees_the_left_only():
+@pytest.mark.parametrize('short_conv', [0, 2])
+def test_causal_pass_sees_the_left_only(short_conv):
     torch.manual_seed(1)
-    for model in plain_and_sdpa(tiny_gpt(V=7, T=8, n_layer=2)):
+    for model in plain_and_sdpa(tiny_gpt(V=7, T=8, n_layer=2, short_conv=short_conv)):
         x = torch.randint(7, (4, 8))
         before = model(x, causal=True)
         for i in range(8):
@@ -57,15 +58,16 @@ def test_bidirectional_pass_sees_everything():
 
 
 @torch.no_grad()
-def test_a_cache_gives_the_causal_pass_at_any_windows():
+@pytest.mark.parametrize('short_conv', [0, 1, 3])
+def test_a_cache_gives_the_causal_pass_at_any_windows(short_conv):
     """Rows at places of their own, tokens that are taken back, a window that stands out of the row, a dtype of its own."""
     for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
-        for model in plain_and_sdpa(tiny_gpt(V=7, T=8, n_layer=2, n_recur=2)):
+        for model in plain_and_sdpa(tiny_gpt(V=7, T=8, n_layer=2, n_recur=2, short_conv=short_conv)):
             model.compute_dtype = dtype
             x = torch.randint(7, (3, 12), generator=seeded())
             full = model(x[:, :8], causal=True)
             cache = model.empty_cache(3, 12)
-            assert cache.shape == (4, 2, 3, model.config.n_head, 12, model.wte.weight.size(1) // model.config.n_head)
+            assert cache.shape == (4, 3 if short_conv else 2, 3, model.config.n_head, 12, model.wte.weight.size(1) // model.config.n_head)
             model((x[:, :4] + 1) % 7, causal=True, cache=cache)           # all wrong, and written over
             first = model(x[:, :4], causal=True, cache=cache)
             assert (first - full[:, :4]).abs().max() < error
@@ -81,7 +83,7 @@ def test_a_cache_gives_the_causal_pass_at_any_windows():
 @torch.no_grad()
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_a_frozen_network_gives_the_same_to_the_bit(dtype):
-    model = tiny_gpt(V=7, T=8, draft_head=True, energy_head=1, time_dim=8, self_condition=True, mu_blocks=4)
+    model = tiny_gpt(V=7, T=8, draft_head=True, energy_head=1, time_dim=8, self_condition=True, mu_blocks=4, short_conv=2)
     model.compute_dtype = dtype
     x, real = torch.randint(8, (3, 8), generator=seeded()), torch.ones(3, 8, dtype=torch.bool)
 
@@ -127,8 +129,8 @@ def test_plain_and_sdpa_attention_agree(causal):
 @torch.no_grad()
 @pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('heads', [{}, dict(noise_condition=True, self_condition=True),
-                                   dict(time_dim=8, graph_window=1, graph_topk=1, mu_blocks=4)],
-                         ids=['plain', 'conditioned', 'staged'])
+                                   dict(time_dim=8, graph_window=1, graph_topk=1, mu_blocks=4), dict(short_conv=3, noise_condition=True)],
+                         ids=['plain', 'conditioned', 'staged', 'convolved'])
 def test_texts_that_share_a_row_are_as_if_each_were_alone(causal, heads):
     model = tiny_gpt(V=7, T=16, n_layer=2, scale=6, **heads)
     lengths = [[5, 1, 9, 1], [16], [3, 3, 3, 7]]                          # the numbers of the texts may be any
@@ -195,6 +197,21 @@ def test_attention_is_scaled_softmax_of_normalised_rotated_heads():
     y = y + (ln(y) @ block.fc.weight.T).relu().square() @ block.proj.weight.T
     for plain in (True, False):
         assert torch.allclose(block(x, model.cos, model.sin, False, None, plain)[0], y, atol=1e-5)
+
+
+@pytest.mark.parametrize('T', [2, 6])
+def test_the_short_convolution_is_one_weight_a_channel_and_neighbour(T):
+    """Against conv1d of the normalised states, in either mode, in rows shorter than its reach as well."""
+    conv, x = ShortConv(8, 3), torch.randn(2, T, 8, generator=seeded())
+    assert torch.equal(conv(x, False), x)                                 # as it starts
+    with torch.no_grad():
+        conv.weight.normal_(generator=seeded(1))
+    kernel = torch.zeros(8, 1, 7)                                         # what is 3 to the left comes first
+    kernel[:, 0, :3], kernel[:, 0, 4:] = conv.weight[:3, 0].flip(0).T, conv.weight[3:, 0].T
+    for causal in (False, True):
+        kernel[:, 0, 4:] *= not causal
+        y = F.conv1d(F.layer_norm(x, (8,)).mT, kernel, padding=3, groups=8).mT
+        assert torch.allclose(conv(x, causal), x + y, atol=1e-5)
 
 
 def test_bf16_roughly_agrees():
@@ -615,7 +632,7 @@ def test_checkpoints_that_do_not_fit(tmp_path):
 def test_a_checkpoint_from_before_a_field_was_there(tmp_path):
     """What it does not know has its default, so that older checkpoints go on working; tensors must fit all the same."""
     path, model = str(tmp_path / 'ckpt.pt'), tiny_gpt()
-    new = ('draft_head', 'energy_head', 'noise_condition', 'self_condition', 'time_dim', 'graph_window', 'mu_blocks')
+    new = ('draft_head', 'energy_head', 'noise_condition', 'self_condition', 'time_dim', 'graph_window', 'mu_blocks', 'short_conv')
     old = {name: value for name, value in model_args(model.config).items() if name not in new}
     torch.save(checkpoint_of(model, model_args=old), path)
     loaded, checkpoint = load_checkpoint(path)

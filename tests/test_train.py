@@ -114,6 +114,30 @@ def test_abstaining_loss_and_gradients_equal_the_dense_computation(price):
     assert torch.equal(causal, loss(model, x0, x0, weight, causal=True)[0]) and set(parts) == {'causal'}
 
 
+@pytest.mark.parametrize('how', [{}, dict(causal=True), dict(keep_mask_price=0.3), dict(reward_correct_unmask=0.2)], ids=str)
+def test_a_large_vocabulary_in_pieces_costs_the_same(monkeypatch, how):
+    """The loss, its parts and all gradients; never more logits at a time than asked for, if a single row has fewer."""
+    model, drawn, found = tiny_gpt(V, T), [], []
+    _, input, target, weight = joint_batch()
+    logits = model.logits
+    monkeypatch.setattr(model, 'logits', lambda *args: drawn.append(logits(*args)) or drawn[-1])
+    for most in (10 ** 6, 10 * len(model.wte.weight), 1):
+        monkeypatch.setattr(train, 'PIECE', most)
+        total, parts = loss(model, input, target, weight, **how)
+        (total / 3).backward()
+        found.append((total.item(), {name: part.tolist() for name, part in parts.items()}, gradients(model), len(drawn)))
+        assert most > 10 ** 5 or max(map(len, drawn)) == max(1, most // len(model.wte.weight))
+        drawn.clear()
+    (total, parts, grads, calls), *others = found
+    assert calls == 1
+    for other in others:
+        assert other[0] == pytest.approx(total, rel=1e-5) and other[3] > 10
+        assert {name: pytest.approx(part, rel=1e-4) for name, part in parts.items()} == other[1]
+        assert_close(grads, other[2])
+    with torch.no_grad():                                                 # and where nothing is to be learned
+        assert loss(model, input, target, weight, **how)[0].item() == pytest.approx(total, rel=1e-5)
+
+
 def test_unsure_is_cheaper_than_wrong_and_dearer_than_right():
     model, input, target = tiny_gpt(V, T), torch.full((1, T), MASK), torch.zeros(1, T, dtype=torch.long)
     with torch.no_grad():
