@@ -131,6 +131,44 @@ def graph_edges(embedded, window, topk, causal, segment):
     return edges.repeat(len(embedded), 1, 1).scatter(-1, nearest.indices, True)
 
 
+def neighbours(d):
+    """Slices of a row: the positions that have one d places to their left (d < 0: -d to their right), and these."""
+    return (slice(d, None), slice(-d)) if d > 0 else (slice(d), slice(-d, None))
+
+
+class Taps(torch.autograd.Function):
+    """
+    sum over d in offsets of weight[i] y[t - d], for y (B, T, C) and weight (len(offsets), C), inside of each segment (B, T) or None.
+
+    Written out, since PyTorch's own backward of shifts and of grouped convolutions takes many times as long on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, y, weight, offsets, segment):
+        ctx.save_for_backward(y, weight)
+        ctx.offsets, ctx.segment, out = offsets, segment, torch.zeros_like(y)
+        for d, w in zip(offsets, weight):
+            here, there = neighbours(d)
+            out[:, here].addcmul_(Taps.inside(y[:, there], segment, here, there), w)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        (y, weight), dy, dw = ctx.saved_tensors, torch.zeros_like(grad), []
+        for d, w in zip(ctx.offsets, weight):
+            here, there = neighbours(d)
+            g = Taps.inside(grad[:, here], ctx.segment, here, there)
+            dy[:, there].addcmul_(g, w)
+            product = (g * y[:, there]).flatten(0, 1)                # (B * (T - |d|), C)
+            dw.append(product.new_ones(1, len(product)) @ product)   # a sum over rows, which matrix products are fastest at
+        return dy, torch.cat(dw), None, None
+
+    @staticmethod
+    def inside(x, segment, here, there):
+        """x where both positions are of one text, else 0."""
+        return x if segment is None else x * (segment[:, here] == segment[:, there])[..., None]
+
+
 class ShortConv(nn.Module):
     """
     What stands next to a position is added to it, before attention has to find it: a weight a channel for each of the n positions
@@ -144,21 +182,16 @@ class ShortConv(nn.Module):
 
     def forward(self, x, causal, segment=None, known=None, slots=None, at=None):
         """x (B, T, C) -> (B, T, C). segment, at: see GPT.forward; known (B, nh, S, hs) and slots: see Block.attention."""
-        n, (B, T, C), y = len(self.weight) // 2, x.size(), norm(x)
-        if known is not None:                                        # what left of the window is known comes from the cache
-            nh, _, hs = known.shape[1:]
-            places = known.view(-1, hs).index_copy_(0, slots, y.view(B, T, nh, hs).transpose(1, 2).reshape(-1, hs))
-        for d, weight in zip((*range(1, n + 1), *range(-1, -n - 1, -1)), self.weight.to(x.dtype)):
-            if causal and d < 0 or known is None and abs(d) >= T:
-                continue
-            if known is not None:
-                other = places[(slots - d).clamp(min=0)].view(B, nh, T, hs).transpose(1, 2).reshape(B, T, C)
-                other = other * (at >= d)[..., None]
-            else:
-                other = F.pad(y, (0, 0, d, -d))                      # shifted by d, zeros where nothing is
-                if segment is not None:
-                    other = other * (segment == F.pad(segment, (d, -d), value=-1))[..., None]
-            x = torch.addcmul(x, other, weight)
+        n, y = len(self.weight) // 2, norm(x)
+        offsets = [*range(1, n + 1), *(() if causal else range(-1, -n - 1, -1))]
+        weight = self.weight[:len(offsets), 0].to(x.dtype)           # (n or 2n, C)
+        if known is None:
+            return x + Taps.apply(y, weight, offsets, segment)
+        heads = y.unflatten(-1, known.shape[1::2]).transpose(1, 2)   # (B, nh, T, hs)
+        states = known.view(-1, known.size(-1)).index_copy_(0, slots, heads.flatten(0, 2))       # (B * nh * S, hs)
+        for d, w in zip(offsets, weight):                            # what left of the window is known comes from the cache
+            left = states[(slots - d).clamp(min=0)].view_as(heads).transpose(1, 2).flatten(2)    # (B, T, C)
+            x = torch.addcmul(x, left * (at >= d)[..., None], w)
         return x
 
 

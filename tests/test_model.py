@@ -214,6 +214,15 @@ def test_the_short_convolution_is_one_weight_a_channel_and_neighbour(T):
         assert torch.allclose(conv(x, causal), x + y, atol=1e-5)
 
 
+@pytest.mark.parametrize('causal', [False, True])
+@pytest.mark.parametrize('segment', [None, torch.tensor([[0, 0, 0, 1, 1], [4, 7, 7, 7, 2]])], ids=['whole', 'packed'])
+def test_the_gradients_of_the_short_convolution(segment, causal):
+    conv, x = ShortConv(3, 2).double(), torch.randn(2, 5, 3, generator=seeded()).double().requires_grad_()
+    weight = torch.randn(4, 1, 3, generator=seeded(1)).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, weight: torch.func.functional_call(conv, dict(weight=weight), (x, causal, segment)),
+                                    (x, weight))
+
+
 def test_bf16_roughly_agrees():
     model = tiny_gpt(V=11, T=16, n_embd=32)
     x = torch.randint(11, (5, 16), generator=seeded())
