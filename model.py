@@ -136,37 +136,39 @@ def neighbours(d):
     return (slice(d, None), slice(-d)) if d > 0 else (slice(d), slice(-d, None))
 
 
-class Taps(torch.autograd.Function):
-    """
-    sum over d in offsets of weight[i] y[t - d], for y (B, T, C) and weight (len(offsets), C), inside of each segment (B, T) or None.
+def taps(x, weight, offsets, segment):
+    """sum over d in offsets of weight[i] x[:, t - d], inside of each segment (B, T) or None: x (B, T, C), weight (n, C) -> (B, T, C)."""
+    if segment is None:                                              # a kernel for it, on x as it lies in memory
+        n = max(map(abs, offsets))
+        kernel = weight.new_zeros(x.size(-1), 1, 1, 2 * n + 1)
+        kernel[:, 0, 0, [n - d for d in offsets]] = weight.T
+        return F.conv2d(x[:, None].permute(0, 3, 1, 2), kernel, padding=(0, n), groups=x.size(-1)).permute(0, 2, 3, 1)[:, 0]
+    out = torch.zeros_like(x)
+    for d, w in zip(offsets, weight):
+        here, there = neighbours(d)
+        out[:, here].addcmul_(x[:, there] * (segment[:, here] == segment[:, there])[..., None], w)
+    return out
 
-    Written out, since PyTorch's own backward of shifts and of grouped convolutions takes many times as long on a CPU.
-    """
+
+class Taps(torch.autograd.Function):
+    """taps, with a backward of its own: PyTorch's for shifts and for grouped convolutions takes many times as long on a CPU."""
 
     @staticmethod
     def forward(ctx, y, weight, offsets, segment):
         ctx.save_for_backward(y, weight)
-        ctx.offsets, ctx.segment, out = offsets, segment, torch.zeros_like(y)
-        for d, w in zip(offsets, weight):
-            here, there = neighbours(d)
-            out[:, here].addcmul_(Taps.inside(y[:, there], segment, here, there), w)
-        return out
+        ctx.offsets, ctx.segment = offsets, segment
+        return taps(y, weight, offsets, segment)
 
     @staticmethod
     def backward(ctx, grad):
-        (y, weight), dy, dw = ctx.saved_tensors, torch.zeros_like(grad), []
-        for d, w in zip(ctx.offsets, weight):
-            here, there = neighbours(d)
-            g = Taps.inside(grad[:, here], ctx.segment, here, there)
-            dy[:, there].addcmul_(g, w)
-            product = (g * y[:, there]).flatten(0, 1)                # (B * (T - |d|), C)
-            dw.append(product.new_ones(1, len(product)) @ product)   # a sum over rows, which matrix products are fastest at
-        return dy, torch.cat(dw), None, None
-
-    @staticmethod
-    def inside(x, segment, here, there):
-        """x where both positions are of one text, else 0."""
-        return x if segment is None else x * (segment[:, here] == segment[:, there])[..., None]
+        (y, weight), segment, dw = ctx.saved_tensors, ctx.segment, []
+        for here, there in map(neighbours, ctx.offsets):
+            product = grad[:, here] * y[:, there]                    # (B, T - |d|, C)
+            if segment is not None:
+                product = product * (segment[:, here] == segment[:, there])[..., None]
+            product = product.flatten(0, 1)                          # summed over rows by what is fastest at it
+            dw.append(product.new_ones(1, len(product)) @ product)
+        return taps(grad, weight, [-d for d in ctx.offsets], segment), torch.cat(dw), None, None
 
 
 class ShortConv(nn.Module):
