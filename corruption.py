@@ -113,7 +113,8 @@ def own_guesses(model, generator):
         if rows.any():
             hidden = model.eval()(input[rows])[where[rows]]                    # (N, C)
             model.train(training)
-            ids[where] = draw(filtered(model.logits(hidden, real_only=True)), generator)
+            pieces = hidden.split(max(1, model.most_logits // len(model.wte.weight)))            # of a large vocabulary, one at a time
+            ids[where] = torch.cat([draw(filtered(model.logits(piece, real_only=True)), generator) for piece in pieces])
         return ids
     return guess
 

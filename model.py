@@ -326,6 +326,7 @@ class GPT(nn.Module):
         self.head = None                                             # see freeze
         self.compute_dtype = torch.float32                           # see configure_compute
         self.plain_attention = False
+        self.most_logits = 2 ** 23
 
     def forward(self, idx, causal=False, segment=None, previous=None, level=None, cache=None, at=None):
         """
@@ -533,6 +534,7 @@ def configure_compute(model, device, dtype='auto', attention='auto', compile=Fal
     model.to(device)
     model.compute_dtype = dtypes[dtype]
     model.plain_attention = attention == 'plain'
+    model.most_logits = 2 ** 23 if kind == 'cpu' else 2 ** 27         # at a time, in training: of a CPU what keep_memory keeps
     if kind == 'cpu':
         keep_memory()
     if kind == 'cuda':

@@ -41,6 +41,7 @@ from data.loader import load_data, random_rows, spread_rows
 from evaluation import compare_text, evaluate, usual_text
 from model import GPT, GPTConfig, configure_compute, norm
 from optim import average, lr_scale, make_optimizers, update
+from pieces import in_pieces
 from rules import best_rules, supports
 from sample import generate
 
@@ -133,7 +134,6 @@ compile = False                  # torch.compile the network; a minute of waitin
 # -----------------------------------------------------------------------------
 
 STAGES = (dict(time_dim=128), dict(k1_credit=True), dict(graph_window=8))  # what each one turns on, beside those before it
-PIECE = 2**24                  # so many logits at a time, see in_pieces
 PARTS = ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)')  # of the loss, see training_step
 
 
@@ -179,7 +179,7 @@ def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, 
             w = torch.where(here, w * (1 - (1 - reward_correct_unmask) * known), w)
         return (w * ce).sum(), ((w * ce).detach(), w, *keep)
 
-    total, (weighted, weight, *keep) = in_pieces(of, hidden, model.wte.weight, PIECE)
+    total, (weighted, weight, *keep) = in_pieces(of, hidden, model.wte.weight, model.most_logits)
     wrong = ~masked & (target != input)
     tasks = {'causal': masked} if causal else {'unmask': masked, 'detect': wrong, 'keep': ~masked & ~wrong}
     parts = {name: torch.stack((weighted[which].sum(), weight[which].sum())) for name, which in tasks.items()}
@@ -187,48 +187,6 @@ def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, 
         counted = masked if pad_id is None else masked & (target != pad_id)
         parts['p(MASK)'] = torch.stack((keep[0][counted].sum(), counted.sum()))
     return total, parts
-
-
-class Piecewise(torch.autograd.Function):
-    """See in_pieces."""
-
-    @staticmethod
-    def forward(ctx, of, size, hidden, words):
-        total, found, grad_hidden, grad_words = 0.0, [], [], torch.zeros_like(words)
-        cast = words.detach().to(hidden.dtype).requires_grad_()                # once, not for every piece
-        for at in (slice(start, start + size) for start in range(0, len(hidden), size)):
-            with torch.enable_grad():
-                piece = hidden[at].detach().requires_grad_()
-                part, more = of(piece, cast, at)
-                grads = torch.autograd.grad(part, (piece, cast))
-            total += part.detach()
-            found.append(more)
-            grad_hidden.append(grads[0])
-            grad_words += grads[1]                                             # added up in float32
-        ctx.save_for_backward(torch.cat(grad_hidden), grad_words)
-        found = [torch.cat(column) for column in zip(*found)]
-        ctx.mark_non_differentiable(*found)
-        return total, *found
-
-    @staticmethod
-    def backward(ctx, grad, *others):
-        grad_hidden, grad_words = ctx.saved_tensors
-        return None, None, grad_hidden * grad, grad_words * grad
-
-
-def in_pieces(of, hidden, words, most):
-    """
-    of(hidden, words, places), a sum over positions and vectors (n,) of what else is told about them: (sum, vectors (N,)).
-
-    hidden (N, C), words (rows, C). If there are more than most logits, of is asked for some positions at a time, and the
-    gradients are taken on the way, so that the logits of one piece are all that exist at any time (as Liger's kernels do, Hsu
-    et al. 2024): a large vocabulary takes a fraction of the memory, and on a CPU also half of the time, because fresh memory
-    is dear.
-    """
-    if len(hidden) * len(words) <= most or not torch.is_grad_enabled():
-        return of(hidden, words, slice(None))
-    total, *found = Piecewise.apply(of, max(1, most // len(words)), hidden, words)
-    return total, found
 
 
 def draft_loss(model, hidden, x0, weight, depth=6, most=256):
@@ -246,13 +204,20 @@ def draft_loss(model, hidden, x0, weight, depth=6, most=256):
     pick = (pick * max(1, len(row) / most)).long().clamp(max=len(row) - 1)
     row, at = row[pick], at[pick]
     state, total, count = hidden.detach()[row, at], 0.0, 0
+    words = model.wte.weight.detach()                                          # (rows, C)
+
+    def of(hidden, words, at):
+        """The sum of the CE of the tokens at, those that count, see in_pieces."""
+        logits = F.linear(hidden, words.to(hidden.dtype))[:, :model.mask_token_id].float()       # (n, V)
+        return (F.cross_entropy(logits, target[at], reduction='none') * inside[at]).sum(), ()
+
     for _ in range(depth):
         state = model.draft(state, x0[row, at])
         inside = inside & (at + 1 < x0.size(1))
         at = (at + 1).clamp(max=x0.size(1) - 1)
         inside = inside & (weight[row, at] > 0)
-        logits = F.linear(norm(state), model.wte.weight.detach().to(state.dtype))[:, :model.mask_token_id].float()   # (most, V)
-        total = total + (F.cross_entropy(logits, x0[row, at], reduction='none') * inside).sum()
+        target = x0[row, at]                                                   # (most,)
+        total = total + in_pieces(of, norm(state), words, model.most_logits)[0]
         count = count + inside.sum()
     mean = total / count.clamp(min=1)
     return mean, {'draft': torch.stack((mean.detach(), torch.ones_like(mean)))}

@@ -27,7 +27,7 @@ from data import loader
 from data.loader import load_data, random_rows, spread_rows
 from model import GPT, GPTConfig, causal_nll, nelbo
 from evaluation import evaluate, per_token, roc_auc
-from train import (checkpoint_name, loss, lr_scale, make_optimizers, ramp, start_log, steer, training_step)
+from train import (checkpoint_name, draft_loss, loss, lr_scale, make_optimizers, ramp, start_log, steer, training_step)
 
 # -----------------------------------------------------------------------------
 # the loss
@@ -122,7 +122,7 @@ def test_a_large_vocabulary_in_pieces_costs_the_same(monkeypatch, how):
     logits = model.logits
     monkeypatch.setattr(model, 'logits', lambda *args: drawn.append(logits(*args)) or drawn[-1])
     for most in (10 ** 6, 10 * len(model.wte.weight), 1):
-        monkeypatch.setattr(train, 'PIECE', most)
+        model.most_logits = most
         total, parts = loss(model, input, target, weight, **how)
         (total / 3).backward()
         found.append((total.item(), {name: part.tolist() for name, part in parts.items()}, gradients(model), len(drawn)))
@@ -136,6 +136,23 @@ def test_a_large_vocabulary_in_pieces_costs_the_same(monkeypatch, how):
         assert_close(grads, other[2])
     with torch.no_grad():                                                 # and where nothing is to be learned
         assert loss(model, input, target, weight, **how)[0].item() == pytest.approx(total, rel=1e-5)
+
+
+def test_the_draft_head_learns_the_same_in_pieces():
+    model, found = tiny_gpt(V, T, draft_head=True), []
+    x0, *_ = joint_batch()
+    for most in (10 ** 6, 10 * len(model.wte.weight)):
+        model.most_logits = most
+        hidden = model(x0, causal=True)
+        mean, parts = draft_loss(model, hidden, x0, torch.ones(x0.shape))
+        (mean / 3).backward()
+        found.append((mean.item(), parts['draft'].tolist(), {name: p.grad for name, p in model.named_parameters()}))
+        model.zero_grad()
+    (mean, part, grads), (other, same, pieces) = found
+    assert other == pytest.approx(mean, rel=1e-5) and same == pytest.approx(part, rel=1e-5)
+    for name, grad in grads.items():                                      # nothing but the head learns
+        assert (grad is None) == (pieces[name] is None) == (not name.startswith('drafter.')), name
+        assert grad is None or torch.allclose(grad, pieces[name], rtol=1e-3, atol=1e-6)
 
 
 def test_unsure_is_cheaper_than_wrong_and_dearer_than_right():
@@ -163,16 +180,17 @@ def test_abstentions_are_counted_at_masked_tokens_that_are_not_padding(pad_id):
 
 class OnePosition(torch.nn.Module):
     """In the place of a network: the same free logits of V tokens and [MASK] at every position, the bias added."""
-    mask_token_id = V
+    mask_token_id, most_logits = V, 2 ** 23
 
     def __init__(self, bias):
         super().__init__()
+        self.wte = torch.nn.Embedding(1, 1)
         self.free, self.bias = torch.nn.Parameter(torch.zeros(V + 2)), bias
 
     def forward(self, idx, causal=False):
         return torch.zeros(*idx.shape, 1)
 
-    def logits(self, hidden):
+    def logits(self, hidden, *how):
         return self.free + self.bias * F.one_hot(torch.tensor(V), V + 2) + hidden
 
 
@@ -420,6 +438,8 @@ def test_training_step_asks_for_what_the_settings_say(monkeypatch):
 class Stub:
     """In the place of a network: table (V + 1, V + 2), the logits that it answers by the id which stands at a position."""
     training = False
+
+    most_logits, wte = 2 ** 23, torch.nn.Embedding(1, 1)
 
     def __init__(self, table):
         self.table, self.seen = table, []
