@@ -185,7 +185,7 @@ def shard(model, device):
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    rest = {p for name, p in model.named_parameters() if not name.startswith('blocks.') or p.ndim < 2}
+    rest = {p for name, p in model.named_parameters() if not name.startswith('blocks.') or p.ndim != 2}
     policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (world(),))
     for module in (*model.blocks, model):

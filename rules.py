@@ -39,11 +39,22 @@ def filtered(logits, temperature=1.0, top_k=None, top_p=None):
     return probs
 
 
+LARGE = 4096     # words; the samples of smaller vocabularies stay what they were
+
+
 def draw(probs, generator=None):
-    """One token a row: probs (..., V+2) -> ids (...)."""
+    """
+    One token a row: probs (..., V+2) -> ids (...).
+
+    Of a LARGE vocabulary by a random number a row: multinomial takes one a word, and on a CPU most of its time to make them.
+    """
     flat = probs.reshape(-1, probs.size(-1))
     if flat.size(0) == 0:
         return torch.zeros(probs.shape[:-1], dtype=torch.long, device=probs.device)
+    if flat.size(1) > LARGE:
+        total = flat.cumsum(1)
+        u = 1 - torch.rand(len(flat), 1, generator=generator, device=probs.device)     # in (0, 1]: no token without a chance
+        return torch.searchsorted(total, u * total[:, -1:]).view(probs.shape[:-1])
     return torch.multinomial(flat, 1, generator=generator).view(probs.shape[:-1])
 
 

@@ -676,6 +676,18 @@ def test_filtered():
                           atol=1e-6)
 
 
+def test_a_large_vocabulary_is_drawn_from_by_the_same_law():
+    """Words of all sizes among 6000, most without a chance: neither first nor last, nor rows that do not quite sum to 1, go wrong."""
+    law, V = torch.zeros(6000), 6000
+    law[[7, 4096, 5000, 5001, 5997]] = torch.tensor([0.4, 0.3, 0.2, 0.0999, 1e-4])
+    drawn = draw(law.expand(300, 100, V), seeded())
+    assert drawn.shape == (300, 100) and (law[drawn] > 0).all()
+    statistic, bound = chi_square(drawn.flatten().bincount(minlength=V)[law > 0], law[law > 0] / law.sum() * drawn.numel())
+    assert statistic < bound
+    one = torch.eye(V)[[0, 3, V - 1]]
+    assert draw(one / 3, seeded()).tolist() == [0, 3, V - 1] and draw(torch.zeros(0, V)).shape == (0,)
+
+
 def test_draw():
     p = torch.tensor([0.5, 0.3, 0.2, 0.0])
     ids = draw(p.expand(100, 200, 4), seeded())
