@@ -113,7 +113,7 @@ def own_guesses(model, generator):
         if rows.any():
             hidden = model.eval()(input[rows])[where[rows]]                    # (N, C)
             model.train(training)
-            pieces = hidden.split(max(1, model.most_logits // len(model.wte.weight)))            # of a large vocabulary, one at a time
+            pieces = hidden.split(max(1, model.most_logits // len(model.wte.weight)))            # see pieces.py
             ids[where] = torch.cat([draw(filtered(model.logits(piece, real_only=True)), generator) for piece in pieces])
         return ids
     return guess

@@ -137,7 +137,11 @@ def neighbours(d):
 
 
 def taps(x, weight, offsets, segment):
-    """sum over d in offsets of weight[i] x[:, t - d], inside of each segment (B, T) or None: x (B, T, C), weight (n, C) -> (B, T, C)."""
+    """
+    The sum over d in offsets of w x[:, t - d], w the row of weight (n, C) for that d: x (B, T, C) -> (B, T, C).
+
+    Nothing comes from outside of the row, or of the segment (B, T) that t belongs to; None: there is one.
+    """
     if segment is None:                                              # a kernel for it, on x as it lies in memory
         n = max(map(abs, offsets))
         kernel = weight.new_zeros(x.size(-1), 1, 1, 2 * n + 1)

@@ -40,7 +40,7 @@ def in_pieces(of, hidden, words, most):
 
     hidden (N, C), words (rows, C). If there are more than most logits, of is asked for some positions at a time, and the
     gradients are taken on the way, so that the logits of one piece are all that exist at any time (as Liger's kernels do, Hsu
-    et al. 2024): a large vocabulary takes a fraction of the memory, and on a CPU, where fresh memory is dear, of the time as well.
+    et al. 2024): a large vocabulary takes a fraction of the memory, and on a CPU, where fresh memory is dear, less time as well.
     """
     if len(hidden) * len(words) <= most or not torch.is_grad_enabled():
         return of(hidden, words, slice(None))

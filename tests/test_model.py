@@ -67,7 +67,8 @@ def test_a_cache_gives_the_causal_pass_at_any_windows(short_conv):
             x = torch.randint(7, (3, 12), generator=seeded())
             full = model(x[:, :8], causal=True)
             cache = model.empty_cache(3, 12)
-            assert cache.shape == (4, 3 if short_conv else 2, 3, model.config.n_head, 12, model.wte.weight.size(1) // model.config.n_head)
+            kept, heads = 3 if short_conv else 2, model.config.n_head
+            assert cache.shape == (4, kept, 3, heads, 12, model.wte.weight.size(1) // heads)
             model((x[:, :4] + 1) % 7, causal=True, cache=cache)           # all wrong, and written over
             first = model(x[:, :4], causal=True, cache=cache)
             assert (first - full[:, :4]).abs().max() < error
@@ -129,7 +130,8 @@ def test_plain_and_sdpa_attention_agree(causal):
 @torch.no_grad()
 @pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('heads', [{}, dict(noise_condition=True, self_condition=True),
-                                   dict(time_dim=8, graph_window=1, graph_topk=1, mu_blocks=4), dict(short_conv=3, noise_condition=True)],
+                                   dict(time_dim=8, graph_window=1, graph_topk=1, mu_blocks=4),
+                                   dict(short_conv=3, noise_condition=True)],
                          ids=['plain', 'conditioned', 'staged', 'convolved'])
 def test_texts_that_share_a_row_are_as_if_each_were_alone(causal, heads):
     model = tiny_gpt(V=7, T=16, n_layer=2, scale=6, **heads)
@@ -641,7 +643,8 @@ def test_checkpoints_that_do_not_fit(tmp_path):
 def test_a_checkpoint_from_before_a_field_was_there(tmp_path):
     """What it does not know has its default, so that older checkpoints go on working; tensors must fit all the same."""
     path, model = str(tmp_path / 'ckpt.pt'), tiny_gpt()
-    new = ('draft_head', 'energy_head', 'noise_condition', 'self_condition', 'time_dim', 'graph_window', 'mu_blocks', 'short_conv')
+    new = ('draft_head', 'energy_head', 'noise_condition', 'self_condition', 'time_dim', 'graph_window', 'mu_blocks',
+           'short_conv')
     old = {name: value for name, value in model_args(model.config).items() if name not in new}
     torch.save(checkpoint_of(model, model_args=old), path)
     loaded, checkpoint = load_checkpoint(path)

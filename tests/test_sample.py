@@ -677,7 +677,7 @@ def test_filtered():
 
 
 def test_a_large_vocabulary_is_drawn_from_by_the_same_law():
-    """Words of all sizes among 6000, most without a chance: neither first nor last, nor rows that do not quite sum to 1, go wrong."""
+    """Of 6000 words most have no chance: neither the first nor the last, nor a row that does not quite sum to 1, goes wrong."""
     law, V = torch.zeros(6000), 6000
     law[[7, 4096, 5000, 5001, 5997]] = torch.tensor([0.4, 0.3, 0.2, 0.0999, 1e-4])
     drawn = draw(law.expand(300, 100, V), seeded())

@@ -394,7 +394,8 @@ def test_the_level_goes_through_an_mlp():
 
 @pytest.mark.parametrize('parts, tensors', [
     (dict(time_dim=8), {'level.0.weight', 'level.2.weight'}), (dict(graph_window=2), {'blocks.0.aloof', 'blocks.1.aloof'}),
-    (dict(mu_blocks=4), {'mixer.qkv.weight', 'mixer.proj.weight'}), (dict(short_conv=2), {'blocks.0.conv.weight', 'blocks.1.conv.weight'}),
+    (dict(mu_blocks=4), {'mixer.qkv.weight', 'mixer.proj.weight'}),
+    (dict(short_conv=2), {'blocks.0.conv.weight', 'blocks.1.conv.weight'}),
     (ON, {'level.0.weight', 'level.2.weight', 'blocks.0.aloof', 'blocks.1.aloof', 'mixer.qkv.weight', 'mixer.proj.weight'})])
 @pytest.mark.parametrize('heads', [{}, dict(draft_head=True, self_condition=True)])
 def test_a_fresh_part_changes_no_number(parts, tensors, heads):
