@@ -336,6 +336,12 @@ def make_checkpoint(model, ema, optimizers, generator, noise, step, sums, contro
                 meta=meta, result=result)
 
 
+def random_states_of_ranks(checkpoint):
+    """The random states of the ranks that saved a checkpoint, a list; of a single process the only one."""
+    rng = checkpoint['rng']
+    return rng['ranks'] if isinstance(rng, dict) and 'ranks' in rng else [rng]
+
+
 def restore(path, checkpoint, ema, optimizers, generator, noise):
     """
     The counterpart of make_checkpoint, the model's weights excepted: (the step to go on from, sums, control, skipped).

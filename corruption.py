@@ -12,6 +12,7 @@ import torch
 import distributed
 from configurator import UserError
 from model import random_subset, stratified_k
+from pieces import at_once
 from rules import draw, filtered
 
 KINDS = ('own', 'random', 'fragment', 'sticky', 'noise')    # of wrong tokens, see corrupt
@@ -113,7 +114,7 @@ def own_guesses(model, generator):
         if rows.any():
             hidden = model.eval()(input[rows])[where[rows]]                    # (N, C)
             model.train(training)
-            pieces = hidden.split(max(1, model.most_logits // len(model.wte.weight)))            # see pieces.py
+            pieces = hidden.split(at_once(model.wte.weight, model.most_logits))
             ids[where] = torch.cat([draw(filtered(model.logits(piece, real_only=True)), generator) for piece in pieces])
         return ids
     return guess

@@ -173,3 +173,15 @@ def compare_text(texts, ids, usual):
         print('    warning: the samples collapse, they repeat themselves far more than the data. Early on that is usual: train '
               'longer. Later sample with --temperature=1 and --commit=random, in more --steps')
     return {name: found[name] for name in ('entropy', 'distinct_3', 'known_words')}
+
+
+def evaluation_line(step, result):
+    """The line on screen after an evaluation."""
+    words = []
+    if 'nelbo' in result:
+        words.append(f"NELBO {result['nelbo']:.3f} ± {result['nelbo_se']:.3f} nats/token")
+    if 'causal_nll' in result:
+        words.append(f"causal NLL {result['causal_nll']:.3f} ± {result['causal_nll_se']:.3f}")
+    if 'auc' in result:
+        words.append(f"own errors found: AUC {result['auc']:.3f}, put right {result['refilled']:.0%}")
+    return f"step {step}  validation: " + ('  '.join(words) or 'nothing to measure for this training type')

@@ -34,6 +34,11 @@ class Piecewise(torch.autograd.Function):
         return None, None, grad_hidden * grad, None if grad_words is None else grad_words * grad
 
 
+def at_once(words, most):
+    """How many positions are a piece: at most so many logits, words (rows, C) being the table; never none."""
+    return max(1, most // len(words))
+
+
 def in_pieces(of, hidden, words, most):
     """
     of(hidden, words, places), a sum over positions and vectors (n,) of what else is told about them: (sum, vectors (N,)).
@@ -44,5 +49,5 @@ def in_pieces(of, hidden, words, most):
     """
     if len(hidden) * len(words) <= most or not torch.is_grad_enabled():
         return of(hidden, words, slice(None))
-    total, *found = Piecewise.apply(of, max(1, most // len(words)), hidden, words)
+    total, *found = Piecewise.apply(of, at_once(words, most), hidden, words)
     return total, found

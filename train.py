@@ -31,14 +31,14 @@ import torch.nn.functional as F
 import distributed
 from canvas import encode, load_task
 from checkpoint import (append_line, check_overwrite, check_same_model, check_unlocked, checkpoint_name, identity, last_good,
-                        load_checkpoint, load_start, lock, make_checkpoint, make_folder, model_args, restore, save_checkpoint,
-                        unlock)
+                        load_checkpoint, load_start, lock, make_checkpoint, make_folder, model_args, random_states_of_ranks,
+                        restore, save_checkpoint, unlock)
 from checks import check_fits, check_settings
 from configurator import UserError
 from corruption import KINDS, NOISE, corrupt, extent, modelled, own_guesses, pack, parse_mixture
 from curves import draw_curves, start_log
 from data.loader import load_data, random_rows, spread_rows
-from evaluation import compare_text, evaluate, usual_text
+from evaluation import compare_text, evaluate, evaluation_line, usual_text
 from model import GPT, GPTConfig, configure_compute, norm
 from optim import average, lr_scale, make_optimizers, update
 from pieces import in_pieces
@@ -381,18 +381,6 @@ def progress_line(step, config, record, speed):
     return f"step {step}/{config['max_iters']}  {'  '.join(words)}  {speed:.1f} it/s  {left // 60}:{left % 60:02d} left"
 
 
-def evaluation_line(step, result):
-    """The line on screen after an evaluation."""
-    words = []
-    if 'nelbo' in result:
-        words.append(f"NELBO {result['nelbo']:.3f} ± {result['nelbo_se']:.3f} nats/token")
-    if 'causal_nll' in result:
-        words.append(f"causal NLL {result['causal_nll']:.3f} ± {result['causal_nll_se']:.3f}")
-    if 'auc' in result:
-        words.append(f"own errors found: AUC {result['auc']:.3f}, put right {result['refilled']:.0%}")
-    return f"step {step}  validation: " + ('  '.join(words) or 'nothing to measure for this training type')
-
-
 def is_finite(model, parts):
     """Whether the gradients of a step and its losses (see training_step) are all finite; waits once for the device."""
     total = distributed.grad_norm(model.parameters())
@@ -457,12 +445,6 @@ def start_wandb(config):
         raise UserError('wandb_log needs Weights & Biases: pip install wandb') from None
     name = f"{config['wandb_run_name']}_{config['training_type']}"
     return wandb.init(project=config['wandb_project'], name=name, config=config)
-
-
-def random_states_of_ranks(checkpoint):
-    """The random states of the ranks that saved a checkpoint, a list; of a single process the only one."""
-    rng = checkpoint['rng']
-    return rng['ranks'] if isinstance(rng, dict) and 'ranks' in rng else [rng]
 
 
 def train():
