@@ -26,7 +26,7 @@ from checkpoint import load_checkpoint, make_folder, save_checkpoint
 from configurator import UserError
 from corruption import corrupt, modelled
 from data.loader import data_of, random_rows
-from model import configure_compute
+from device import configure_compute
 from optim import make_optimizers
 from rules import PRESETS, choose_rules, supports
 from sample import find_checkpoint, generate, generate_diffusion

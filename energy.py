@@ -30,8 +30,9 @@ from checkpoint import load_checkpoint, save_checkpoint
 from configurator import UserError
 from corruption import NOISE, corrupt, mixed_noise, modelled, noise_level, own_guesses, parse_mixture
 from data.loader import data_of, random_rows, spread_rows
+from device import configure_compute
 from evaluation import roc_auc
-from model import GPT, GPTConfig, configure_compute
+from model import GPT, GPTConfig
 from rules import choose_rules, draw, filtered, supports, text_of
 from sample import find_checkpoint, generate
 

@@ -11,7 +11,6 @@ Notable features:
 - compute in bf16 where the device is fast at it; the parameters stay float32 as long as it learns, see GPT.freeze
 """
 
-import ctypes
 import itertools
 import math
 from dataclasses import dataclass
@@ -328,7 +327,7 @@ class GPT(nn.Module):
         self.register_buffer('cos', cos, persistent=False)           # (block_size, hs)
         self.register_buffer('sin', sin, persistent=False)
         self.head = None                                             # see freeze
-        self.compute_dtype = torch.float32                           # see configure_compute
+        self.compute_dtype = torch.float32                           # see configure_compute in device.py
         self.plain_attention = False
         self.most_logits = 2 ** 23
 
@@ -489,64 +488,6 @@ def check_config(config):
         raise UserError(f'mu_blocks={config.mu_blocks} leaves blocks of a single channel, which have nothing to say')
     if not 0 <= config.dropout < 1:
         raise UserError(f'dropout must be in [0, 1), got {config.dropout}')
-
-
-# -----------------------------------------------------------------------------
-# choices by device, all in one place
-
-
-def keep_memory():
-    """
-    Asks glibc to keep freed memory instead of handing every large block back to the kernel.
-
-    A CPU step allocates the same megabytes again and again; without this each one is mapped and zeroed anew, page by
-    page. Does nothing where there is no glibc.
-    """
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2 ** 25)        # M_MMAP_THRESHOLD: only blocks over 32 MiB get a mapping of their own
-        libc.mallopt(-1, 2 ** 31 - 1)    # M_TRIM_THRESHOLD: keep the top of the heap
-    except (OSError, AttributeError, TypeError):
-        pass
-
-
-def configure_compute(model, device, dtype='auto', attention='auto', compile=False):
-    """
-    Moves the model to the device and chooses dtype and attention; 'auto' follows what was measured (EXPERIMENTS.md).
-
-    Returns (model, a line that says what was chosen and why). Raises UserError for a device or dtype that is not there.
-    """
-    if device == 'auto':
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    kind = device.split(':')[0]
-    if kind not in ('cpu', 'cuda', 'mps'):
-        raise UserError(f"device expects auto, cpu, cuda, cuda:N or mps, got '{device}'")
-    if (kind == 'cuda' and not torch.cuda.is_available()) or (kind == 'mps' and not torch.backends.mps.is_available()):
-        raise UserError(f'this PyTorch sees no {kind} device; use --device=cpu')
-    dtypes = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
-    if dtype not in ('auto', *dtypes):
-        raise UserError(f"dtype expects auto, float32 or bfloat16, got '{dtype}'")
-    if attention not in ('auto', 'plain', 'sdpa'):
-        raise UserError(f"attention expects auto, plain or sdpa, got '{attention}'")
-    why = ''
-    if dtype == 'auto':
-        amx = kind == 'cpu' and getattr(torch.cpu, '_is_amx_tile_supported', lambda: False)()
-        fast = amx or (kind == 'cuda' and torch.cuda.is_bf16_supported())
-        dtype, why = ('bfloat16', ' (fast here)') if fast else ('float32', ' (no fast bf16 here)')
-    if attention == 'auto':
-        attention = 'plain' if kind == 'cpu' and model.config.block_size <= 512 else 'sdpa'
-    model.to(device)
-    model.compute_dtype = dtypes[dtype]
-    model.plain_attention = attention == 'plain'
-    model.most_logits = 2 ** 23 if kind == 'cpu' else 2 ** 27         # at a time, in training: of a CPU what keep_memory keeps
-    if kind == 'cpu':
-        keep_memory()
-    if kind == 'cuda':
-        torch.backends.cuda.matmul.allow_tf32 = True
-    if compile:
-        model.compile()   # in place: parameter names stay what they are
-    threads = f', {torch.get_num_threads()} threads' if kind == 'cpu' else ''
-    return model, f'{device}{threads}, {dtype}{why}, {attention} attention{", compiled" if compile else ""}'
 
 
 # -----------------------------------------------------------------------------

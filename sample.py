@@ -32,7 +32,8 @@ from canvas import decode, encode, load_task, rows_of, start_canvas, task_canvas
 from checkpoint import check_same_model, export_safetensors, identity, import_safetensors, load_checkpoint, write_atomically
 from configurator import UserError
 from corruption import modelled
-from model import causal_nll, configure_compute, nelbo, random_subset, room_for
+from device import configure_compute
+from model import causal_nll, nelbo, random_subset, room_for
 from rules import (COMMIT_RULES, CORRECTING, REMASK_RULES, REMDM_SCHEDULES, TASKS, WHOLE_CANVAS, choose_rules,
                    close_rows, commit_order, displaced, doubted, draft_pass, fine, first_of, guided, masks_left, p_wrong, propose,
                    remdm_rate, share_at, spare_lengths, speculate, spread, supports, text_of)

@@ -38,8 +38,9 @@ from configurator import UserError
 from corruption import KINDS, NOISE, corrupt, extent, modelled, own_guesses, pack, parse_mixture
 from curves import draw_curves, start_log
 from data.loader import load_data, random_rows, spread_rows
+from device import configure_compute
 from evaluation import compare_text, evaluate, evaluation_line, usual_text
-from model import GPT, GPTConfig, configure_compute, norm
+from model import GPT, GPTConfig, norm
 from optim import average, lr_scale, make_optimizers, update
 from pieces import in_pieces
 from rules import best_rules, supports

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from checkpoint import load_checkpoint
 from configurator import UserError
 from data.loader import data_of, spread_rows
+from device import configure_compute
 from evaluation import evaluate
-from model import configure_compute
 from rules import supports
 from sample import generate
 from suites.common import SHARES, cell, load, markdown, training_strings

@@ -15,7 +15,7 @@ from canvas import decode, load_task
 from checkpoint import load_checkpoint
 from configurator import UserError
 from data.loader import load_data
-from model import configure_compute
+from device import configure_compute
 from sample import find_checkpoint, generate, load_merged
 
 METRICS = ('balanced', 'valid', 'correct', 'unique', 'novel', 'mean_length', 'length_tv', 'nfe')

@@ -27,7 +27,8 @@ from checkpoint import check_same_model, identity, model_args
 from configurator import UserError
 from corruption import another_token, corrupt, modelled
 from data.loader import load_data, random_rows, spread_rows
-from model import GPT, GPTConfig, configure_compute, random_subset
+from device import configure_compute
+from model import GPT, GPTConfig, random_subset
 from rules import supports
 from sample import find_checkpoint
 from suites.common import load, wanted

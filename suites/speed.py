@@ -13,7 +13,7 @@ head      the loss with logits where they count, against logits everywhere, from
 compile   eager against torch.compile, only if --only=compile asks for it
 
 --only=training,head takes some of the tables, --steps is how often each thing is timed at most: after SECONDS a comparison ends
-with the round that it is in. A time is a median, with the quartiles behind it. keep_memory (model.py) works for the whole
+with the round that it is in. A time is a median, with the quartiles behind it. keep_memory (device.py) works for the whole
 process, so it speeds up the baselines as well, and the ratios are rather too low. Sizes are the constants below.
 """
 
@@ -40,7 +40,8 @@ from checkpoint import atomically, make_folder
 from configurator import UserError
 from corruption import KINDS, corrupt, modelled, parse_mixture
 from data.loader import load_data
-from model import GPT, GPTConfig, configure_compute, room_for
+from device import configure_compute
+from model import GPT, GPTConfig, room_for
 from rules import best_rules, close_rows, draw, filtered, supports
 from sample import find_checkpoint, generate
 from suites.common import load, markdown, wanted

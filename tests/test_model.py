@@ -14,7 +14,8 @@ from conftest import all_sequences, chi_square, default_config, tiny_gpt
 import model as model_module
 from checkpoint import check_same_model, identity, load_checkpoint, model_args, save_checkpoint
 from configurator import UserError
-from model import GPT, Drafter, GPTConfig, ShortConv, causal_nll, configure_compute, nelbo, random_subset, stratified_k
+from device import bf16_is_fast, configure_compute
+from model import GPT, Drafter, GPTConfig, ShortConv, causal_nll, nelbo, random_subset, stratified_k
 
 
 def seeded(seed=0):
@@ -377,6 +378,20 @@ def test_configure_compute():
         if not getattr(torch.backends if device == 'mps' else torch, device).is_available():
             with pytest.raises(UserError, match=f'no {device} device'):
                 configure_compute(tiny_gpt(), device)
+
+
+@pytest.mark.parametrize('unit', [None, 'amx_tile', 'avx512_bf16'])
+def test_bfloat16_where_the_cpu_has_a_unit_for_it(monkeypatch, unit):
+    for name in ('amx_tile', 'avx512_bf16'):
+        monkeypatch.setattr(torch.cpu, f'_is_{name}_supported', lambda has=name == unit: has, raising=False)
+    model, line = configure_compute(tiny_gpt(), 'cpu')
+    assert model.compute_dtype == (torch.bfloat16 if unit else torch.float32)
+    assert ('bfloat16 (fast here)' if unit else 'float32 (no fast bf16 here)') in line
+
+
+def test_a_gpu_that_emulates_bfloat16_computes_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation)
+    assert not bf16_is_fast('cuda') and not bf16_is_fast('mps')
 
 # -----------------------------------------------------------------------------
 # masks
