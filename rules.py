@@ -297,8 +297,21 @@ def guided(model, hidden, x, masked, num, filters, generator, end_id=None, pad_i
 # -----------------------------------------------------------------------------
 # drafting and verifying
 
+PASS = 150       # positions that take as long as a pass has to take anyway, see draft_window
 
-def speculate(model, x, masked, drafted, q, filters, generator, cache=None, first=True):
+
+def draft_window(rows, accepted, most=16):
+    """
+    How many tokens to draft a round, in so many rows, if each is accepted with the probability accepted < 1: those that bring the
+    most a second. A step of the draft head takes a tenth of a pass over a row; each position of the pass, at PASS of them to a
+    pass, makes it longer: with many rows what is drafted in vain costs more than another round.
+    """
+    def gain(n):
+        return (1 - accepted ** (n + 1)) / (1 - accepted) / (1 + n / 10 + rows * (n + 1) / PASS)
+    return max(range(1, most + 1), key=gain)
+
+
+def speculate(model, x, masked, drafted, q, record, filters, generator, cache=None, first=True):
     """
     One round of speculative sampling (Leviathan et al. 2023): a verdict on the draft of each row's next tokens, the next draft.
 
@@ -309,10 +322,11 @@ def speculate(model, x, masked, drafted, q, filters, generator, cache=None, firs
     least one token, and every token is distributed by p, whatever the draft is worth. next_draft says where it comes from.
 
     x (R, T), whose masks are a suffix of each row -> x (R, T), the next drafted and q, the passes (R,) that it took.
+    record (2,): how many drafted tokens were accepted, and of how many, so far; it is kept up, and says how many to draft next.
     cache, first: see causal_pass; what the cache knows of rejected tokens the next round writes over.
     """
     T, W = x.size(1), drafted.size(1)
-    none = q[:, 0].sum(-1) == 0
+    none = q.sum((1, 2)) == 0
     if model.drafter is None and none.any():
         drafted[none], new = bidirectional_draft(model, x[none], masked[none], W, filters, generator)
         q[none] = new.to(q.dtype)
@@ -326,6 +340,7 @@ def speculate(model, x, masked, drafted, q, filters, generator, cache=None, firs
     noise = torch.rand(q_drafted.shape, generator=generator, device=x.device)
     accepted = noise * q_drafted < p_drafted * (q_drafted > 0)                 # where there is no draft, nothing is
     count = accepted.long().cumprod(1).sum(1, keepdim=True)                    # (R, 1) accepted from the left
+    record += torch.stack((count.sum(), (count + 1).clamp(max=W).sum()))
     here = count[..., None].expand(-1, -1, p.size(2))
     goal, drawn_from = p.gather(1, here)[:, 0], F.pad(q, (0, 0, 0, 1)).gather(1, here)[:, 0]  # q: 0 if none was rejected
     rest = (goal - drawn_from).clamp(min=0)                                    # (R, V+2)
@@ -333,32 +348,32 @@ def speculate(model, x, masked, drafted, q, filters, generator, cache=None, firs
     redrawn = draw(rest, generator)                                            # (R,)
     tokens = F.pad(drafted, (0, 1)).scatter(1, count, redrawn[:, None])        # (R, W+1)
     x = x.scatter(1, at, tokens.masked_fill(torch.arange(W + 1, device=x.device) > count, model.mask_token_id))[:, :T]
-    return x, *next_draft(model, hidden, p, count, redrawn, filters, generator), passes
+    window = W if model.drafter is None else min(T, draft_window(len(x), (record[0] / record[1]).item()))
+    return x, *next_draft(model, hidden, p, count, redrawn, window, filters, generator), passes
 
 
-def next_draft(model, hidden, p, count, redrawn, filters, generator):
+def next_draft(model, hidden, p, count, redrawn, window, filters, generator):
     """
-    The draft of the W tokens after the redrawn (R,) one, of which the causal pass said hidden (R, W+1, C) and p (R, W+1, V+2)
-    after count (R, 1) accepted ones: drafted (R, W) ids and the distributions q (R, W, V+2) that they were drawn from.
+    The draft of the window tokens after the redrawn (R,) one, the causal pass having said hidden (R, W+1, C) and p (R, W+1, V+2)
+    after count (R, 1) accepted ones: drafted (R, window) ids and the distributions q (R, window, V+2) that they were drawn from.
 
     With a draft head: from the state in which the causal pass was before the redrawn token, one token after the other.
     Without one: what the pass said about the tokens behind, though in the light of a rejected one, is a draft
     for free (as in Jacobi decoding); past the window, where it said nothing, any token is as good as another.
     """
-    W = p.size(1) - 1
     if model.drafter is not None:
         state = hidden.gather(1, count[..., None].expand(-1, -1, hidden.size(2)))[:, 0]      # (R, C)
         drafted, q = [redrawn], []
-        for _ in range(W):
+        for _ in range(window):
             state = model.draft(state, drafted[-1])
             q.append(filtered(model.logits(norm(state), real_only=True), **filters))         # (R, V+2)
             drafted.append(draw(q[-1], generator))
         return torch.stack(drafted[1:], 1), torch.stack(q, 1)
     blank = F.pad(torch.full((p.size(2) - 2,), 1 / (p.size(2) - 2), dtype=p.dtype, device=p.device), (0, 2))
-    behind = count + 1 + torch.arange(W, device=p.device)                      # (R, W)
-    q = F.pad(p, (0, 0, 0, W)).gather(1, behind[..., None].expand(-1, -1, p.size(2)))        # past the window: 0
+    behind = count + 1 + torch.arange(window, device=p.device)                 # (R, window)
+    q = F.pad(p, (0, 0, 0, window)).gather(1, behind[..., None].expand(-1, -1, p.size(2)))        # past the window: 0
     some = torch.where(q.sum(-1, keepdim=True) == 0, blank, q)
-    return draw(some, generator), torch.where((count < W)[..., None], some, q)               # all accepted: no draft
+    return draw(some, generator), torch.where((count < p.size(1) - 1)[..., None], some, q)   # all accepted: no draft
 
 
 def bidirectional_draft(model, x, masked, window, filters, generator):
