@@ -2,7 +2,7 @@
 # causal NLL 1.468
 training_type = 'joint'
 mask_weighting = 'token'        # all masks weigh alike: on characters that gives a lower bound
-remask_ratio = 0.25            # a quarter of the rows carries the network's own mistakes
+remask_ratio = 0.25            # a quarter of the other rows carries the network's own mistakes
 causal_ratio = 0.2             # a fifth of the batch trains the causal mode, which has the last word when sampling
 draft_head = True
 remask_target = 'original'

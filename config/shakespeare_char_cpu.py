@@ -1,7 +1,7 @@
 # characters of tiny Shakespeare, 13 minutes on two CPU cores that others use as well
 training_type = 'joint'
 mask_weighting = 'token'          # all masks weigh alike: a lower bound at equal steps
-remask_ratio = 0.2                # a fifth of the rows carries wrong characters ...
+remask_ratio = 0.2                # a fifth of the other rows carries wrong characters ...
 corruption = 'own:0.7,random:0.3' # ... most of them mistakes that the network would make, some of them typing errors
 remask_target = 'original'        # where it is wrong it learns what is right
 causal_ratio = 0.15               # a share of the batch trains the causal mode, which has the last word when sampling
