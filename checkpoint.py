@@ -327,7 +327,7 @@ def checkpoint_name(training_type, remasking_loss_type, step=None):
 
 def make_checkpoint(model, ema, optimizers, generator, noise, step, sums, control, skipped, args, config, meta, result):
     """Everything that sampling needs, and everything that a bit-identical resume needs."""
-    rng = dict(rows=generator.get_state(), noise=noise.get_state(), torch=torch.get_rng_state())
+    rng = dict(rows=generator.get_state(), noise=noise.get_state(), torch=torch.get_rng_state(), where=noise.device.type)
     if torch.cuda.is_available():
         rng['cuda'] = torch.cuda.get_rng_state()
     weights = distributed.whole(dict(model=model.state_dict(), ema=ema.state_dict() if ema is not model else None,
@@ -344,7 +344,8 @@ def random_states_of_ranks(checkpoint):
 
 def restore(path, checkpoint, ema, optimizers, generator, noise):
     """
-    The counterpart of make_checkpoint, the model's weights excepted: (the step to go on from, sums, control, skipped).
+    The counterpart of make_checkpoint, the model's weights excepted: (the step to go on from, sums, control, skipped). The state
+    of noise is left alone if it was saved on another kind of device. Rates, decay and betas are those of this run.
 
     Raises UserError, naming the path, if what it says does not fit the run.
     """
@@ -354,9 +355,16 @@ def restore(path, checkpoint, ema, optimizers, generator, noise):
             ema.load_state_dict(distributed.like(checkpoint['ema'], ema.state_dict()))
         for optim, state in zip(optimizers, checkpoint['optimizers'], strict=True):
             params = [p for group in optim.param_groups for p in group['params']]
+            chosen = [{name: group[name] for name in ('betas', 'weight_decay') if name in group} for group in optim.param_groups]
             optim.load_state_dict(dict(state, state=distributed.like(state['state'], params)))
+            for group, settings in zip(optim.param_groups, chosen):
+                group.update(settings)
         generator.set_state(checkpoint['rng']['rows'].cpu())
-        noise.set_state(checkpoint['rng']['noise'].cpu())
+        where = checkpoint['rng'].get('where', noise.device.type)
+        if where not in ('cpu', 'cuda', 'mps'):
+            raise ValueError('its random numbers come from nowhere')
+        if where == noise.device.type:
+            noise.set_state(checkpoint['rng']['noise'].cpu())
         torch.set_rng_state(checkpoint['rng']['torch'].cpu())
         if 'cuda' in checkpoint['rng'] and torch.cuda.is_available():
             torch.cuda.set_rng_state(checkpoint['rng']['cuda'].cpu())

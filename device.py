@@ -44,11 +44,19 @@ def configure_compute(model, device, dtype='auto', attention='auto', compile=Fal
     """
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    kind = device.split(':')[0]
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = None
+    kind = place and place.type
     if kind not in ('cpu', 'cuda', 'mps'):
         raise UserError(f"device expects auto, cpu, cuda, cuda:N or mps, got '{device}'")
     if (kind == 'cuda' and not torch.cuda.is_available()) or (kind == 'mps' and not torch.backends.mps.is_available()):
         raise UserError(f'this PyTorch sees no {kind} device; use --device=cpu')
+    if kind == 'cuda' and place.index is not None:
+        if place.index >= torch.cuda.device_count():
+            raise UserError(f'there is no {device}: this PyTorch sees {torch.cuda.device_count()} GPUs, the first is cuda:0')
+        torch.cuda.set_device(place)                                 # its random numbers are the ones that are saved
     dtypes = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
     if dtype not in ('auto', *dtypes):
         raise UserError(f"dtype expects auto, float32 or bfloat16, got '{dtype}'")

@@ -302,10 +302,12 @@ PASS = 150       # positions that take as long as a pass has to take anyway, see
 
 def draft_window(rows, accepted, most=16):
     """
-    How many tokens to draft a round, in so many rows, if each is accepted with the probability accepted < 1: those that bring the
+    How many tokens to draft a round, in so many rows, if each is accepted with the probability accepted: those that bring the
     most a second. A step of the draft head takes a tenth of a pass over a row; each position of the pass, at PASS of them to a
     pass, makes it longer: with many rows what is drafted in vain costs more than another round.
     """
+    accepted = min(accepted, 0.999)
+
     def gain(n):
         return (1 - accepted ** (n + 1)) / (1 - accepted) / (1 + n / 10 + rows * (n + 1) / PASS)
     return max(range(1, most + 1), key=gain)

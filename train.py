@@ -487,18 +487,24 @@ def train():
     optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, (beta1, beta2))
     generator = torch.Generator().manual_seed(seed)                            # which rows
     noise = torch.Generator(on).manual_seed(seed + 1)                          # how they are corrupted
-    start, sums, skipped = 0, {}, dict(steps=0, in_a_row=0)
+    start, sums, skipped, elsewhere = 0, {}, dict(steps=0, in_a_row=0), ''
     if init_from == 'resume':
         with distributed.together():
             ranks = random_states_of_ranks(checkpoint)
             checkpoint['rng'] = ranks[rank if len(ranks) == world else 0]
             start, sums, control, skipped = restore(path, checkpoint, ema if ema_decay else None, optimizers, generator, noise)
+        if not target_mask_prob:                                               # else it is the controller's
+            control['price'] = penalty_keep_mask
+        kind = checkpoint['rng'].get('where', on.type)
+        if len(ranks) != world:
+            elsewhere = f'number of processes: {len(ranks)} before, {world} now'
+        elif kind != on.type:
+            elsewhere = f'device: {kind} before, {on.type} now'
     else:
         if init_from == 'scratch':
             for network in (model, ema):
                 network.mask_logit_bias.fill_(mask_logit_bias)
         control = dict(p_mask=None, bias=model.mask_logit_bias.item(), price=penalty_keep_mask)
-    elsewhere = init_from == 'resume' and len(ranks) != world
     spent = checkpoint.get('seconds', 0.0) if init_from == 'resume' else 0.0
     del checkpoint                                                             # it may be as large as all the rest
     if elsewhere or (rank and init_from != 'resume'):                          # every rank draws something else
@@ -509,7 +515,7 @@ def train():
     if init_from != 'scratch':
         print(f'starting from {path}, step {start}')
     if elsewhere:
-        print(f'number of processes: {len(ranks)} before, {world} now; the run goes on, but no longer to the last bit the same')
+        print(f'{elsewhere}; the run goes on, but no longer to the last bit the same')
     if replaced:
         print(replaced)
 

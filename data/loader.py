@@ -32,6 +32,12 @@ def load_data(dataset):
 
     A dataset that is not there yet is made by its prepare.py. Raises UserError with what to do if that fails.
     """
+    dataset = os.path.normpath(dataset)
+    name = os.path.basename(dataset)
+    if name != dataset:                                              # a checkpoint remembers the name alone
+        hint = (f'did you mean {name}?' if has_one_of(os.path.join(HERE, name), 'prepare.py', 'meta.json') else
+                f'a folder from elsewhere can be linked there: ln -s {os.path.abspath(dataset)} data/')
+        raise UserError(f'dataset expects the name of a folder in data/, got {dataset}; {hint}')
     folder = os.path.join(HERE, dataset)
     script = os.path.join(folder, 'prepare.py')
     if not has_one_of(folder, 'prepare.py', 'meta.json'):
@@ -54,7 +60,7 @@ def load_data(dataset):
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f'the dataset in data/{dataset} is damaged ({error}); make it again: '
                         f'{how_to_make(dataset)}') from error
-    return {**meta, 'dataset': os.path.basename(os.path.normpath(dataset))}, data
+    return {**meta, 'dataset': dataset}, data
 
 
 def data_of(meta):

@@ -370,7 +370,7 @@ def test_configure_compute():
     assert model.compute_dtype == torch.bfloat16 and not model.plain_attention and 'sdpa' in line
     assert model(torch.zeros(1, 4, dtype=torch.long)).dtype == torch.bfloat16
     assert next(model.parameters()).dtype == torch.float32                # only the compute changes
-    for arguments, message in ((('tpu',), 'device expects'), (('cpu', 'float8'), 'dtype expects'),
+    for arguments, message in ((('tpu',), 'device expects'), (('cpu:x',), 'device expects'), (('cpu', 'float8'), 'dtype expects'),
                                (('cpu', 'float32', 'flash'), 'attention expects')):
         with pytest.raises(UserError, match=message):
             configure_compute(tiny_gpt(), *arguments)

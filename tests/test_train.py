@@ -814,6 +814,9 @@ def test_load_data(tmp_path, monkeypatch):
         load_data('smal')
     with pytest.raises(UserError, match='known'):
         load_data('zzz')
+    for path, hint in ((str(out), 'did you mean small'), ('data/small/', 'did you mean small'), ('../words', r'ln -s .*/words data/')):
+        with pytest.raises(UserError, match=f'the name of a folder in data/.*{hint}'):
+            load_data(path)                                         # a checkpoint knows its dataset by name
 
 
 def test_missing_dataset_is_prepared(tmp_path, monkeypatch):
@@ -880,7 +883,7 @@ def assert_same(a, b, where=''):
 def assert_same_run(a, b):
     assert open(os.path.join(a, 'log.jsonl'), 'rb').read() == open(os.path.join(b, 'log.jsonl'), 'rb').read()
     a, b = read(a), read(b)
-    assert set(a['rng']) >= {'rows', 'noise', 'torch'}
+    assert set(a['rng']) >= {'rows', 'noise', 'torch', 'where'}
     for key in ('model', 'ema', 'optimizers', 'rng', 'iter_num', 'sums', 'control', 'model_args', 'meta', 'result'):
         assert_same(a[key], b[key], key)
 
@@ -1325,6 +1328,28 @@ def test_a_checkpoint_without_all_that_a_resume_needs_is_refused(tmp_path):
     torch.save({key: value for key, value in checkpoint.items() if key != 'control'}, path)
     with pytest.raises(UserError, match="no 'control' to resume with.*--init_from="):
         start(str(tmp_path), *PLAIN, '--max_iters=3', '--init_from=resume')
+
+
+def test_a_resumed_run_has_the_decay_betas_and_price_that_it_was_given(tmp_path):
+    words = ['--training_type=joint', '--allow_abstain', '--eval_samples=0']
+    start(str(tmp_path), *words, '--max_iters=2')
+    start(str(tmp_path), *words, '--max_iters=3', '--init_from=resume', '--weight_decay=0.3', '--beta1=0.5', '--penalty_keep_mask=0.7')
+    checkpoint = read(str(tmp_path))
+    muon, adamw = (optim['param_groups'][0] for optim in checkpoint['optimizers'])
+    assert muon['weight_decay'] == 0.3 and tuple(adamw['betas']) == (0.5, 0.95) and adamw['weight_decay'] == 0
+    assert checkpoint['control']['price'] == 0.7 and checkpoint['iter_num'] == 3
+
+
+def test_a_run_goes_on_on_another_kind_of_device_and_says_what_that_costs(tmp_path, capsys):
+    start(str(tmp_path), *PLAIN, '--max_iters=2')
+    path = newest(str(tmp_path))
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint['rng']['where'] == 'cpu'
+    checkpoint['rng'].update(where='cuda', noise=torch.zeros(16, dtype=torch.uint8))     # as a GPU's generator has it
+    torch.save(checkpoint, path)
+    start(str(tmp_path), *PLAIN, '--max_iters=3', '--init_from=resume')
+    assert 'device: cuda before, cpu now; the run goes on, but no longer to the last bit the same' in capsys.readouterr().out
+    assert read(str(tmp_path))['iter_num'] == 3
 
 
 def test_init_from_keeps_the_bias_that_the_weights_were_trained_with(tmp_path):
