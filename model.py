@@ -326,6 +326,8 @@ class GPT(nn.Module):
         cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
         self.register_buffer('cos', cos, persistent=False)           # (block_size, hs)
         self.register_buffer('sin', sin, persistent=False)
+        self.register_buffer('no_special', torch.zeros(config.vocab_size + 2), persistent=False)      # see logits
+        self.no_special[-2:] = float('-inf')
         self.head = None                                             # see freeze
         self.compute_dtype = torch.float32                           # see configure_compute in device.py
         self.plain_attention = False
@@ -427,9 +429,8 @@ class GPT(nn.Module):
         if words is None:
             words = self.wte.weight if self.head is None or self.head.dtype != hidden.dtype else self.head
         logits = F.linear(hidden, words.to(hidden.dtype))[..., :V + 2].float()
-        special = F.pad(self.mask_logit_bias.view(1), (0, 1))
-        special = special.new_full((2,), float('-inf')) if real_only else special
-        return logits.add_(F.pad(special, (V, 0)))                   # in place: the vocabulary may be large
+        special = self.no_special if real_only else F.pad(self.mask_logit_bias.view(1), (V, 1))
+        return logits.add_(special)                                  # in place: the vocabulary may be large
 
     def token_energy(self, ids, real):
         """

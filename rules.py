@@ -27,7 +27,8 @@ def filtered(logits, temperature=1.0, top_k=None, top_p=None):
     """logits (N, V+2), specials already at -inf -> probabilities (N, V+2) to draw from, rows sum to 1."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
-    logits = logits / temperature
+    if temperature != 1:
+        logits = logits / temperature
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float('-inf'))
     probs = logits.softmax(-1)
@@ -297,23 +298,8 @@ def guided(model, hidden, x, masked, num, filters, generator, end_id=None, pad_i
 # -----------------------------------------------------------------------------
 # drafting and verifying
 
-PASS = 150       # positions that take as long as a pass has to take anyway, see draft_window
 
-
-def draft_window(rows, accepted, most=16):
-    """
-    How many tokens to draft a round, in so many rows, if each is accepted with the probability accepted: those that bring the
-    most a second. A step of the draft head takes a tenth of a pass over a row; each position of the pass, at PASS of them to a
-    pass, makes it longer: with many rows what is drafted in vain costs more than another round.
-    """
-    accepted = min(accepted, 0.999)
-
-    def gain(n):
-        return (1 - accepted ** (n + 1)) / (1 - accepted) / (1 + n / 10 + rows * (n + 1) / PASS)
-    return max(range(1, most + 1), key=gain)
-
-
-def speculate(model, x, masked, drafted, q, record, filters, generator, cache=None, first=True):
+def speculate(model, x, masked, drafted, q, window, filters, generator, cache=None, first=True):
     """
     One round of speculative sampling (Leviathan et al. 2023): a verdict on the draft of each row's next tokens, the next draft.
 
@@ -323,8 +309,8 @@ def speculate(model, x, masked, drafted, q, record, filters, generator, cache=No
     rejected one is redrawn from the positive part of p - q, and if none is rejected one more comes from p. So a row gains at
     least one token, and every token is distributed by p, whatever the draft is worth. next_draft says where it comes from.
 
-    x (R, T), whose masks are a suffix of each row -> x (R, T), the next drafted and q, the passes (R,) that it took.
-    record (2,): how many drafted tokens were accepted, and of how many, so far; it is kept up, and says how many to draft next.
+    x (R, T), whose masks are a suffix of each row -> x (R, T), the next drafted and q, of window tokens, and the passes (R,) that
+    it took.
     cache, first: see causal_pass; what the cache knows of rejected tokens the next round writes over.
     """
     T, W = x.size(1), drafted.size(1)
@@ -342,7 +328,6 @@ def speculate(model, x, masked, drafted, q, record, filters, generator, cache=No
     noise = torch.rand(q_drafted.shape, generator=generator, device=x.device)
     accepted = noise * q_drafted < p_drafted * (q_drafted > 0)                 # where there is no draft, nothing is
     count = accepted.long().cumprod(1).sum(1, keepdim=True)                    # (R, 1) accepted from the left
-    record += torch.stack((count.sum(), (count + 1).clamp(max=W).sum()))
     here = count[..., None].expand(-1, -1, p.size(2))
     goal, drawn_from = p.gather(1, here)[:, 0], F.pad(q, (0, 0, 0, 1)).gather(1, here)[:, 0]  # q: 0 if none was rejected
     rest = (goal - drawn_from).clamp(min=0)                                    # (R, V+2)
@@ -350,7 +335,6 @@ def speculate(model, x, masked, drafted, q, record, filters, generator, cache=No
     redrawn = draw(rest, generator)                                            # (R,)
     tokens = F.pad(drafted, (0, 1)).scatter(1, count, redrawn[:, None])        # (R, W+1)
     x = x.scatter(1, at, tokens.masked_fill(torch.arange(W + 1, device=x.device) > count, model.mask_token_id))[:, :T]
-    window = W if model.drafter is None else min(T, draft_window(len(x), (record[0] / record[1]).item()))
     return x, *next_draft(model, hidden, p, count, redrawn, window, filters, generator), passes
 
 
@@ -373,9 +357,9 @@ def next_draft(model, hidden, p, count, redrawn, window, filters, generator):
         return torch.stack(drafted[1:], 1), torch.stack(q, 1)
     blank = F.pad(torch.full((p.size(2) - 2,), 1 / (p.size(2) - 2), dtype=p.dtype, device=p.device), (0, 2))
     behind = count + 1 + torch.arange(window, device=p.device)                 # (R, window)
-    q = F.pad(p, (0, 0, 0, window)).gather(1, behind[..., None].expand(-1, -1, p.size(2)))        # past the window: 0
+    q = F.pad(p, (0, 0, 0, window)).gather(1, behind[..., None].expand(-1, -1, p.size(2)))   # past the window: 0
     some = torch.where(q.sum(-1, keepdim=True) == 0, blank, q)
-    return draw(some, generator), torch.where((count < p.size(1) - 1)[..., None], some, q)   # all accepted: no draft
+    return draw(some, generator), torch.where((count < window)[..., None], some, q)          # all accepted: no draft
 
 
 def bidirectional_draft(model, x, masked, window, filters, generator):

@@ -106,7 +106,7 @@ compile = False            # torch.compile the network
 # -----------------------------------------------------------------------------
 
 RATES = dict(wrong=1.0, critic=1.0, confidence=1.0, p2=1.0)   # remask_rate if not given; 0.3 for the others, see EXPERIMENTS.md
-DRAFT_WINDOW = 8  # remask=causal drafts this many tokens a round without a draft head; with one see rules.draft_window
+DRAFT_WINDOW = 5  # remask=causal drafts this many tokens a round; EXPERIMENTS.md has 1 to 63
 
 
 # -----------------------------------------------------------------------------
@@ -182,10 +182,10 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     fill = start.clamp(min=1, max=max(1, steps - int(correct_share * steps) if corrects else steps))  # (B,) steps to fill
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     if remask == 'causal':                                                     # no draft yet: ids (R, W), their laws (R, W, V+2)
-        W = min(DRAFT_WINDOW, canvas.size(1)) if model.drafter is None else 0
-        drafted = torch.zeros(int((start > 0).sum()), W, dtype=torch.long, device=canvas.device)
-        q = torch.zeros(*drafted.shape, mask + 2, device=canvas.device)
-        record = torch.tensor([8.0, 10.0], device=canvas.device)               # drafted tokens: accepted, of so many; a first guess
+        window = min(DRAFT_WINDOW, canvas.size(1))
+        size = int((start > 0).sum()), window if model.drafter is None else 0  # a head has no state yet to draft from
+        drafted = torch.zeros(size, dtype=torch.long, device=canvas.device)
+        q = torch.zeros(*size, mask + 2, device=canvas.device)
     closed = (fixed & (canvas == (-1 if end_id is None else end_id))).any(1) if closed is None else closed         # (B,)
     first, position = (canvas == mask).long().argmax(1), torch.arange(canvas.size(1), device=canvas.device)  # where blocks begin
     surety = torch.zeros(canvas.shape, dtype=fine(canvas.device), device=canvas.device)  # log-probabilities at commit time
@@ -204,7 +204,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
         if cache is not None:
             cache = room_for(cache, int(masked.long().argmax(1).max()) + 1 + (drafted.size(1) if remask == 'causal' else 0))
         if remask == 'causal':
-            x, drafted, q, passes = speculate(model, x, masked, drafted, q, record, filters, generator, cache, step == 0)
+            x, drafted, q, passes = speculate(model, x, masked, drafted, q, window, filters, generator, cache, step == 0)
         else:
             shown = None if previous is None else previous[rows].masked_fill(~masked, mask)
             hidden, passes = draft_pass(model, x, masked, draft, shown, cache, step == 0), 1

@@ -70,7 +70,7 @@ block_size = 64                  # length of a row
 # the task: what becomes (input, target, weight)
 training_type = 'joint'          # unmasking | remasking | joint | denoising | causal
 causal_ratio = 0.0               # share of every batch that trains the causal mode (next token, causal attention)
-views = 0                        # n: every row trains the training type n times, corrupted anew; the causal share is of them, not beside
+views = 0                        # n: every row trains the training type n times, corrupted anew, the causal rows too
 remask_ratio = 0.5               # joint, denoising: share of the other rows in which visible tokens may be wrong
 corruption = 'own'               # own (the network's guesses) | random | fragment | sticky, or own:0.7,random:0.3
 guess_from: str = None           # corruption=own: the checkpoint whose guesses they are; None: the network itself

@@ -4,7 +4,6 @@ The rules of the sampling loop, one by one: which are the same under another nam
 Most tests use networks that know a law exactly (see Oracle), so that whatever is missing is the rules' own fault.
 """
 
-import itertools
 import math
 
 import pytest
@@ -14,9 +13,10 @@ from conftest import all_sequences, chi_square, tiny_gpt
 from test_sample import (Oracle, distance, empty, filtered_law, product_law, random_law, seeded, starting_canvas, stubborn_gpt,
                          text_law, within_noise)
 
+import sample
 from configurator import UserError
 from model import causal_nll
-from rules import COMMIT_RULES, displaced, doubted, draft_window, masks_left, remdm_rate, share_at, spare_lengths
+from rules import COMMIT_RULES, displaced, doubted, masks_left, remdm_rate, share_at, spare_lengths
 from sample import generate_diffusion
 
 
@@ -663,7 +663,7 @@ class HeadOracle(Oracle):
 @pytest.mark.parametrize('filters', [dict(), dict(temperature=0.7), dict(top_k=2), dict(temperature=1.5, top_k=2)], ids=str)
 def test_drafts_of_a_head_follow_the_causal_law(monkeypatch, window, filters, head):
     """Whatever the head says, from where it says it, and never by more than one pass a token."""
-    monkeypatch.setattr('rules.draft_window', lambda rows, accepted: window)
+    monkeypatch.setattr(sample, 'DRAFT_WINDOW', window)
     B, V, T = 5000, 3, 4
     law = random_law(V, T, seed=4)
     oracle = HeadOracle(V, T, law, head)
@@ -675,61 +675,18 @@ def test_drafts_of_a_head_follow_the_causal_law(monkeypatch, window, filters, he
         assert len(nfe.unique()) > 1                                          # some drafts are accepted, others are not
 
 
-@pytest.mark.parametrize('head', ['junk', 'perfect'])
-def test_drafts_of_changing_length_follow_the_causal_law(monkeypatch, head):
-    """How far to draft is decided anew in every round."""
-    windows = itertools.cycle((2, 1, 4, 3))
-    monkeypatch.setattr('rules.draft_window', lambda rows, accepted: next(windows))
-    B, V, T = 8000, 3, 4
-    law = random_law(V, T, seed=4)
-    oracle = HeadOracle(V, T, law, head)
-    out, _, _ = generate_diffusion(oracle, *empty(oracle, B), remask='causal', generator=seeded())
-    statistic, bound = distance(out, V, law, B)
-    assert statistic < bound
-
-
 def test_perfect_drafts_of_a_head_save_passes(monkeypatch):
     """The first pass has no draft to look at and gives one token; every other one gives its window and one more."""
     V, T = 2, 8
     oracle = HeadOracle(V, T, random_law(V, T, seed=4), 'perfect')
     for window in (1, 2, 3, 7, 8, 16):
-        monkeypatch.setattr('rules.draft_window', lambda rows, accepted: window)
+        monkeypatch.setattr(sample, 'DRAFT_WINDOW', window)
         for given in (0, 1, 5, 7):
             _, nfe, trace = generate_diffusion(oracle, *empty(oracle, 50, [1] * given), remask='causal', trace=True,
                                                generator=seeded())
             n = T - given
             assert (nfe == 1 + math.ceil((n - 1) / (min(window, T) + 1))).all(), (window, given)
             assert ((trace[1] == V).sum(1) == n - 1).all()
-
-
-def test_how_far_to_draft():
-    """The surer the head the farther, the more rows the less; with every word of it accepted as far as it may."""
-    for rows in (1, 64, 1000):
-        windows = [draft_window(rows, accepted) for accepted in (0.0, 0.3, 0.6, 0.9, 0.999)]
-        assert windows == sorted(windows) and windows[0] == 1 and windows[-1] > 2
-    for accepted in (0.5, 0.7, 0.9):
-        windows = [draft_window(rows, accepted) for rows in (1, 16, 256, 4096)]
-        assert windows == sorted(windows, reverse=True) and windows[0] > windows[-1]
-    assert draft_window(1, 0.9999) == 16 and draft_window(1, 0.9999, most=5) == 5
-
-
-@pytest.mark.parametrize('head, share', [('perfect', 1.0), ('junk', None)])
-def test_the_head_is_trusted_as_far_as_it_was_right(monkeypatch, head, share):
-    """The record of accepted drafts, which starts at eight of ten, counts a rejected token once and none behind it."""
-    asked = []
-    monkeypatch.setattr('rules.draft_window', lambda rows, accepted: asked.append(accepted) or 2)
-    V, T, B = 3, 7, 400
-    oracle = HeadOracle(V, T, random_law(V, T, seed=4), head)
-    _, _, trace = generate_diffusion(oracle, *empty(oracle, B), remask='causal', trace=True, generator=seeded())
-    yes, of = 8, 10
-    assert asked[0] == pytest.approx(yes / of)                                # no draft yet
-    for before, after, said in zip(trace[1:], trace[2:], asked[1:]):
-        room, won = (before == V).sum(1), (before == V).sum(1) - (after == V).sum(1)
-        if (room < 3).any():                                                  # the draft stands out of the row
-            break
-        yes, of = yes + (won - 1).sum().item(), of + won.clamp(max=2).sum().item()
-        assert said == pytest.approx(yes / of) and (share is None or yes / of > 0.9)
-    assert of > 10
 
 
 def test_drafts_of_a_head_where_rows_have_prompts_of_their_own():
@@ -774,7 +731,7 @@ def test_greedy_drafts_of_a_head_write_what_greedy_sampling_writes():
 @pytest.mark.parametrize('window', [2, 16])
 def test_a_network_with_a_draft_head_follows_its_causal_law(monkeypatch, window):
     """The real one, untrained: its law is the exponential of its own causal_nll, over every sequence."""
-    monkeypatch.setattr('rules.draft_window', lambda rows, accepted: window)
+    monkeypatch.setattr(sample, 'DRAFT_WINDOW', window)
     B, V, T = 8000, 3, 4
     model, x = tiny_gpt(V, T, draft_head=True, seed=5), all_sequences(V, T)
     law = (-causal_nll(model, x, torch.ones_like(x).bool())).double().exp()

@@ -814,7 +814,8 @@ def test_load_data(tmp_path, monkeypatch):
         load_data('smal')
     with pytest.raises(UserError, match='known'):
         load_data('zzz')
-    for path, hint in ((str(out), 'did you mean small'), ('data/small/', 'did you mean small'), ('../words', r'ln -s .*/words data/')):
+    for path, hint in ((str(out), 'did you mean small'), ('data/small/', 'did you mean small'),
+                       ('../words', r'ln -s .*/words data/')):
         with pytest.raises(UserError, match=f'the name of a folder in data/.*{hint}'):
             load_data(path)                                         # a checkpoint knows its dataset by name
 
@@ -1333,7 +1334,8 @@ def test_a_checkpoint_without_all_that_a_resume_needs_is_refused(tmp_path):
 def test_a_resumed_run_has_the_decay_betas_and_price_that_it_was_given(tmp_path):
     words = ['--training_type=joint', '--allow_abstain', '--eval_samples=0']
     start(str(tmp_path), *words, '--max_iters=2')
-    start(str(tmp_path), *words, '--max_iters=3', '--init_from=resume', '--weight_decay=0.3', '--beta1=0.5', '--penalty_keep_mask=0.7')
+    start(str(tmp_path), *words, '--max_iters=3', '--init_from=resume', '--weight_decay=0.3', '--beta1=0.5',
+          '--penalty_keep_mask=0.7')
     checkpoint = read(str(tmp_path))
     muon, adamw = (optim['param_groups'][0] for optim in checkpoint['optimizers'])
     assert muon['weight_decay'] == 0.3 and tuple(adamw['betas']) == (0.5, 0.95) and adamw['weight_decay'] == 0
