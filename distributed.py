@@ -8,6 +8,7 @@ A process is a rank. Rank 0 prints, evaluates and writes. In a single process no
 With --fsdp every rank keeps a part of each matrix of the blocks, see shard, and borrows those of one block at a time.
 """
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -50,13 +51,23 @@ def run(scope):
     """
     configurator.run, but only rank 0 is heard. The UserErrors of the others are left to it, because every rank has the same
     ones (see together): they end quietly, since torchrun stops all ranks, rank 0 before it can speak, when one fails.
+
+    A rank that is done ends at once. Gloo's threads may still hold a tensor, and to let go of it while the interpreter is being
+    taken down aborts the process (PyTorch 2.13, one run in ten): torchrun would call a run failed that is saved.
     """
-    if not launched() or os.environ['RANK'] == '0':
+    if not launched():
         return configurator.run(scope)
-    sys.stdout = open(os.devnull, 'w')
-    with contextlib.suppress(UserError, KeyboardInterrupt):
-        configurator.configure(scope, sys.argv[1:])
-        scope['main']()
+    if os.environ['RANK'] == '0':
+        configurator.run(scope)
+    else:
+        sys.stdout = open(os.devnull, 'w')
+        with contextlib.suppress(UserError, KeyboardInterrupt):
+            configurator.configure(scope, sys.argv[1:])
+            scope['main']()
+    atexit._run_exitfuncs()                                                    # of the loggers, say
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def connect(device):
