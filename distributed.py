@@ -51,23 +51,27 @@ def run(scope):
     """
     configurator.run, but only rank 0 is heard. The UserErrors of the others are left to it, because every rank has the same
     ones (see together): they end quietly, since torchrun stops all ranks, rank 0 before it can speak, when one fails.
-
-    A rank that is done ends at once. Gloo's threads may still hold a tensor, and to let go of it while the interpreter is being
-    taken down aborts the process (PyTorch 2.13, one run in ten): torchrun would call a run failed that is saved.
     """
-    if not launched():
+    if not launched() or os.environ['RANK'] == '0':
         return configurator.run(scope)
-    if os.environ['RANK'] == '0':
-        configurator.run(scope)
-    else:
-        sys.stdout = open(os.devnull, 'w')
-        with contextlib.suppress(UserError, KeyboardInterrupt):
-            configurator.configure(scope, sys.argv[1:])
-            scope['main']()
-    atexit._run_exitfuncs()                                                    # of the loggers, say
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    sys.stdout = open(os.devnull, 'w')
+    with contextlib.suppress(UserError, KeyboardInterrupt):
+        configurator.configure(scope, sys.argv[1:])
+        scope['main']()
+
+
+def leave():
+    """
+    The last line of a script: ends a rank at once, without taking the interpreter down.
+
+    Gloo's threads may still hold a tensor, and to let go of it by then aborts the process (PyTorch 2.13, one run in ten):
+    torchrun would call a run failed that is saved.
+    """
+    if launched():
+        atexit._run_exitfuncs()                                                # of the loggers, say
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def connect(device):

@@ -643,3 +643,4 @@ def main():
 
 if __name__ == '__main__':
     distributed.run(globals())
+    distributed.leave()
