@@ -64,7 +64,7 @@ def leave():
     """
     The last line of a script: ends a rank at once, without taking the interpreter down.
 
-    Gloo's threads may still hold a tensor, and to let go of it by then aborts the process (PyTorch 2.13, one run in ten):
+    Gloo's threads may still hold a tensor, and to let go of it by then aborts the process (PyTorch 2.13, 3 runs of 13):
     torchrun would call a run failed that is saved.
     """
     if launched():
