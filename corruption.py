@@ -11,7 +11,7 @@ import torch
 
 import distributed
 from configurator import UserError
-from model import random_subset, stratified_k
+from model import places, random_subset, stratified_k
 from pieces import at_once
 from rules import draw, filtered
 
@@ -112,7 +112,7 @@ def own_guesses(model, generator):
         rows, ids, training = where.any(1), torch.zeros_like(input), model.training
         rows[:1] |= distributed.sharded(model)                                 # none of its ranks may stay away
         if rows.any():
-            hidden = model.eval()(input[rows])[where[rows]]                    # (N, C)
+            hidden = model.eval()(input[rows], only=places(where[rows]))       # (N, C)
             model.train(training)
             pieces = hidden.split(at_once(model.wte.weight, model.most_logits))
             ids[where] = torch.cat([draw(filtered(model.logits(piece, real_only=True)), generator) for piece in pieces])

@@ -32,7 +32,7 @@ from corruption import NOISE, corrupt, mixed_noise, modelled, noise_level, own_g
 from data.loader import data_of, random_rows, spread_rows
 from device import configure_compute
 from evaluation import roc_auc
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, places
 from rules import choose_rules, draw, filtered, supports, text_of
 from sample import find_checkpoint, generate
 
@@ -65,7 +65,7 @@ MIXES = [parse_mixture('noise_mix', mix, NOISE) for mix in ('mask:0.5,replace:0.
 def complete(model, x, generator=None):
     """The masks of x (B, T) filled in one pass: by draws, or without a generator by the likeliest tokens."""
     masked = x == model.mask_token_id
-    logits = model.logits(model(x)[masked], real_only=True)                    # (N, V+2)
+    logits = model.logits(model(x, only=places(masked)), real_only=True)       # (N, V+2)
     return x.masked_scatter(masked, logits.argmax(-1) if generator is None else draw(filtered(logits), generator))
 
 

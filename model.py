@@ -43,6 +43,7 @@ class GPTConfig:
     graph_topk: int = 4      # of those also so many positions that are most similar
     mu_blocks: int = 0       # the embedding as so many blocks that exchange information, see Mixer; 0: off
     short_conv: int = 0      # every block first looks at the so many positions to each side, see ShortConv; 0: off
+    shortcuts: bool = False  # every block is shown the embedding and the first block's values again, see Block.shortcuts
 
 
 def norm(x):
@@ -209,14 +210,26 @@ class Block(nn.Module):
         # graph attention: how much less each head looks at what is no neighbour; 0 is full attention, much is the graph alone
         self.aloof = nn.Parameter(torch.zeros(config.n_head)) if config.graph_window else None
         self.conv = ShortConv(C, config.short_conv) if config.short_conv else None
+        # the weights of x, of the embedding (as in modded-nanogpt), of the values, and of the first block's (Zhou et al. 2024)
+        self.shortcuts = nn.Parameter(torch.tensor([1.0, 0.0, 1.0, 0.0])) if config.shortcuts else None
         self.qkv = Linear(C, 3 * C)
         self.attn_proj = Linear(C, C, zero=True)
         self.fc = Linear(C, 4 * C)
         self.proj = Linear(4 * C, C, zero=True)
         self.dropout = nn.Dropout(config.dropout)
 
-    def attention(self, x, cos, sin, causal, bias, plain, far=None, known=None, slots=None):
+    def shortcut(self, x, first, number):
+        """x mixed with first, its like in the first block, by the weights number and number + 1; None: it is in that block."""
+        if self.shortcuts is None or first is None:
+            return x
+        own, other = self.shortcuts[number:number + 2].to(x.dtype)
+        return torch.addcmul(own * x, first, other)
+
+    def attention(self, x, cos, sin, causal, bias, plain, far=None, first=None, known=None, slots=None):
         """
+        x (B, T, C) -> what the heads found, (B, T, C), before it is projected, and the values (B, nh, T, hs).
+
+        first (B, nh, T, hs): the values of the first block, None: this is it.
         far (B, 1, T, T): 1 where the graph has no edge, else 0; None: no graph.
         known (2 or more, B, nh, S, hs): the keys and values of a cache, contiguous; slots (B * nh * T,): where the new ones go.
         """
@@ -225,21 +238,32 @@ class Block(nn.Module):
             bias = bias - self.aloof.to(x.dtype).view(-1, 1, 1) * far   # (B, nh, T, T)
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
         q, k = rotate(norm(qkv[:2]), cos, sin)                      # one call for both: (B, nh, T, hs) each
-        v = qkv[2]
+        v = self.shortcut(qkv[2], first, 2)
         if known is not None:
             known[:2].view(2, -1, C // self.n_head).index_copy_(1, slots, torch.stack((k, v)).flatten(1, 3))
-            k, v = known[:2]                                        # (B, nh, S, hs) each
+        keys, values = (k, v) if known is None else known[:2]       # (B, nh, T or S, hs) each
         if plain and T > 1:                                         # for one query the fused kernel is the faster one
-            y = plain_attention(q, k, v, bias)
+            y = plain_attention(q, keys, values, bias)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal and bias is None, scale=1.0)
-        return self.attn_proj(y.transpose(1, 2).reshape(B, T, C))   # (B, nh, T, hs) -> (B, T, C)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, is_causal=causal and bias is None, scale=1.0)
+        return y.transpose(1, 2).reshape(B, T, C), v                # (B, nh, T, hs) -> (B, T, C)
 
-    def forward(self, x, cos, sin, causal, bias, plain, far=None, segment=None, known=None, slots=None, at=None):
+    def forward(self, x, first, cos, sin, causal, bias, plain, far=None, segment=None, known=None, slots=None, at=None,
+                only=None):
+        """
+        x (B, T, C), first -> (B, T, C), or with only (N,), see GPT.forward, (N, C), since after attention these positions need no
+        others; and first: with shortcuts, what the first block was given (B, T, C) and its values (B, nh, T, hs), else None each.
+        """
+        start, x = x, self.shortcut(x, first[0], 0)
         if self.conv is not None:
             x = self.conv(x, causal, segment, None if known is None else known[2], slots, at)
-        x = x + self.dropout(self.attention(norm(x), cos, sin, causal, bias, plain, far, known, slots))
-        return x + self.dropout(self.proj(squared_relu(self.fc(norm(x)))))
+        found, values = self.attention(norm(x), cos, sin, causal, bias, plain, far, first[1], known, slots)
+        if self.shortcuts is not None and first[0] is None:
+            first = start, values
+        if only is not None:
+            x, found = (each.flatten(0, 1).index_select(0, only) for each in (x, found))     # (N, C) each
+        x = x + self.dropout(self.attn_proj(found))
+        return x + self.dropout(self.proj(squared_relu(self.fc(norm(x))))), first
 
 
 class Mixer(nn.Module):
@@ -333,9 +357,10 @@ class GPT(nn.Module):
         self.plain_attention = False
         self.most_logits = 2 ** 23
 
-    def forward(self, idx, causal=False, segment=None, previous=None, level=None, cache=None, at=None):
+    def forward(self, idx, causal=False, segment=None, previous=None, level=None, cache=None, at=None, only=None):
         """
-        ids (B, T) -> hidden states (B, T, C), where hidden[:, i] predicts position i.
+        ids (B, T) -> hidden states (B, T, C), where hidden[:, i] predicts position i; with only (N,), places in the flattened
+        batch, (N, C): the hidden states of these positions, and half of the last block is spared for all others.
 
         causal=False: every position sees the whole canvas.
         causal=True:  position i sees idx[:, :i] only; position 0 sees a start symbol (the mask token).
@@ -363,7 +388,7 @@ class GPT(nn.Module):
             previous = torch.full_like(idx, self.mask_token_id) if previous is None else previous
             extra = extra + self.previous(norm(self.wte(previous)))  # (B, T, C)
         embedded = self.embed(idx)
-        x = norm(embedded + extra).to(self.compute_dtype)
+        x, first = norm(embedded + extra).to(self.compute_dtype), (None, None)
         place = slice(T) if cache is None else at[:, None].clamp(max=len(self.cos) - 1)      # (B, 1, W)
         cos, sin = self.cos[place].to(x.dtype), self.sin[place].to(x.dtype)                  # (T, hs), or (B, 1, W, hs)
         bias = far = slots = None
@@ -378,10 +403,16 @@ class GPT(nn.Module):
         elif segment is not None or far is not None or (causal and self.plain_attention):
             bias = attention_bias(T, causal, segment, x.dtype, x.device)
         known = itertools.repeat(None) if cache is None else iter(cache)
+        if only is not None:                                         # padded: a CPU prepares its products anew for every new size
+            N = len(only)
+            only = F.pad(only, (0, min(-(-N // 128) * 128, idx.numel()) - N))
+        left = self.config.n_recur * len(self.blocks)
         for _ in range(self.config.n_recur):
             for block in self.blocks:
-                x = block(x, cos, sin, causal, bias, self.plain_attention, far, segment, next(known), slots, at)
-        return norm(x)
+                left -= 1
+                x, first = block(x, first, cos, sin, causal, bias, self.plain_attention, far, segment, next(known), slots, at,
+                                 None if left else only)
+        return norm(x if only is None else x[:N])
 
     def empty_cache(self, B, T=0):
         """
@@ -466,6 +497,11 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
 
 
+def places(where):
+    """The places in the flattened batch of the True positions of where (B, T): (N,), see GPT.forward."""
+    return where.flatten().nonzero()[:, 0]
+
+
 def room_for(cache, T):
     """A cache with places for T positions or a few more: attention goes over all of them, so there shall not be many."""
     more = T - cache.size(4)
@@ -532,7 +568,7 @@ def nelbo(model, x0, free, generator=None, draws=1):
     for draw in range(draws):
         k = (first - 1 + draw * some // draws) % some + 1                     # (B,)
         masked = random_subset(free, k, generator)                            # (B, T)
-        hidden = model(x0.masked_fill(masked, model.mask_token_id))[masked]   # (M, C)
+        hidden = model(x0.masked_fill(masked, model.mask_token_id), only=places(masked))      # (M, C)
         ce = F.cross_entropy(model.logits(hidden, real_only=True), x0[masked], reduction='none')  # (M,)
         total += torch.zeros_like(total).masked_scatter(masked, ce) * (n / k)[:, None]
     return total.sum(1) / draws
@@ -541,6 +577,6 @@ def nelbo(model, x0, free, generator=None, draws=1):
 @torch.no_grad()
 def causal_nll(model, x0, free):
     """-log p(x0) of the causal mode over the free positions, each given everything left of it: nats a row (B,)."""
-    hidden = model(x0, causal=True)[free]                                     # (M, C)
+    hidden = model(x0, causal=True, only=places(free))                        # (M, C)
     ce = F.cross_entropy(model.logits(hidden, real_only=True), x0[free], reduction='none')
     return torch.zeros(x0.shape, device=x0.device).masked_scatter(free, ce).sum(1)

@@ -40,7 +40,7 @@ from curves import draw_curves, start_log
 from data.loader import load_data, random_rows, spread_rows
 from device import configure_compute
 from evaluation import compare_text, evaluate, evaluation_line, usual_text
-from model import GPT, GPTConfig, norm
+from model import GPT, GPTConfig, norm, places
 from optim import average, lr_scale, make_optimizers, update
 from pieces import in_pieces
 from rules import best_rules, supports
@@ -109,6 +109,7 @@ graph_window = 0                 # graph attention: every head may turn to a pos
 graph_topk = 4                   # graph attention: the so many most similar positions are neighbours too
 mu_blocks = 0                    # the embedding as so many blocks that exchange information; 0: off
 short_conv = 0                   # every block first looks at the so many positions to each side, a weight a channel; 0: off
+shortcuts = False                # every block is shown the embedding and the first block's values again, by weights it learns
 draft_head = False               # train a head that drafts for --remask=causal: the same law in far fewer passes
 # optimiser
 optimizer = 'muon'               # muon: torch.optim.Muon for the matrices, AdamW for the rest | adamw: for everything
@@ -152,10 +153,10 @@ def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, 
     keep_mask_price: not None lets a masked position abstain: its softmax has [MASK] too, and it costs
     -log(p(x0) + price * p(MASK)), price in [0, 1): unsure is cheaper than wrong and dearer than right. The parts then
     hold 'p(MASK)', its sum and count over masked tokens that are not padding. (diffusion_lm_report, without the argmax.)
-    hidden (B, T, C): what model(input) said, if that is known already.
+    hidden (N, C): what the network said at places(weight > 0), if that is known already.
     """
-    at = (weight > 0).flatten().nonzero()[:, 0]                                # (N,), places in the batch
-    hidden = (model(input, causal=causal) if hidden is None else hidden).flatten(0, 1).index_select(0, at)   # (N, C)
+    at = places(weight > 0)                                                    # (N,)
+    hidden = model(input, causal=causal, only=at) if hidden is None else hidden              # (N, C)
     input, target, weight = (ids.flatten()[at] for ids in (input, target, weight))               # (N,)
     masked = (input == model.mask_token_id) | causal
     abstains = keep_mask_price is not None and not causal
@@ -299,9 +300,9 @@ def curricula(step, config):
                 penalty_mask_correct=config['penalty_mask_correct'] * ramp(step, config['masking_warmup_iters']))
 
 
-def conditioned(model, input, segment, level):
+def conditioned(model, input, segment, level, only):
     """
-    The hidden states (R, T, C) of canvases (R, T), the network being told what it is conditioned on.
+    The hidden states (N, C) at the places only (N,) of canvases (R, T), the network being told what it is conditioned on.
 
     noise_condition, time_dim: the level (R, T) of noise. self_condition: its own prediction at the masks, from a pass before;
     every other row goes without, so that the network can start from nothing.
@@ -309,10 +310,11 @@ def conditioned(model, input, segment, level):
     previous = None
     if model.previous is not None:
         with torch.no_grad():
-            guess = model.logits(model(input, segment=segment, level=level), real_only=True).argmax(-1)      # (R, T)
-        shown = (input == model.mask_token_id) & (torch.arange(len(input), device=input.device) % 2 == 0)[:, None]
-        previous = torch.where(shown, guess, model.mask_token_id)
-    return model(input, segment=segment, previous=previous, level=level)
+            shown = (input == model.mask_token_id) & (torch.arange(len(input), device=input.device) % 2 == 0)[:, None]
+            first = model(input, segment=segment, level=level, only=places(shown))           # (n, C)
+            guess = model.logits(first, real_only=True).argmax(-1)             # (n,)
+        previous = torch.full_like(input, model.mask_token_id).masked_scatter(shown, guess)
+    return model(input, segment=segment, previous=previous, level=level, only=only)
 
 
 def training_step(model, x0, meta, config, step, generator, price=None, guesser=None):
@@ -335,7 +337,8 @@ def training_step(model, x0, meta, config, step, generator, price=None, guesser=
             rows, counted, segment = pack(x0.size(1) - counted.flip(1).long().argmax(1), rows, counted)
         weight = counted * (all_causal / count)
         hidden = model(rows, causal=True, segment=segment)
-        total, parts = loss(model, rows, rows, weight, causal=True, hidden=hidden)
+        here = hidden.flatten(0, 1).index_select(0, places(weight > 0))        # (N, C)
+        total, parts = loss(model, rows, rows, weight, causal=True, hidden=here)
         (total / (num * accumulate)).backward()
         if model.drafter is not None:
             mean, more = draft_loss(model, hidden, rows, weight)               # over tokens picked by each process for itself
@@ -361,8 +364,9 @@ def training_step(model, x0, meta, config, step, generator, price=None, guesser=
         if meta['pad'] is not None:
             length = extent(input, weight, meta['pad'], generator)
             input, target, weight, level, segment = pack(length, input, target, weight, level)
+        hidden = conditioned(model, input, segment, level, places(weight > 0))               # (N, C)
         total, more = loss(model, input, target, weight, reward_correct_unmask=config['reward_correct_unmask'],
-                           keep_mask_price=price, pad_id=meta['pad'], hidden=conditioned(model, input, segment, level))
+                           keep_mask_price=price, pad_id=meta['pad'], hidden=hidden)
         (total / (num * max(1, config['views']) * accumulate)).backward()
         parts.update(more)
     return parts
@@ -467,7 +471,7 @@ def train():
         args = model_args(GPTConfig(block_size, meta['vocab_size'], n_layer, n_head, n_embd, n_recur, dropout, draft_head,
                                     noise_condition=noise_condition, self_condition=self_condition,
                                     **{name: config[name] for name in ('time_dim', 'graph_window', 'graph_topk', 'mu_blocks',
-                                                                       'short_conv')}))
+                                                                       'short_conv', 'shortcuts')}))
         model = GPT(GPTConfig(**args))
         path, checkpoint = newest if init_from == 'resume' else init_from, {}
         if init_from != 'scratch':

@@ -41,7 +41,7 @@ from configurator import UserError
 from corruption import KINDS, corrupt, modelled, parse_mixture
 from data.loader import load_data
 from device import configure_compute
-from model import GPT, GPTConfig, room_for
+from model import GPT, GPTConfig, places, room_for
 from rules import best_rules, close_rows, draw, filtered, supports
 from sample import find_checkpoint, generate
 from suites.common import load, markdown, wanted
@@ -236,8 +236,9 @@ def step_flops(config):
     A token that passes through the network takes 2 N forward, N = 12 L C^2 being the weights of its matrices, and 4 L T C for the
     products of attention; a logit 2 C. Backward costs twice the forward pass: 6 N + 12 L T C a token, 6 (V+2) C a position with
     loss. These are all positions of the causal rows, of those with wrong tokens too, and half of the others (k is uniform on
-    1..T). Passes without gradient (own guesses, at a quarter of the positions) count a third of it. The draft head makes 6
-    steps from 256 places; of its logits only the state gets a gradient.
+    1..T); in the bidirectional pass 9 C^2 of the last block's weights, those behind its attention, see no more positions either.
+    Passes without gradient (own guesses, at a quarter of the positions) count a third of it. The draft head makes 6 steps from
+    256 places; of its logits only the state gets a gradient.
     """
     L, C = config['n_layer'] * config['n_recur'], config['n_embd']
     T, B, row = config['block_size'], config['batch_size'], (config['vocab_size'] + 2) * config['n_embd']
@@ -245,12 +246,12 @@ def step_flops(config):
     causal = B if config['training_type'] == 'causal' else round(B * config['causal_ratio'])
     others = B * config['views'] if config['views'] else B - causal
     proofread = round(others * config['remask_ratio']) if config['training_type'] == 'joint' else 0
-    places = (causal + proofread) * T + (others - proofread) * (T + 1) / 2
+    learned, behind = proofread * T + (others - proofread) * (T + 1) / 2, 9 * C * C     # positions with loss; weights
     mixture = dict(parse_mixture('corruption', config['corruption'], KINDS))
     guesses = proofread * mixture.get('own', 0) / sum(mixture.values())        # rows
     drafts = 6 * 256 if config['draft_head'] and causal else 0
-    return (6 * ((causal + others) * T * token + places * row) + 2 * guesses * (T * token + (T + 3) / 4 * row)
-            + drafts * (6 * 3 * C * C + 4 * row))
+    return (6 * (causal * T * (token + row) + others * T * (token - behind) + learned * (row + behind))
+            + 2 * guesses * (T * (token - behind) + (T + 3) / 4 * (row + behind)) + drafts * (6 * 3 * C * C + 4 * row))
 
 
 def peak_flops(s, shape, least=0.3):
@@ -510,7 +511,8 @@ def head_step(s, config, everywhere):
         if everywhere:
             total = baseline_loss(model, input, target, weight, hidden)
         else:
-            total = train.loss(model, input, target, weight, hidden=hidden)[0] / len(x0)
+            here = hidden.flatten(0, 1).index_select(0, places(weight > 0))    # (N, C)
+            total = train.loss(model, input, target, weight, hidden=here)[0] / len(x0)
         total.backward()
         hidden.grad = None
         model.zero_grad(set_to_none=True)

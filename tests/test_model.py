@@ -15,7 +15,7 @@ import model as model_module
 from checkpoint import check_same_model, identity, load_checkpoint, model_args, save_checkpoint
 from configurator import UserError
 from device import bf16_is_fast, configure_compute
-from model import GPT, Drafter, GPTConfig, ShortConv, causal_nll, nelbo, random_subset, stratified_k
+from model import GPT, Block, Drafter, GPTConfig, ShortConv, causal_nll, nelbo, norm, places, random_subset, stratified_k
 
 
 def seeded(seed=0):
@@ -62,8 +62,8 @@ def test_bidirectional_pass_sees_everything():
 @pytest.mark.parametrize('short_conv', [0, 1, 3])
 def test_a_cache_gives_the_causal_pass_at_any_windows(short_conv):
     """Rows at places of their own, tokens that are taken back, a window that stands out of the row, a dtype of its own."""
-    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
-        for model in plain_and_sdpa(tiny_gpt(V=7, T=8, n_layer=2, n_recur=2, short_conv=short_conv)):
+    for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 0.2)):
+        for model in plain_and_sdpa(tiny_gpt(V=7, T=8, n_layer=2, n_recur=2, short_conv=short_conv, shortcuts=True)):
             model.compute_dtype = dtype
             x = torch.randint(7, (3, 12), generator=seeded())
             full = model(x[:, :8], causal=True)
@@ -132,7 +132,7 @@ def test_plain_and_sdpa_attention_agree(causal):
 @pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('heads', [{}, dict(noise_condition=True, self_condition=True),
                                    dict(time_dim=8, graph_window=1, graph_topk=1, mu_blocks=4),
-                                   dict(short_conv=3, noise_condition=True)],
+                                   dict(short_conv=3, noise_condition=True, shortcuts=True)],
                          ids=['plain', 'conditioned', 'staged', 'convolved'])
 def test_texts_that_share_a_row_are_as_if_each_were_alone(causal, heads):
     model = tiny_gpt(V=7, T=16, n_layer=2, scale=6, **heads)
@@ -149,6 +149,32 @@ def test_texts_that_share_a_row_are_as_if_each_were_alone(causal, heads):
                 assert torch.allclose(packed[row, own], alone[0], atol=1e-4)
         unaware = network(x, causal=causal, previous=previous, level=level)
         assert torch.allclose(packed[1], unaware[1], atol=1e-4) and (packed[0] - unaware[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize('causal', [False, True])
+@pytest.mark.parametrize('parts', [{}, dict(n_recur=2, n_layer=2, short_conv=2, time_dim=8),
+                                   dict(n_recur=1, graph_window=1, graph_topk=1)], ids=['plain', 'deep', 'graph'])
+def test_hidden_states_of_some_places_only(causal, parts):
+    """They and their gradients are those of the whole pass, packed rows or not; the last MLP sees no other position."""
+    x, where = torch.randint(8, (40, 8), generator=seeded()), torch.rand(40, 8, generator=seeded(1)) < 0.4
+    model, seen = tiny_gpt(V=7, T=8, **parts), []
+    model.blocks[-1].fc.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[:-1].numel()))
+    for model in plain_and_sdpa(model):
+        for segment in (None, (torch.arange(8) > 4).long().expand(40, -1)):
+            found = []
+            for only in (None, places(where)):
+                seen.clear()
+                hidden = model(x, causal=causal, segment=segment, only=only)
+                hidden = hidden[where] if only is None else hidden
+                model.logits(hidden).square().sum().backward()
+                found.append([hidden.detach(), *[p.grad.clone() for p in model.parameters() if p.grad is not None]])
+                model.zero_grad(set_to_none=True)
+            assert seen == [320] * (model.config.n_recur - 1) + [128] and 64 < where.sum() < 128     # 128, 256, .. positions
+            assert len(found[0]) == len(found[1]) > 5
+            for whole, some in zip(*found):
+                torch.testing.assert_close(some, whole, rtol=1e-4, atol=1e-4 * whole.abs().max().item())
+    nowhere = model(x, causal=causal, only=places(where & ~where))
+    assert nowhere.shape == (0, model.config.n_embd)
 
 
 @torch.no_grad()
@@ -199,7 +225,34 @@ def test_attention_is_scaled_softmax_of_normalised_rotated_heads():
     y = x[0] + heads.view(T, 8) @ block.attn_proj.weight.T
     y = y + (ln(y) @ block.fc.weight.T).relu().square() @ block.proj.weight.T
     for plain in (True, False):
-        assert torch.allclose(block(x, model.cos, model.sin, False, None, plain)[0], y, atol=1e-5)
+        assert torch.allclose(block(x, (None, None), model.cos, model.sin, False, None, plain)[0][0], y, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('causal', [False, True])
+def test_every_block_is_shown_the_embedding_and_the_first_values(causal):
+    """Two blocks, used twice: all but the very first application mix what they are given with what that one was given."""
+    model = tiny_gpt(V=7, T=8, n_layer=2, n_recur=2, shortcuts=True, time_dim=4)
+    x, mixed = torch.randint(8, (3, 8), generator=seeded()), []
+    shortcut = Block.shortcut
+
+    def watch(block, y, first, number):
+        mixed.append((block, y, first, number, shortcut(block, y, first, number)))
+        return mixed[-1][-1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Block, 'shortcut', watch)
+        model(x, causal=causal)
+    assert [(model.blocks[i], n) for i in (0, 1, 0, 1) for n in (0, 2)] == [(block, n) for block, _, _, n, _ in mixed]
+    (_, start, none, _, kept), (_, values, nothing, _, same), *later = mixed
+    assert none is nothing is None and kept is start and same is values
+    ids = F.pad(x[:, :-1], (1, 0), value=7) if causal else x
+    extra = model.causal_embd if causal else model.level(
+        ((x == 7).float().mean(1)[:, None, None] * torch.pi * torch.arange(32)).cos())
+    assert torch.allclose(start, norm(model.wte(ids) + extra), atol=1e-5)
+    for block, y, first, number, out in later:
+        a, b = block.shortcuts[number:number + 2]
+        assert first is (values if number else start)
+        assert torch.allclose(out, a * y + b * first, atol=1e-5) and (out - y).abs().max() > 0.1
 
 
 @pytest.mark.parametrize('T', [2, 6])
@@ -659,7 +712,7 @@ def test_a_checkpoint_from_before_a_field_was_there(tmp_path):
     """What it does not know has its default, so that older checkpoints go on working; tensors must fit all the same."""
     path, model = str(tmp_path / 'ckpt.pt'), tiny_gpt()
     new = ('draft_head', 'energy_head', 'noise_condition', 'self_condition', 'time_dim', 'graph_window', 'mu_blocks',
-           'short_conv')
+           'short_conv', 'shortcuts')
     old = {name: value for name, value in model_args(model.config).items() if name not in new}
     torch.save(checkpoint_of(model, model_args=old), path)
     loaded, checkpoint = load_checkpoint(path)

@@ -279,7 +279,8 @@ def test_a_very_aloof_head_sees_neighbours_alone_and_one_that_is_not_sees_all(pl
     block.aloof.copy_(torch.tensor([0.0, 1e4]))
     far = (torch.rand(3, 10, 10) < 0.5) & ~torch.eye(10, dtype=torch.bool)
     bias = attention_bias(10, causal, None, torch.float32, 'cpu')
-    found = block.attention(x, *rotary_table(10, 8), causal, bias, plain, far[:, None].float())
+    found, _ = block.attention(x, *rotary_table(10, 8), causal, bias, plain, far[:, None].float())
+    found = block.attn_proj(found)
     assert torch.allclose(found, attended(block, x, far, (bias == 0).expand(3, 10, 10)), atol=1e-5)
 
 
@@ -396,6 +397,7 @@ def test_the_level_goes_through_an_mlp():
     (dict(time_dim=8), {'level.0.weight', 'level.2.weight'}), (dict(graph_window=2), {'blocks.0.aloof', 'blocks.1.aloof'}),
     (dict(mu_blocks=4), {'mixer.qkv.weight', 'mixer.proj.weight'}),
     (dict(short_conv=2), {'blocks.0.conv.weight', 'blocks.1.conv.weight'}),
+    (dict(shortcuts=True), {'blocks.0.shortcuts', 'blocks.1.shortcuts'}),
     (ON, {'level.0.weight', 'level.2.weight', 'blocks.0.aloof', 'blocks.1.aloof', 'mixer.qkv.weight', 'mixer.proj.weight'})])
 @pytest.mark.parametrize('heads', [{}, dict(draft_head=True, self_condition=True)])
 def test_a_fresh_part_changes_no_number(parts, tensors, heads):

@@ -374,16 +374,19 @@ def test_what_a_conditioned_network_is_shown_in_training(level):
     x0, input, _, _ = joint_batch()
     segment, noise = (torch.arange(T) > 5).long().expand(24, T), torch.rand(24, T, generator=seeded())
     model.register_forward_hook(lambda module, args, more, out: asked.append((more, out)), with_kwargs=True)
-    hidden = train.conditioned(model, input, segment, noise)
+    some = (torch.rand(24, T, generator=seeded()) < 0.5).flatten().nonzero()[:, 0]
+    hidden = train.conditioned(model, input, segment, noise, some)
     (first, guess), (second, out) = asked
     assert first.get('previous') is None and out is hidden and hidden.requires_grad and not guess.requires_grad
     assert all(more['segment'] is segment and more['level'] is noise for more, _ in asked)
-    likeliest = F.linear(guess, model.wte.weight)[..., :V].argmax(-1)
     shown = (input == MASK) & (torch.arange(24) % 2 == 0)[:, None]
-    assert torch.equal(second['previous'], torch.where(shown, likeliest, MASK)) and shown.any()
+    assert torch.equal(first['only'], shown.flatten().nonzero()[:, 0]) and shown.any() and second['only'] is some
+    assert torch.equal(second['previous'][shown], F.linear(guess, model.wte.weight)[:, :V].argmax(-1))
+    assert (second['previous'][~shown] == MASK).all()
     asked.clear()
     plain = tiny_gpt(V, T)
-    assert torch.equal(train.conditioned(plain, input, segment, None), plain(input, segment=segment)) and not asked
+    assert torch.equal(train.conditioned(plain, input, segment, None, some), plain(input, segment=segment, only=some))
+    assert not asked
 
 
 @pytest.mark.parametrize('kind', ['joint', 'denoising'])
@@ -393,7 +396,7 @@ def test_the_level_is_the_share_of_the_row_that_is_noise(monkeypatch, kind):
     noise; who has to find wrong tokens is told of the masks only, or the level would say that there are some.
     """
     asked, clean = [], arithmetic_rows(8)
-    monkeypatch.setattr(train, 'conditioned', lambda model, *args: asked.append(args) or model(args[0]))
+    monkeypatch.setattr(train, 'conditioned', lambda model, *args: asked.append(args[:3]) or model(args[0], only=args[3]))
     monkeypatch.setattr(train, 'corrupt', lambda *args, **more: asked.append(corrupt(*args, **more)) or asked[-1])
     config = default_config(training_type=kind, corruption='random', remask_ratio=0.5, proofreading_warmup_iters=0,
                             remask_target='wrong' if kind == 'joint' else 'original')
