@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import UserError
-from model import norm, places, random_subset
+from model import norm, random_subset
 
 COMMIT_RULES = ('random', 'confidence', 'margin', 'entropy', 'threshold', 'abstain', 'priority', 'left_to_right')
 REMASK_RULES = ('none', 'random', 'wrong', 'critic', 'confidence', 'remdm', 'p2', 'causal')
@@ -86,20 +86,14 @@ def propose(model, hidden, where, filters, generator, closed=None, forbid=()):
     return spread(where, ids), spread(where, logp.gather(1, ids[:, None])[:, 0]), logp
 
 
-def draft_pass(model, x, masked, draft, previous=None, cache=None, first=True, visible=True):
+def draft_pass(model, x, masked, draft, previous=None, cache=None, first=True):
     """
     Hidden states (R, T, C) of x (R, T); those of the causal pass only at each row's first hole, elsewhere 0.
 
-    visible: whether those of visible positions are asked for; if not, they may be 0 as well.
     previous (R, T): for a network with self_condition, its likeliest tokens of the pass before, replaced by those of this one.
     """
     if draft == 'bidirectional':
-        if visible:
-            hidden = model(x, previous=previous)
-        else:
-            only = places(masked)                                              # (N,)
-            some = model(x, previous=previous, only=only)                      # (N, C)
-            hidden = some.new_zeros(x.numel(), some.size(1)).index_copy_(0, only, some).view(*x.shape, -1)
+        hidden = model(x, previous=previous)
         if previous is not None:
             previous[masked] = model.logits(hidden[masked], real_only=True).argmax(-1)
         return hidden

@@ -207,8 +207,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
             x, drafted, q, passes = speculate(model, x, masked, drafted, q, window, filters, generator, cache, step == 0)
         else:
             shown = None if previous is None else previous[rows].masked_fill(~masked, mask)
-            judged = rewrite or (remask in ('wrong', 'p2') and not remask_model)                      # by this very pass
-            hidden, passes = draft_pass(model, x, masked, draft, shown, cache, step == 0, judged), 1
+            hidden, passes = draft_pass(model, x, masked, draft, shown, cache, step == 0), 1
             if shown is not None:
                 previous[rows] = shown
             progress = ((step + 1) / fill[rows]).clamp(max=1)                  # (R,)

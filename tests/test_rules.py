@@ -35,7 +35,7 @@ class Independent(Oracle):
         wrong = torch.as_tensor(0.0 if wrong is None else wrong, dtype=torch.float64)
         self.wrong = (wrong if wrong.ndim == 2 else wrong.expand(self.T)[:, None]).expand(self.T, self.V)
 
-    def answer(self, idx, causal):
+    def __call__(self, idx, causal=False, previous=None, cache=None):
         self.seen.append((idx.clone(), causal))
         hole = (idx == self.V)[..., None]
         p = torch.where(hole, self.table.expand(*idx.shape, -1), F.one_hot(idx, self.V + 1)[..., :self.V].double())
@@ -396,8 +396,8 @@ def test_displaced_by_hand():
 def test_p2_where_tokens_are_impossible():
     """Their score is the worst there is, and yet no more of them lose their place than have to; what is fixed takes none."""
     class Certain(Independent):
-        def answer(self, idx, causal):                                             # what it did not write itself has p = 0
-            hidden = super().answer(idx, causal)
+        def __call__(self, idx, causal=False, previous=None, cache=None):          # what it did not write itself has p = 0
+            hidden = super().__call__(idx)
             hidden[..., :2] = torch.tensor([0.0, -1e9])
             return hidden
     model = Certain(torch.tensor([1.0, 0.0]).expand(8, 2))

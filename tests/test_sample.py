@@ -59,11 +59,7 @@ class Oracle:
     def empty_cache(self, B, T=0):
         return None
 
-    def __call__(self, idx, causal=False, previous=None, cache=None, only=None):
-        hidden = self.answer(idx, causal)
-        return hidden if only is None else hidden.flatten(0, 1)[only]
-
-    def answer(self, idx, causal):
+    def __call__(self, idx, causal=False, previous=None, cache=None):
         self.seen.append((idx.clone(), causal))
         T = idx.size(1)
         assert T <= self.T
@@ -489,13 +485,14 @@ def test_p_mask():
 def reluctant(keep, V=3):
     """An oracle that would rather leave some positions open: keep (T,), its log-odds of [MASK] there."""
     oracle = Oracle(V, len(keep), random_law(V, len(keep), seed=1))
+    answer = oracle.__call__
 
     class Reluctant(Oracle):
         def __init__(self):
             vars(self).update(vars(oracle))
 
-        def answer(self, idx, causal):
-            hidden = oracle.answer(idx, causal)
+        def __call__(self, idx, causal=False, previous=None, cache=None):
+            hidden = answer(idx, causal)
             hidden[..., V] = torch.as_tensor(keep, dtype=hidden.dtype)[:idx.size(1)]
             return hidden
     return Reluctant()
@@ -580,8 +577,8 @@ def test_a_self_conditioned_network_is_shown_its_last_prediction(monkeypatch, re
     model = tiny_gpt(V, T, self_condition=True)
     model.mask_logit_bias.fill_(50.0)                                     # it would rather abstain
     forward = model.forward
-    monkeypatch.setattr(model, 'forward', lambda idx, previous, **more: asked.append((idx.clone(), previous.clone())) or
-                        forward(idx, previous=previous, **more))
+    monkeypatch.setattr(model, 'forward', lambda idx, previous: asked.append((idx.clone(), previous.clone())) or
+                        forward(idx, previous=previous))
     canvas, again = torch.tensor([[1, V, V, 2, V, V, V, V]]).repeat(20, 1), 0
     generate_diffusion(model, canvas, torch.arange(T).expand(20, T) == 0, steps=6, remask=remask, remask_rate=0.3,
                        correct_share=0.0, generator=seeded())
@@ -601,8 +598,8 @@ def test_repair_finds_the_errors_itself():
     law[all_sequences(3, 4).eq(1).all(1)] = 1.0                           # only 1 1 1 1 exists
 
     class Doubter(Oracle):
-        def answer(self, idx, causal):
-            out = super().answer(idx.masked_fill(idx != 1, 3), causal)
+        def __call__(self, idx, causal=False, previous=None, cache=None):
+            out = super().__call__(idx.masked_fill(idx != 1, 3), causal)
             out[..., 4] = torch.where(idx == 1, -30.0, 30.0)
             return out
 
@@ -1052,7 +1049,7 @@ def test_rewriting_is_one_look_and_the_likeliest_token_wherever_another_is_less_
 def test_a_rewritten_end_moves_the_padding():
     """The end token 2 is doubted and becomes text; behind the new end there is padding, whatever the network would like there."""
     class Told(Oracle):
-        def answer(self, idx, causal):
+        def __call__(self, idx, causal=False, previous=None, cache=None):
             return 20 * F.one_hot(torch.tensor([[0, 1, 1, 2, 0]]), 6).double()
     canvas = torch.tensor([[0, 1, 2, 3, 3]])
     result, _, _ = generate_diffusion(Told(4, 5, None), canvas, canvas < 0, steps=1, **REPAIRS, end_id=2, pad_id=3,
