@@ -314,6 +314,8 @@ def conditioned(model, input, segment, level, only):
             first = model(input, segment=segment, level=level, only=places(shown))           # (n, C)
             guess = model.logits(first, real_only=True).argmax(-1)             # (n,)
         previous = torch.full_like(input, model.mask_token_id).masked_scatter(shown, guess)
+    if model._compiled_call_impl is not None:                                  # compiled once for any number of them
+        torch._dynamo.maybe_mark_dynamic(only, 0)
     return model(input, segment=segment, previous=previous, level=level, only=only)
 
 

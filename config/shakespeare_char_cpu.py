@@ -19,6 +19,7 @@ n_embd = 128                      # in ten minutes a narrow network that reads m
 n_recur = 1
 time_dim = 32                     # it is told how much is masked: a lower bound for half a per cent of the parameters
 short_conv = 2                    # every block looks at two neighbours to each side first: a lower bound for 6 % of the time
+shortcuts = True                  # every block is shown the embedding and the first block's values again: lower for 4 % of the time
 max_iters = 2800
 learning_rate = 1e-2
 decay_share = 0.7
