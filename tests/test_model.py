@@ -85,7 +85,8 @@ def test_a_cache_gives_the_causal_pass_at_any_windows(short_conv):
 @torch.no_grad()
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_a_frozen_network_gives_the_same_to_the_bit(dtype):
-    model = tiny_gpt(V=7, T=8, draft_head=True, energy_head=1, time_dim=8, self_condition=True, mu_blocks=4, short_conv=2)
+    model = tiny_gpt(V=7, T=8, draft_head=True, energy_head=1, time_dim=8, self_condition=True, mu_blocks=4, short_conv=2,
+                     shortcuts=True)
     model.compute_dtype = dtype
     x, real = torch.randint(8, (3, 8), generator=seeded()), torch.ones(3, 8, dtype=torch.bool)
 

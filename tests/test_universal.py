@@ -216,8 +216,9 @@ class Knows:
     def parameters(self):
         return iter([self.row])
 
-    def __call__(self, ids, causal=False):
-        return torch.nn.functional.one_hot(self.row.expand_as(ids), 20).float()
+    def __call__(self, ids, causal=False, only=None):
+        rows = self.row.expand_as(ids)
+        return torch.nn.functional.one_hot(rows if only is None else rows.flatten()[only], 20).float()
 
     def logits(self, hidden, real_only=False):
         return 4 * hidden
