@@ -23,6 +23,7 @@ import shlex
 import signal
 import sys
 import time
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -470,10 +471,8 @@ def train():
         if not distributed.first_here():
             meta, data = load_rows(config)
         torch.manual_seed(seed)
-        args = model_args(GPTConfig(block_size, meta['vocab_size'], n_layer, n_head, n_embd, n_recur, dropout, draft_head,
-                                    noise_condition=noise_condition, self_condition=self_condition,
-                                    **{name: config[name] for name in ('time_dim', 'graph_window', 'graph_topk', 'mu_blocks',
-                                                                       'short_conv', 'shortcuts')}))
+        sizes = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
+        args = model_args(GPTConfig(vocab_size=meta['vocab_size'], **sizes))
         model = GPT(GPTConfig(**args))
         path, checkpoint = newest if init_from == 'resume' else init_from, {}
         if init_from != 'scratch':
