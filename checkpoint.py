@@ -154,7 +154,8 @@ def check_overwrite(path, config):
 # reading and writing a checkpoint
 
 # parts that a network may get later, because they start as the identity
-GROWS = ('noise_condition', 'time_dim', 'self_condition', 'graph_window', 'mu_blocks', 'short_conv', 'shortcuts', 'draft_head')
+GROWS = ('noise_condition', 'time_dim', 'self_condition', 'graph_window', 'mu_blocks', 'short_conv', 'shortcuts', 'bigram_rows',
+         'draft_head')
 # what sampling asks a checkpoint for: settings of train.py, entries of the dataset's meta.json
 NEEDED = ('training_type', 'causal_ratio', 'remasking_loss_type', 'corruption', 'block_size')
 NEEDED_META = ('name', 'vocab_size', 'tokenizer', 'itos', 'bos', 'eos', 'pad')

@@ -44,6 +44,7 @@ class GPTConfig:
     mu_blocks: int = 0       # the embedding as so many blocks that exchange information, see Mixer; 0: off
     short_conv: int = 0      # every block first looks at the so many positions to each side, see ShortConv; 0: off
     shortcuts: bool = False  # every block is shown the embedding and the first block's values again, see Block.shortcuts
+    bigram_rows: int = 0     # embeddings of pairs of tokens, in tables of so many rows, see Bigrams; 0: off
 
 
 def norm(x):
@@ -134,6 +135,12 @@ def graph_edges(embedded, window, topk, causal, segment):
 def neighbours(d):
     """Slices of a row: the positions that have one d places to their left (d < 0: -d to their right), and these."""
     return (slice(d, None), slice(-d)) if d > 0 else (slice(d), slice(-d, None))
+
+
+def beside(idx, d, nothing, segment=None):
+    """ids (B, T) -> those d places to the left (d < 0: -d to the right) of them, nothing past the end of the row or segment."""
+    there = F.pad(idx, (d, -d), value=nothing)
+    return there if segment is None else there.masked_fill(F.pad(segment, (d, -d), value=-1) != segment, nothing)
 
 
 def taps(x, weight, offsets, segment):
@@ -285,6 +292,39 @@ class Mixer(nn.Module):
         return embedded + self.proj(mixed).flatten(-2)
 
 
+class Bigrams(nn.Module):
+    """
+    Embeddings of pairs of tokens, looked up instead of computed: one for a token and what stands left of it, and, in the
+    bidirectional mode, one for what stands left and right of a position, which says a lot about a mask. They start at zero.
+
+    With rows for all (V + 2)^2 pairs each has its own; with fewer some share one. After the bigram hash embeddings of
+    modded-nanogpt (2026), which has those to the left.
+    """
+
+    def __init__(self, rows, V, C):
+        super().__init__()
+        self.tokens = V + 2
+        self.rows = min(rows, self.tokens ** 2)
+        self.left, self.around = (nn.Embedding(self.rows, C) for _ in range(2))
+        for table in (self.left, self.around):
+            nn.init.zeros_(table.weight)
+
+    def forward(self, idx, causal, segment=None, at=None):
+        """
+        ids (B, T) -> (B, T, C), or with at (B, W), see GPT.forward, (B, W, C). Past the end of a text stands [WRONG], since no
+        token that is read ever is that.
+        """
+        left = beside(idx, 1, self.tokens - 1, segment)              # (B, T)
+        pairs = [(self.left, left, idx)]
+        if not causal:
+            pairs.append((self.around, left, beside(idx, -1, self.tokens - 1, segment)))
+        found = 0
+        for table, a, b in pairs:
+            place = (a * self.tokens + b) % self.rows
+            found = found + table(place if at is None else place.gather(1, at))
+        return found
+
+
 class Drafter(nn.Module):
     """
     A recurrent head that guesses, far cheaper than by a pass, what the causal pass will say next (Zhang et al. 2024, ReDrafter).
@@ -343,6 +383,7 @@ class GPT(nn.Module):
             self.level = Linear(32, config.n_embd, zero=True) if config.noise_condition else None
             self.previous = Linear(config.n_embd, config.n_embd, zero=True) if config.self_condition else None
             self.mixer = Mixer(config.n_embd, config.mu_blocks) if config.mu_blocks else None
+            self.bigrams = Bigrams(config.bigram_rows, config.vocab_size, config.n_embd) if config.bigram_rows else None
             if config.time_dim:
                 self.level = nn.Sequential(Linear(32, config.time_dim), nn.GELU(),
                                            Linear(config.time_dim, config.n_embd, zero=True))
@@ -372,18 +413,18 @@ class GPT(nn.Module):
         of all positions left of these are in it, and only these are computed: hidden states (B, W, C). None: all are.
         """
         T = idx.size(1)
-        extra = 0
         if causal:
-            extra = self.causal_embd
-            idx = F.pad(idx[:, :-1], (1, 0), value=self.mask_token_id)
-            if segment is not None:
-                idx = idx.masked_fill(segment != F.pad(segment[:, :-1], (1, 0), value=-1), self.mask_token_id)
-            if cache is not None:
-                at = torch.arange(T, device=idx.device).expand(len(idx), -1) if at is None else at
-                idx = idx.gather(1, at)                              # (B, W)
-        elif self.level is not None:
+            idx = beside(idx, 1, self.mask_token_id, segment)
+        if cache is not None and at is None:
+            at = torch.arange(T, device=idx.device).expand(len(idx), -1)
+        extra = self.causal_embd if causal else 0
+        if self.bigrams is not None:
+            extra = extra + self.bigrams(idx, causal, segment, at)   # (B, T, C)
+        if self.level is not None and not causal:
             level = (idx == self.mask_token_id).float().mean(1, keepdim=True) if level is None else level
-            extra = self.level((level[..., None] * math.pi * torch.arange(32, device=idx.device)).cos())  # (B, 1 or T, C)
+            extra = extra + self.level((level[..., None] * math.pi * torch.arange(32, device=idx.device)).cos())  # (B, 1 or T, C)
+        if cache is not None:
+            idx = idx.gather(1, at)                                  # (B, W)
         if self.previous is not None and not causal:
             previous = torch.full_like(idx, self.mask_token_id) if previous is None else previous
             extra = extra + self.previous(norm(self.wte(previous)))  # (B, T, C)
@@ -516,7 +557,7 @@ def check_config(config):
     if config.n_embd % (2 * config.n_head):
         raise UserError(f'n_embd must be a multiple of 2 * n_head (rotary positions pair the channels of a head), '
                         f'got n_embd={config.n_embd}, n_head={config.n_head}')
-    for name in ('time_dim', 'graph_window', 'graph_topk', 'mu_blocks', 'short_conv'):
+    for name in ('time_dim', 'graph_window', 'graph_topk', 'mu_blocks', 'short_conv', 'bigram_rows'):
         if getattr(config, name) < 0:
             raise UserError(f'{name} must not be negative, got {getattr(config, name)}')
     if config.mu_blocks and config.n_embd % config.mu_blocks:

@@ -111,6 +111,7 @@ graph_topk = 4                   # graph attention: the so many most similar pos
 mu_blocks = 0                    # the embedding as so many blocks that exchange information; 0: off
 short_conv = 0                   # every block first looks at the so many positions to each side, a weight a channel; 0: off
 shortcuts = False                # every block is shown the embedding and the first block's values again, by weights it learns
+bigram_rows = 0                  # embeddings of pairs of neighbours, looked up in tables of so many rows: no products; 0: off
 draft_head = False               # train a head that drafts for --remask=causal: the same law in far fewer passes
 # optimiser
 optimizer = 'muon'               # muon: torch.optim.Muon for the matrices, AdamW for the rest | adamw: for everything

@@ -31,10 +31,10 @@ def plain_and_sdpa(model):
 # who sees what
 
 
-@pytest.mark.parametrize('short_conv', [0, 2])
-def test_causal_pass_sees_the_left_only(short_conv):
+@pytest.mark.parametrize('parts', [{}, dict(short_conv=2, bigram_rows=99)])
+def test_causal_pass_sees_the_left_only(parts):
     torch.manual_seed(1)
-    for model in plain_and_sdpa(tiny_gpt(V=7, T=8, n_layer=2, short_conv=short_conv)):
+    for model in plain_and_sdpa(tiny_gpt(V=7, T=8, n_layer=2, **parts)):
         x = torch.randint(7, (4, 8))
         before = model(x, causal=True)
         for i in range(8):
@@ -63,7 +63,8 @@ def test_bidirectional_pass_sees_everything():
 def test_a_cache_gives_the_causal_pass_at_any_windows(short_conv):
     """Rows at places of their own, tokens that are taken back, a window that stands out of the row, a dtype of its own."""
     for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 0.2)):
-        for model in plain_and_sdpa(tiny_gpt(V=7, T=8, n_layer=2, n_recur=2, short_conv=short_conv, shortcuts=True)):
+        for model in plain_and_sdpa(tiny_gpt(V=7, T=8, n_layer=2, n_recur=2, short_conv=short_conv, shortcuts=True,
+                                             bigram_rows=20 * short_conv)):
             model.compute_dtype = dtype
             x = torch.randint(7, (3, 12), generator=seeded())
             full = model(x[:, :8], causal=True)
@@ -86,7 +87,7 @@ def test_a_cache_gives_the_causal_pass_at_any_windows(short_conv):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_a_frozen_network_gives_the_same_to_the_bit(dtype):
     model = tiny_gpt(V=7, T=8, draft_head=True, energy_head=1, time_dim=8, self_condition=True, mu_blocks=4, short_conv=2,
-                     shortcuts=True)
+                     shortcuts=True, bigram_rows=99)
     model.compute_dtype = dtype
     x, real = torch.randint(8, (3, 8), generator=seeded()), torch.ones(3, 8, dtype=torch.bool)
 
@@ -133,7 +134,7 @@ def test_plain_and_sdpa_attention_agree(causal):
 @pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('heads', [{}, dict(noise_condition=True, self_condition=True),
                                    dict(time_dim=8, graph_window=1, graph_topk=1, mu_blocks=4),
-                                   dict(short_conv=3, noise_condition=True, shortcuts=True)],
+                                   dict(short_conv=3, noise_condition=True, shortcuts=True, bigram_rows=30)],
                          ids=['plain', 'conditioned', 'staged', 'convolved'])
 def test_texts_that_share_a_row_are_as_if_each_were_alone(causal, heads):
     model = tiny_gpt(V=7, T=16, n_layer=2, scale=6, **heads)
@@ -227,6 +228,31 @@ def test_attention_is_scaled_softmax_of_normalised_rotated_heads():
     y = y + (ln(y) @ block.fc.weight.T).relu().square() @ block.proj.weight.T
     for plain in (True, False):
         assert torch.allclose(block(x, (None, None), model.cos, model.sin, False, None, plain)[0][0], y, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('causal', [False, True])
+@pytest.mark.parametrize('rows, kept', [(200, 81), (81, 81), (20, 20)])
+def test_every_pair_of_tokens_has_an_embedding(causal, rows, kept):
+    """Its own, where there are rows enough; nothing is next to the ends of a text, which is not what a mask is."""
+    model = tiny_gpt(V=7, T=8, bigram_rows=rows)
+    tables = model.bigrams.left.weight, model.bigrams.around.weight
+    assert tables[0].shape == tables[1].shape == (kept, 16)
+    x = torch.randint(8, (3, 8), generator=seeded())
+    segment = torch.tensor([[0] * 8, [4] * 3 + [2] * 5, [0] + [1] * 6 + [2]])
+    found, windows = model.bigrams(x, causal, segment), torch.tensor([[2], [7], [1]])
+    assert torch.equal(model.bigrams(x, causal, segment, windows)[:, 0], found[torch.arange(3), windows[:, 0]])
+    assert torch.equal(model.bigrams(x, causal)[0], found[0])
+
+    def row(a, b):
+        return (9 * a + b) % kept
+    for b in range(3):
+        for t in range(8):
+            left, right = (x[b, s] if 0 <= s < 8 and segment[b, s] == segment[b, t] else 8 for s in (t - 1, t + 1))
+            expected = tables[0][row(left, x[b, t])] + (0 if causal else tables[1][row(left, right)])
+            assert torch.equal(found[b, t], expected)
+    if causal:
+        assert (model(x, causal=True) - model(x, causal=True, segment=segment)).abs().amax((1, 2))[0] == 0
 
 
 @torch.no_grad()
@@ -713,7 +739,7 @@ def test_a_checkpoint_from_before_a_field_was_there(tmp_path):
     """What it does not know has its default, so that older checkpoints go on working; tensors must fit all the same."""
     path, model = str(tmp_path / 'ckpt.pt'), tiny_gpt()
     new = ('draft_head', 'energy_head', 'noise_condition', 'self_condition', 'time_dim', 'graph_window', 'mu_blocks',
-           'short_conv', 'shortcuts')
+           'short_conv', 'shortcuts', 'bigram_rows')
     old = {name: value for name, value in model_args(model.config).items() if name not in new}
     torch.save(checkpoint_of(model, model_args=old), path)
     loaded, checkpoint = load_checkpoint(path)

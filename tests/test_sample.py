@@ -231,7 +231,7 @@ def test_good_drafts_save_passes(monkeypatch):
 def test_a_cache_changes_what_is_computed_and_nothing_else(monkeypatch, window, rules, head, short_conv):
     """Rows with prompts of their own, that end when they like; also a graph, which has no cache."""
     monkeypatch.setattr(sample, 'DRAFT_WINDOW', window)
-    model = tiny_gpt(5, 12, n_layer=2, n_recur=2, draft_head=head, short_conv=short_conv)
+    model = tiny_gpt(5, 12, n_layer=2, n_recur=2, draft_head=head, short_conv=short_conv, bigram_rows=9 * short_conv)
     canvas = torch.full((160, 12), 5)
     for rows, prompt in zip(canvas.split(40), ([], [2], [0, 1, 3, 2, 1], [1] * 12)):
         rows[:, :len(prompt)] = torch.tensor(prompt, dtype=torch.long)

@@ -398,6 +398,7 @@ def test_the_level_goes_through_an_mlp():
     (dict(mu_blocks=4), {'mixer.qkv.weight', 'mixer.proj.weight'}),
     (dict(short_conv=2), {'blocks.0.conv.weight', 'blocks.1.conv.weight'}),
     (dict(shortcuts=True), {'blocks.0.shortcuts', 'blocks.1.shortcuts'}),
+    (dict(bigram_rows=20), {'bigrams.left.weight', 'bigrams.around.weight'}),
     (ON, {'level.0.weight', 'level.2.weight', 'blocks.0.aloof', 'blocks.1.aloof', 'mixer.qkv.weight', 'mixer.proj.weight'})])
 @pytest.mark.parametrize('heads', [{}, dict(draft_head=True, self_condition=True)])
 def test_a_fresh_part_changes_no_number(parts, tensors, heads):
@@ -554,7 +555,7 @@ def test_all_that_grows_starts_as_the_identity():
     """What load_start lets a network grow: with each of them alone, what comes out is what came out before."""
     x = torch.randint(8, (3, 16), generator=seeded())
     for name in GROWS:
-        on = fresh(**{name: 4 if name in ('time_dim', 'graph_window', 'mu_blocks') else True})
+        on = fresh(**{name: 4 if name in ('time_dim', 'graph_window', 'mu_blocks', 'bigram_rows') else True})
         with torch.no_grad():
             for network in (plain := fresh(), on):
                 network.blocks[0].attn_proj.weight.copy_(torch.eye(16))
