@@ -10,12 +10,42 @@ import math
 import re
 
 import torch
+import torch.nn.functional as F
 
 from canvas import decode, encode, until_end
 from corruption import corrupt, modelled, own_guesses
 from data.loader import spread_rows
-from model import causal_nll, nelbo
+from model import places, random_subset, stratified_k
 from rules import p_wrong
+
+
+@torch.no_grad()
+def nelbo(model, x0, free, generator=None, draws=1):
+    """
+    An unbiased estimate a row of the upper bound on -log p(x0), the mean of several draws of masks: nats a row (B,).
+
+    x0 (B, T) clean ids; free (B, T) bool, the positions that are modelled (the rest is given). With k uniform on 1..n
+    and exactly k of n positions masked, n times the mean cross-entropy over the masked positions needs no 1/t weight.
+    The draws of a row spread their k evenly over 1..n. Rows without a free position get 0.
+    """
+    n = free.sum(1)                                                           # (B,)
+    some = n.clamp(min=1)
+    first, total = stratified_k(some, generator), torch.zeros(x0.shape, device=x0.device)
+    for draw in range(draws):
+        k = (first - 1 + draw * some // draws) % some + 1                     # (B,)
+        masked = random_subset(free, k, generator)                            # (B, T)
+        hidden = model(x0.masked_fill(masked, model.mask_token_id), only=places(masked))      # (M, C)
+        ce = F.cross_entropy(model.logits(hidden, real_only=True), x0[masked], reduction='none')  # (M,)
+        total += torch.zeros_like(total).masked_scatter(masked, ce) * (n / k)[:, None]
+    return total.sum(1) / draws
+
+
+@torch.no_grad()
+def causal_nll(model, x0, free):
+    """-log p(x0) of the causal mode over the free positions, each given everything left of it: nats a row (B,)."""
+    hidden = model(x0, causal=True, only=places(free))                        # (M, C)
+    ce = F.cross_entropy(model.logits(hidden, real_only=True), x0[free], reduction='none')
+    return torch.zeros(x0.shape, device=x0.device).masked_scatter(free, ce).sum(1)
 
 
 def roc_auc(score, label):

@@ -33,7 +33,8 @@ from checkpoint import check_same_model, export_safetensors, identity, import_sa
 from configurator import UserError
 from corruption import modelled
 from device import configure_compute
-from model import causal_nll, nelbo, random_subset, room_for
+from evaluation import causal_nll, nelbo
+from model import random_subset, room_for
 from rules import (COMMIT_RULES, CORRECTING, REMASK_RULES, REMDM_SCHEDULES, TASKS, WHOLE_CANVAS, choose_rules,
                    close_rows, commit_order, displaced, doubted, draft_pass, fine, first_of, guided, masks_left, p_wrong, propose,
                    remdm_rate, share_at, spare_lengths, speculate, spread, supports, text_of)

@@ -26,8 +26,8 @@ from canvas import decode
 from configurator import UserError
 from corruption import another_token
 from data.loader import data_of, load_data, random_rows, rows_at, spread_rows
-from evaluation import evaluate, per_token, text_statistics, training_text
-from model import causal_nll, random_subset
+from evaluation import causal_nll, evaluate, per_token, text_statistics, training_text
+from model import random_subset
 from rules import choose_rules, supports
 from sample import fill, generate
 from suites.common import cell, markdown, wanted

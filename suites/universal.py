@@ -18,8 +18,7 @@ from tqdm import tqdm
 from canvas import decode, encode, rows_of, start_canvas, task_canvas
 from corruption import NOISE, mixed_noise, modelled, parse_mixture
 from data.loader import data_of, load_data, spread_rows
-from evaluation import evaluate, roc_auc
-from model import causal_nll
+from evaluation import causal_nll, evaluate, roc_auc
 from rules import PRESETS, choose_rules, p_wrong, supports, text_of
 from sample import fill, generate
 from suites.common import SHARES, cell, fresh_draws, markdown, measure_draws, summary, training_strings, wanted, with_errors

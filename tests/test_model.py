@@ -15,7 +15,8 @@ import model as model_module
 from checkpoint import check_same_model, identity, load_checkpoint, model_args, save_checkpoint
 from configurator import UserError
 from device import bf16_is_fast, configure_compute
-from model import GPT, Block, Drafter, GPTConfig, ShortConv, causal_nll, nelbo, norm, places, random_subset, stratified_k
+from evaluation import causal_nll, nelbo
+from model import GPT, Block, Drafter, GPTConfig, ShortConv, norm, places, random_subset, stratified_k
 
 
 def seeded(seed=0):

@@ -17,7 +17,7 @@ import sample
 from canvas import holes, spans, task_canvas
 from checkpoint import load_checkpoint
 from configurator import UserError
-from model import causal_nll
+from evaluation import causal_nll
 from rules import COMMIT_RULES, PRESETS, REMASK_RULES, REWRITE, TASKS, choose_rules
 from sample import judge_rows
 from show import marks

@@ -25,8 +25,8 @@ from configurator import UserError
 from corruption import corrupt, extent, own_guesses
 from data import loader
 from data.loader import load_data, random_rows, spread_rows
-from model import GPT, GPTConfig, causal_nll, nelbo
-from evaluation import evaluate, per_token, roc_auc
+from model import GPT, GPTConfig
+from evaluation import causal_nll, evaluate, nelbo, per_token, roc_auc
 from train import (checkpoint_name, draft_loss, loss, lr_scale, make_optimizers, ramp, start_log, steer, training_step)
 
 # -----------------------------------------------------------------------------
