@@ -16,6 +16,7 @@ import torch
 import distributed
 from configurator import UserError, expected
 from model import GPT, GPTConfig
+from rules import supports
 
 # -----------------------------------------------------------------------------
 # files
@@ -406,3 +407,13 @@ def load_start(path, config, args, meta):
         if checkpoint['iter_num'] >= config['max_iters'] and not config['eval_only']:
             raise UserError(f"{path} has all of its {checkpoint['iter_num']} steps: to go on, set a higher --max_iters")
     return source.state_dict(), checkpoint
+
+
+def load_guesser(path, args, meta):
+    """The network of guess_from. Raises UserError if it has no guesses to make, or not for this run."""
+    guesser, checkpoint = load_checkpoint(path)
+    check_same_model(path, identity(checkpoint), 'this run', {**args, 'itos': meta['itos']}, ('vocab_size', 'block_size', 'itos'))
+    if not supports(checkpoint['config'])[0]:
+        raise UserError(f"guess_from={path} cannot unmask (training_type={checkpoint['config']['training_type']}), "
+                        f'so it has no guesses')
+    return guesser

@@ -31,9 +31,8 @@ import torch.nn.functional as F
 
 import distributed
 from canvas import encode, load_task
-from checkpoint import (append_line, check_overwrite, check_same_model, check_unlocked, checkpoint_name, identity, last_good,
-                        load_checkpoint, load_start, lock, make_checkpoint, make_folder, model_args, random_states_of_ranks,
-                        restore, save_checkpoint, unlock)
+from checkpoint import (append_line, check_overwrite, check_unlocked, checkpoint_name, last_good, load_guesser, load_start, lock,
+                        make_checkpoint, make_folder, model_args, random_states_of_ranks, restore, save_checkpoint, unlock)
 from checks import check_fits, check_settings
 from configurator import UserError
 from corruption import KINDS, NOISE, corrupt, extent, modelled, own_guesses, pack, parse_mixture
@@ -404,16 +403,6 @@ def check_finite(model, skipped, step, path, max_bad_steps):
         if bad:
             raise UserError(f'the {what} is no longer finite at step {step}: lower --learning_rate or --muon_lr, '
                             f'or set --dtype=float32; {last_good(path)}')
-
-
-def load_guesser(path, args, meta):
-    """The network of guess_from. Raises UserError if it has no guesses to make, or not for this run."""
-    guesser, checkpoint = load_checkpoint(path)
-    check_same_model(path, identity(checkpoint), 'this run', {**args, 'itos': meta['itos']}, ('vocab_size', 'block_size', 'itos'))
-    if not supports(checkpoint['config'])[0]:
-        raise UserError(f"guess_from={path} cannot unmask (training_type={checkpoint['config']['training_type']}), "
-                        f'so it has no guesses')
-    return guesser
 
 
 def stop_on_signal():

@@ -23,12 +23,12 @@ from tqdm import tqdm
 import configurator
 import optim
 import train
-from checkpoint import check_same_model, identity, model_args
+from checkpoint import check_same_model, identity, load_guesser, model_args
 from configurator import UserError
 from corruption import another_token, corrupt, modelled
 from data.loader import load_data, random_rows, spread_rows
 from device import configure_compute
-from model import GPT, GPTConfig, random_subset
+from model import GPT, GPTConfig, beside, random_subset
 from rules import supports
 from sample import find_checkpoint
 from suites.common import load, wanted
@@ -191,7 +191,7 @@ def initial_losses(model, x0, meta, generator):
     """
     real, found = modelled(x0, meta)[1], []
     half = random_subset(real, (real.sum(1) + 1) // 2, generator)
-    before = F.pad(x0[:, :-1], (1, 0), value=model.mask_token_id)              # (N, T) what the causal pass has just read
+    before = beside(x0, 1, model.mask_token_id)                                # (N, T) what the causal pass has just read
     other = real & (before != x0) & (before != model.mask_token_id)
     with torch.no_grad():
         for mode, where in (('unmasking', half), ('causal', other)):
@@ -554,7 +554,7 @@ def run(s):
     # the set-up's own choices, unless bench was told others; a checkpoint's were for the machine that it was trained on
     chosen = {name: config[name] if getattr(s, name) == 'auto' and not checkpoint else getattr(s, name)
               for name in ('device', 'dtype', 'attention')}
-    guesser = train.load_guesser(config['guess_from'], model_args(model.config), meta) if config['guess_from'] else None
+    guesser = load_guesser(config['guess_from'], model_args(model.config), meta) if config['guess_from'] else None
     if guesser:
         configure_compute(guesser, **chosen)
     model, choices = configure_compute(model, **chosen)
