@@ -29,7 +29,8 @@ def decode(meta, ids):
     """
     ids, from the first position on -> (text up to the end token, whether there is one).
 
-    No id may be [MASK] or [WRONG]. Bytes that are no UTF-8, which GPT-2's tokens can make up, become '\\ufffd'.
+    No id may be [MASK] or [WRONG]. Padding in a text that has no end is '·', one sign as every token is, so that lengths are true.
+    Bytes that are no UTF-8, which GPT-2's tokens can make up, become '\\ufffd'.
     """
     ids = [i for i in ids if i != meta['bos']]
     while ids[-2:] == [meta['pad']] * 2:                                       # one is enough to see that there is no end
@@ -39,7 +40,7 @@ def decode(meta, ids):
         ids = ids[:ids.index(meta['eos'])]
     if meta['tokenizer'] == 'gpt2':
         return gpt2().decode(ids), finished
-    return ''.join(meta['itos'][i] for i in ids), finished
+    return ''.join('·' if i == meta['pad'] else meta['itos'][i] for i in ids), finished
 
 
 def until_end(meta, ids):

@@ -332,6 +332,8 @@ def make_checkpoint(model, ema, optimizers, generator, noise, step, sums, contro
     rng = dict(rows=generator.get_state(), noise=noise.get_state(), torch=torch.get_rng_state(), where=noise.device.type)
     if torch.cuda.is_available():
         rng['cuda'] = torch.cuda.get_rng_state()
+    if noise.device.type == 'mps':                                             # dropout draws from it
+        rng['mps'] = torch.mps.get_rng_state()
     weights = distributed.whole(dict(model=model.state_dict(), ema=ema.state_dict() if ema is not model else None,
                                      optimizers=[optim.state_dict() for optim in optimizers]))
     return dict(weights, iter_num=step, rng=rng, sums=sums, control=control, skipped=skipped, model_args=args, config=config,
@@ -370,6 +372,8 @@ def restore(path, checkpoint, ema, optimizers, generator, noise):
         torch.set_rng_state(checkpoint['rng']['torch'].cpu())
         if 'cuda' in checkpoint['rng'] and torch.cuda.is_available():
             torch.cuda.set_rng_state(checkpoint['rng']['cuda'].cpu())
+        if 'mps' in checkpoint['rng'] and noise.device.type == 'mps':
+            torch.mps.set_rng_state(checkpoint['rng']['mps'].cpu())
         control = {name: checkpoint['control'][name] for name in ('p_mask', 'bias', 'price')}
         numbers = [value for name, value in control.items() if name != 'p_mask' or value is not None]
         if not all(isinstance(value, float) and math.isfinite(value) for value in numbers):

@@ -27,11 +27,13 @@ def check_settings(config):
                  'sigma_max', 'high_noise_bias', 'target_mask_prob', 'prefix_ratio'):
         if not 0 <= config[name] <= 1:
             raise UserError(f'{name} must be in 0..1, got {config[name]}')
-    for name in ('learning_rate', 'muon_lr', 'weight_decay', 'grad_clip', 'warmup_iters', 'proofreading_warmup_iters',
-                 'masking_warmup_iters', 'weight_unmask_task', 'weight_remask_task', 'penalty_mask_correct',
-                 'eval_samples', 'keep_every', 'seed', 'views', 'mask_control_rate', 'mask_bias_limit'):
+    for name in ('learning_rate', 'muon_lr', 'weight_decay', 'bigram_decay', 'grad_clip', 'warmup_iters',
+                 'proofreading_warmup_iters', 'masking_warmup_iters', 'weight_unmask_task', 'weight_remask_task',
+                 'penalty_mask_correct', 'eval_samples', 'keep_every', 'seed', 'views', 'mask_control_rate', 'mask_bias_limit'):
         if config[name] < 0:
             raise UserError(f'{name} must not be negative, got {config[name]}')
+    if config['seed'] >= 2 ** 62:                                              # of which every process takes one a little higher
+        raise UserError(f"seed must be in 0..2^62 - 1, got {config['seed']}")
     for name in ('beta1', 'beta2'):
         if not 0 <= config[name] < 1:
             raise UserError(f'{name} must be in [0, 1), got {config[name]}')
@@ -69,6 +71,8 @@ def check_settings(config):
         raise UserError('draft_head drafts for the causal mode, which this run does not train: set --causal_ratio=0.5')
     if config['allow_abstain'] and kind in ('remasking', 'causal'):
         raise UserError(f'allow_abstain is about masked positions, training_type={kind} has none')
+    if config['bigram_decay'] and not config['bigram_rows']:
+        raise UserError('bigram_decay is of the tables of pairs, and there are none: set --bigram_rows=8192')
     if config['mask_logit_bias'] and not config['allow_abstain']:
         raise UserError('mask_logit_bias is for an answer [MASK]: set --allow_abstain=True')
     if abs(config['mask_logit_bias']) > config['mask_bias_limit']:

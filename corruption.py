@@ -126,9 +126,9 @@ def pack(length, *rows):
     and after them segment (R, T), see GPT.forward.
     """
     B, T = rows[0].shape
-    room, place = [], [None] * B                                               # first fit, the longest first
+    room, place, lengths = [], [None] * B, length.tolist()                     # first fit, the longest first
     for row in length.argsort(descending=True).tolist():
-        n = int(length[row])
+        n = lengths[row]
         shelf = next((i for i, left in enumerate(room) if left >= n), len(room))
         if shelf == len(room):
             room.append(T)

@@ -56,7 +56,7 @@ def main():
     path = find_checkpoint(init_from, out_dir)
     goal = os.path.join(out_dir, 'ckpt_distilled.pt')
     if os.path.abspath(path) == os.path.abspath(goal):
-        raise UserError(f'{goal} would overwrite its own teacher: give another --out_dir')
+        raise UserError(f'{goal} would overwrite its own teacher: name another one as --init_from')
     teacher, checkpoint = load_checkpoint(path)
     meta, config = checkpoint['meta'], checkpoint['config']
     if not supports(config)[0]:
@@ -65,7 +65,7 @@ def main():
     if teacher_preset not in PRESETS or rules['remask'] == 'causal' or rules['ar_prefix']:
         raise UserError(f"the teacher fills holes in any place, which the preset '{teacher_preset}' cannot")
     rules.pop('ar_prefix')
-    _, data = data_of(meta)
+    _, data = data_of(meta, config)
     teacher, choices = configure_compute(teacher, device, dtype, attention)
     print(f'{path} teaches: {", ".join(f"{name}={value}" for name, value in rules.items())}\n{choices}')
     student, average = copy.deepcopy(teacher).train(), copy.deepcopy(teacher)
@@ -87,7 +87,8 @@ def main():
             raise UserError(f'the loss is no longer finite at step {step}: lower --learning_rate')
         (total / batch_size).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.param_groups[0]['lr'] = optimizer.param_groups[1]['lr'] = learning_rate * (1 - step / max_iters)
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate * (1 - step / max_iters)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():

@@ -194,7 +194,7 @@ def main():
         raise UserError(f'{goal} would overwrite the checkpoint it is made from: name another one as --init_from, or as --save')
     model, checkpoint = load_trunk(path)
     meta, config = checkpoint['meta'], checkpoint['config']
-    _, data = data_of(meta)
+    _, data = data_of(meta, config)
     try:
         os.makedirs(os.path.dirname(goal) or '.', exist_ok=True)
     except OSError as error:

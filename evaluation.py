@@ -59,8 +59,10 @@ def roc_auc(score, label):
 
 
 def per_token(nats, tokens):
-    """Nats a row and tokens a row (B,) -> nats a token and its standard error (of a ratio of means)."""
+    """Nats a row and tokens a row (B,) -> nats a token and its standard error (of a ratio of means), None if there is one row."""
     mean = (nats.sum() / tokens.sum()).item()
+    if len(nats) < 2:
+        return mean, None
     error = (nats - mean * tokens).std().item() / (len(nats) ** 0.5 * tokens.double().mean().item())
     return mean, error
 
@@ -91,7 +93,8 @@ def evaluate(model, x0, meta, *, causal, bidirectional, detects, guesser=None, d
         if causal:
             exact.append(causal_nll(model, rows, real))
         if detects:
-            input, _, _ = corrupt(rows, free, real, training_type='joint', remask_ratio=1.0, generator=generator,
+            kind = 'joint' if bidirectional else 'remasking'                   # who cannot unmask never sees a mask
+            input, _, _ = corrupt(rows, free, real, training_type=kind, remask_ratio=1.0, generator=generator,
                                   mask_token_id=model.mask_token_id, wrong_token_id=model.wrong_token_id,
                                   guess=own_guesses(guesser, generator))
             judged = real & (input != model.mask_token_id)
@@ -205,13 +208,19 @@ def compare_text(texts, ids, usual):
     return {name: found[name] for name in ('entropy', 'distinct_3', 'known_words')}
 
 
+def with_error(result, name):
+    """An entry of what evaluate returns, as text, with its standard error if there is one."""
+    error = result[f'{name}_se']
+    return f'{result[name]:.3f}' + ('' if error is None else f' ± {error:.3f}')
+
+
 def evaluation_line(step, result):
     """The line on screen after an evaluation."""
     words = []
     if 'nelbo' in result:
-        words.append(f"NELBO {result['nelbo']:.3f} ± {result['nelbo_se']:.3f} nats/token")
+        words.append(f"NELBO {with_error(result, 'nelbo')} nats/token")
     if 'causal_nll' in result:
-        words.append(f"causal NLL {result['causal_nll']:.3f} ± {result['causal_nll_se']:.3f}")
+        words.append(f"causal NLL {with_error(result, 'causal_nll')}")
     if 'auc' in result:
         words.append(f"own errors found: AUC {result['auc']:.3f}, put right {result['refilled']:.0%}")
     return f"step {step}  validation: " + ('  '.join(words) or 'nothing to measure for this training type')

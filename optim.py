@@ -48,17 +48,23 @@ def orthogonalized(matrices, coefficients, steps):
     return x.mT if tall else x
 
 
-def make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, betas):
-    """A list of optimisers: Muon for the matrices of the blocks and AdamW for the rest, or AdamW only."""
+def make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, betas, bigram_decay=0.0):
+    """
+    A list of optimisers: Muon for the matrices of the blocks and AdamW for the rest, or AdamW only. weight_decay is of these
+    matrices, bigram_decay of the tables of pairs, of which AdamW takes the share rate * decay a step.
+    """
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
-    known = set(matrices)
-    others = [p for p in model.parameters() if p not in known]
+    tables = [] if model.bigrams is None else list(model.bigrams.parameters())
+    known = {*matrices, *tables}
+    groups = [dict(params=[p for p in model.parameters() if p not in known])]
+    if tables:
+        groups.append(dict(params=tables, weight_decay=bigram_decay))
     fused = next(model.parameters()).device.type != 'mps'
     if optimizer == 'muon':
         return [Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
-                torch.optim.AdamW(others, lr=learning_rate, betas=betas, weight_decay=0.0, fused=fused)]
-    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
-    return [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)]
+                torch.optim.AdamW(groups, lr=learning_rate, betas=betas, weight_decay=0.0, fused=fused)]
+    groups = [dict(params=matrices, weight_decay=weight_decay), *groups]
+    return [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, weight_decay=0.0, fused=fused)]
 
 
 def update(model, optimizers, config, scale):

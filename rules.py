@@ -53,8 +53,8 @@ def draw(probs, generator=None):
     if flat.size(0) == 0:
         return torch.zeros(probs.shape[:-1], dtype=torch.long, device=probs.device)
     if flat.size(1) > LARGE:
-        total = flat.cumsum(1)
-        u = 1 - torch.rand(len(flat), 1, generator=generator, device=probs.device)     # in (0, 1]: no token without a chance
+        total = flat.cumsum(1, dtype=fine(probs.device))                       # in float32 the rarest words would never come
+        u = 1 - torch.rand(len(flat), 1, generator=generator, device=probs.device, dtype=total.dtype)  # in (0, 1]
         return torch.searchsorted(total, u * total[:, -1:]).view(probs.shape[:-1])
     return torch.multinomial(flat, 1, generator=generator).view(probs.shape[:-1])
 
@@ -74,13 +74,13 @@ def propose(model, hidden, where, filters, generator, closed=None, forbid=()):
     Candidates at the True positions of where (R, T): ids (R, T), their log-probabilities (R, T), and the log-probabilities
     (N, V+2) of all tokens there, before temperature, top_k and top_p, in the dtype of fine.
 
-    closed (R,): rows in which none of the ids forbid is drawn.
+    closed (R, T): where none of the ids forbid is drawn.
     """
     logits = model.logits(hidden[where], real_only=True)                       # (N, V+2)
     if forbid and closed is not None:
         ids = torch.zeros(logits.size(1), dtype=torch.bool, device=logits.device)
         ids[list(forbid)] = True
-        logits = logits.masked_fill(closed[:, None].expand_as(where)[where][:, None] & ids, float('-inf'))
+        logits = logits.masked_fill(closed[where][:, None] & ids, float('-inf'))
     ids = draw(filtered(logits, **filters), generator)                         # (N,)
     logp = logits.to(fine(logits.device)).log_softmax(-1)
     return spread(where, ids), spread(where, logp.gather(1, ids[:, None])[:, 0]), logp
@@ -415,7 +415,7 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
         near = difflib.get_close_matches(preset, PRESETS, 1)
         raise UserError(f"unknown preset '{preset}'; {f'did you mean {near[0]}' if near else 'there are ' + ', '.join(PRESETS)}?")
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    rewrites = task == 'repair' and saw_noise(config) and chosen.get('rewrite', True)
+    rewrites = task == 'repair' and saw_noise(config) and not judge and chosen.get('rewrite', True)
     usual = REWRITE if rewrites and preset is None and not {'commit', 'remask', 'guide'} & set(chosen) else TASKS[task]
     rules = {**usual, **PRESETS.get(preset, {}), **chosen}
     if 'remask_schedule' in chosen and 'remask_threshold' not in chosen:
@@ -461,6 +461,9 @@ def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=
     if kind == 'causal' and (commit or remask not in (None, 'none')):
         raise UserError('this causal checkpoint cannot fill a hole: it samples left to right (no --commit, --remask, '
                         '--remask_from)')
+    if kind == 'causal' and (lengths_given or (ar_prefix is not None and ar_prefix < config['block_size'])):
+        raise UserError('this causal checkpoint writes from left to right to the end: it can neither fill a hole with text right '
+                        'of it, nor be given a length, nor leave anything to other rules (no --ar_prefix)')
     if commit == 'abstain' and not config.get('allow_abstain'):
         raise UserError('commit=abstain needs a checkpoint trained with --allow_abstain=True')
     if remask == 'critic':

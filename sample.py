@@ -157,14 +157,15 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     linearly from the first to the second number, the most doubted first.
     rewrite: what random, wrong or confidence would re-mask is drawn anew in the same pass instead, seen as it stands: a network
     that was trained on noise reads out of a wrong token what it was before (with commit random; all else needs its candidates).
-    draft='causal': candidates come from the causal pass, one a step from the left: plain AR sampling.
+    draft='causal': candidates come from the causal pass, one a step from the left: plain AR sampling, of so many tokens as steps.
     guide: that many whole completions are proposed at each step, and the tokens of one, chosen with probability proportional
     to exp(-energy), are committed (temperature 0: of the lowest energy). Each takes as many more passes as the head reads.
     end_id, pad_id: once everything left of an end token is decided, what is right of it is padding.
-    closed (B,) bool: rows in which none of the ids forbid is drawn; None: those whose end token is fixed.
+    closed (B, T) bool: where none of the ids forbid is drawn; None: left of what is fixed, for a text that goes on has no end.
 
-    Returns canvas (B, T) without masks, nfe (B,) the passes that each row took part in, and the list of the canvases
-    from the first to the last if trace, else None. Raises UserError for rules that do not fit together or the canvas.
+    Returns canvas (B, T), without masks unless draft='causal' was given too few steps, nfe (B,) the passes that each row took
+    part in, and the list of the canvases from the first to the last if trace, else None. Raises UserError for rules that do
+    not fit together or the canvas.
     """
     mask = model.mask_token_id
     remask_rate = RATES.get(remask, 0.3) if remask_rate is None else remask_rate
@@ -178,7 +179,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
     start = (canvas == mask).sum(1)                                            # (B,) tokens to fill
     corrects, loops = remask in CORRECTING, remask == 'remdm' and remdm == 'loop'
     steps = steps or int(start.max()) or max(1, canvas.size(1) // 4)
-    if remask == 'causal' or draft == 'causal':
+    if remask == 'causal':
         steps = canvas.size(1)                                                 # at least one token a step: always enough
     fill = start.clamp(min=1, max=max(1, steps - int(correct_share * steps) if corrects else steps))  # (B,) steps to fill
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -187,7 +188,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
         size = int((start > 0).sum()), window if model.drafter is None else 0  # a head has no state yet to draft from
         drafted = torch.zeros(size, dtype=torch.long, device=canvas.device)
         q = torch.zeros(*size, mask + 2, device=canvas.device)
-    closed = (fixed & (canvas == (-1 if end_id is None else end_id))).any(1) if closed is None else closed         # (B,)
+    closed = left_of(fixed) if closed is None else closed                      # (B, T)
     first, position = (canvas == mask).long().argmax(1), torch.arange(canvas.size(1), device=canvas.device)  # where blocks begin
     surety = torch.zeros(canvas.shape, dtype=fine(canvas.device), device=canvas.device)  # log-probabilities at commit time
     previous = torch.full_like(canvas, mask) if model.previous is not None else None  # self-conditioning: nothing predicted yet
@@ -244,7 +245,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
                     doubt = 1 - surety[rows].exp()
                 elif remask == 'remdm':
                     rate = remdm_rate(remdm, remask_rate, left, visible.sum(1), progress)[:, None]   # (R, 1)
-                if not rewrite:                                                # there the lengths are to be mended too
+                if not rewrite and remask != 'remdm':                          # the one mends lengths too, the other keeps a law
                     doubt = spare_lengths(doubt, x, visible, end_id, pad_id)
                 if remask == 'p2':
                     again = displaced(score, masked, rate * (-doubt).log1p().clamp(min=-1e3), visible, left)
@@ -283,6 +284,11 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
             if remask == 'causal':
                 drafted, q = drafted[open_rows], q[open_rows]
     return canvas, nfe, history
+
+
+def left_of(fixed):
+    """Which positions have a fixed one to their right: fixed (B, T) bool -> (B, T)."""
+    return fixed.flip(1).cummax(1).values.flip(1)
 
 
 def check_rules(canvas, mask, fixed, commit, remask, remdm, draft, schedule, temperature, top_k, choice_temperature, guide=None):
@@ -339,9 +345,9 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
         nfe, steps = 0, []
         if ar_prefix:
             width = min(x.size(1), int((x == model.mask_token_id).long().argmax(1).max()) + ar_prefix)
-            closed = (kept & (x == (-1 if meta['eos'] is None else meta['eos']))).any(1)   # the end may be beyond width
-            head, nfe, steps = generate_diffusion(model, x[:, :width], kept[:, :width], commit='left_to_right', draft='causal',
-                                                  closed=closed, forbid=inside, trace=trace, **filters, **ends)
+            head, nfe, steps = generate_diffusion(
+                model, x[:, :width], kept[:, :width], steps=ar_prefix, commit='left_to_right', draft='causal',
+                closed=left_of(kept)[:, :width], forbid=inside, trace=trace, **filters, **ends)  # the end may be beyond width
             steps = [torch.cat((step, x[:, width:]), 1) for step in steps or []][:-1]
             masked, x = x == model.mask_token_id, torch.cat((head, x[:, width:]), 1)
             x = close_rows(x, masked, model.mask_token_id, meta['eos'], meta['pad'])
@@ -543,8 +549,10 @@ def canvases(model, meta):
 
 
 def judge_samples(model, meta, config, samples, width):
-    """Adds to every sample what judge_rows says of it; p_wrong is cut to its tokens."""
-    for sample, judged in zip(samples, judge_rows(model, meta, rows_of(samples, meta, width), config)):
+    """Adds to every sample what judge_rows says of it, on a canvas of that width, or as long as it is where nothing is padded."""
+    for sample in samples:
+        row = rows_of([sample], meta, len(sample['tokens']) if meta['pad'] is None else width)
+        judged, = judge_rows(model, meta, row, config)
         sample.update(judged)
         if 'p_wrong' in judged:
             sample['p_wrong'] = judged['p_wrong'][:len(sample['tokens'])]
@@ -557,13 +565,13 @@ def main():
         export_safetensors(export, model, checkpoint)
         return print(f'written to {export}; sample from it: python sample.py --init_from={export}')
     meta, config = checkpoint['meta'], checkpoint['config']
-    texts, canvas, fixed = canvases(model, meta)
-    t0 = time.time()
+    texts, t0, width = None, time.time(), model.config.block_size
     if task == 'score':
-        samples = [dict(text=line, tokens=until_end(meta, ids), nfe=0, finished=meta['eos'] is not None)
-                   for line, ids in zip(texts, canvas.tolist())]
+        samples = [dict(text=line, tokens=until_end(meta, task_canvas(task, model, meta, line)[0][0].tolist()), nfe=0,
+                        finished=meta['eos'] is not None) for line in (read_lines(file) if file else [text])]
     else:
-        masked = canvas == model.mask_token_id
+        texts, canvas, fixed = canvases(model, meta)
+        masked, width = canvas == model.mask_token_id, canvas.size(1)
         rules = choose_rules(
             config, preset=preset, task=task, inside=task == 'repair' or bool((masked.cummax(1).values & ~masked).any()),
             judge=judge is not None, steps=steps, schedule=schedule, commit=commit, block_length=block_length,
@@ -581,11 +589,11 @@ def main():
         for sample, before in zip(samples, canvas):
             sample['marks'] = show.marks(before, sample['trace'].cpu(), model.mask_token_id)[:len(sample['tokens'])]
     if score or task == 'score':
-        judge_samples(model, meta, config, samples, canvas.size(1))
+        judge_samples(model, meta, config, samples, width)
 
     scorer = load_task(meta['name'])
     for i, sample in enumerate(samples[:50]):
-        print(show.report(sample, meta, scorer and scorer.verdict, texts[i] if texts and task != 'score' else None))
+        print(show.report(sample, meta, scorer and scorer.verdict, texts and texts[i]))
     if num > 50:
         print(f'... and {num - 50} more' + ('' if save else ' (--save=FILE.jsonl keeps them all)'))
     mean_nfe = sum(sample['nfe'] for sample in samples) / num
@@ -594,7 +602,7 @@ def main():
     if animate or html:
         show.watch(judge or (model if supports(config)[2] else None), meta, fixed, samples, scorer and scorer.verdict, task,
                    ', '.join(f'{name}={value}' for name, value in rules.items()) + f'; {mean_nfe:.0f} passes a sample',
-                   animate, html)
+                   animate, html, writer=model if judge else None)
     if save:
         lines = [{key: value for key, value in sample.items() if key != 'trace'} for sample in samples]
         write_atomically(save, ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines))

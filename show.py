@@ -53,9 +53,19 @@ def report(sample, meta, verdict, before=None):
 
 
 @torch.no_grad()
-def judge_steps(model, canvases):
-    """p(WRONG) of every visible token of every step: canvases, a list of (B, T) ids -> (S, B, T) float, nan at masks."""
-    return torch.stack([p_wrong(model, model(x), x).masked_fill(x == model.mask_token_id, float('nan')) for x in canvases])
+def judge_steps(model, canvases, writer=None):
+    """
+    p(WRONG) of every visible token of every step: canvases, a list of (B, T) ids -> (S, B, T) float, nan at masks.
+
+    writer: whose likeliest tokens stand where the masks are while a network judges that was never shown any; None: the masks do.
+    """
+    doubts = []
+    for x in canvases:
+        masked, whole = x == model.mask_token_id, x
+        if writer is not None:
+            whole = torch.where(masked, writer.logits(writer(x), real_only=True).argmax(-1), x)
+        doubts.append(p_wrong(model, model(whole), whole).masked_fill(masked, float('nan')))
+    return torch.stack(doubts)
 
 
 def printable(meta, id):
@@ -138,17 +148,18 @@ def write_page(path, title, subtitle, stories):
     write_atomically(path, page)
 
 
-def watch(judge, meta, fixed, samples, verdict, title, subtitle, in_terminal, path, most=20):
+def watch(judge, meta, fixed, samples, verdict, title, subtitle, in_terminal, path, most=20, writer=None):
     """
     Plays the first samples, dicts of sample.fill with their traces, in the terminal, or writes them to the page at path, or both.
 
-    judge: the network that says how wrong each token is; None if there is none that learned it. fixed (B, T): what was given.
+    judge: the network that says how wrong each token is; None if there is none that learned it. writer: the one that wrote, if
+    that is another, see judge_steps. fixed (B, T): what was given.
     verdict: a function of a text that says what is wrong with it, or None.
     """
     stories = []
     for row, sample in enumerate(samples[:most]):
         steps = [step[None] for step in sample['trace']]                       # S x (1, T)
-        doubts = judge_steps(judge, steps) if judge else torch.full((len(steps), *steps[0].shape), float('nan'))
+        doubts = judge_steps(judge, steps, writer) if judge else torch.full((len(steps), *steps[0].shape), float('nan'))
         label = f"{sample['text']}   {verdict(sample['text'])}" if verdict else sample['text'][:60]
         stories.append(story(meta, steps, fixed[row:row + 1], doubts, 0, label))
     if in_terminal:

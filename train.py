@@ -25,7 +25,6 @@ import sys
 import time
 from dataclasses import fields
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -118,6 +117,7 @@ max_iters = 2000                 # steps
 muon_lr = 0.02                   # peak rate of Muon
 learning_rate = 3e-3             # peak rate of AdamW
 weight_decay = 0.0               # of the matrices
+bigram_decay = 0.0               # of the tables of pairs: what is seen rarely is not learned by heart
 beta1 = 0.9                      # AdamW
 beta2 = 0.95                     # AdamW
 grad_clip = 1.0                  # largest gradient norm; 0: off
@@ -420,13 +420,9 @@ def stop_on_signal():
 
 
 def load_rows(config):
-    """load_data for a run: checked, and with one character for all those of coarse. Raises UserError if it does not fit."""
-    meta, data = load_data(config['dataset'])
+    """load_data for a run, checked. Raises UserError if it does not fit."""
+    meta, data = load_data(config['dataset'], config['coarse'])
     check_fits(config, meta)
-    if config['coarse']:
-        first, *others = encode(meta, config['coarse'])
-        data = {split: torch.where(torch.isin(ids, torch.tensor(others)), first, ids) if meta['format'] == 'rows'
-                else np.where(np.isin(ids, others), np.uint16(first), ids) for split, ids in data.items()}
     return meta, data
 
 
@@ -479,7 +475,7 @@ def train():
     if fsdp:                                                                   # on the device it is never there twice in whole
         distributed.shard(model, on)
         distributed.shard(ema, on)
-    optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, (beta1, beta2))
+    optimizers = make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, (beta1, beta2), bigram_decay)
     generator = torch.Generator().manual_seed(seed)                            # which rows
     noise = torch.Generator(on).manual_seed(seed + 1)                          # how they are corrupted
     start, sums, skipped, elsewhere = 0, {}, dict(steps=0, in_a_row=0), ''
@@ -549,7 +545,7 @@ def train():
         attempt(save_checkpoint, path, dict(state, seconds=t0 - began), last=last)  # wall time of the training steps
 
     asked = False
-    for step in range(start, max_iters + 1):
+    for step in range(start, max(start * eval_only, max_iters) + 1):
         asked = distributed.anywhere(stop['asked'])
         t0, stopping = time.time(), step == max_iters or asked
         due = eval_only or step == max_iters or (step % eval_interval == 0 and (step > start or not start))
@@ -562,7 +558,7 @@ def train():
                     result = evaluate(shown, val, meta, causal=causal, bidirectional=can_unmask,
                                       detects=detects and (can_unmask or guesser is not None), guesser=guesser, seed=seed)
                     print(evaluation_line(step, result))
-                    result.update(show_samples(shown, meta, config, eval_samples if step else 0, usual))
+                    result.update(show_samples(shown, meta, config, eval_samples if step or eval_only else 0, usual))
             if eval_only:
                 break
             if due:

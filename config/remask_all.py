@@ -1,5 +1,5 @@
 # the main job: ONE network that unmasks, finds its own mistakes, and has a causal mode that can verify what it drafts
-# four to five minutes on two CPU cores; see README.md for what comes out
+# three to five minutes on two CPU cores; see README.md for what comes out
 training_type = 'joint'
 causal_ratio = 0.5                     # half of each batch trains the causal mode: by default it has the last word when sampling
 remask_ratio = 0.5                     # half of the other rows carry wrong tokens, so the unmasking task keeps its share

@@ -26,11 +26,12 @@ def how_to_make(dataset):
     return f'python data/{dataset}/prepare.py'
 
 
-def load_data(dataset):
+def load_data(dataset, coarse=''):
     """
     The dataset as (meta, {'train': ids, 'val': ids}), int64 (N, T) for rows, uint16 (N,) for a stream of text.
 
-    A dataset that is not there yet is made by its prepare.py. Raises UserError with what to do if that fails.
+    A dataset that is not there yet is made by its prepare.py. coarse: characters that all become the first of them. Raises
+    UserError with what to do if that fails.
     """
     dataset = os.path.normpath(dataset)
     name = os.path.basename(dataset)
@@ -60,12 +61,25 @@ def load_data(dataset):
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f'the dataset in data/{dataset} is damaged ({error}); make it again: '
                         f'{how_to_make(dataset)}') from error
-    return {**meta, 'dataset': dataset}, data
+    return {**meta, 'dataset': dataset}, {split: made_coarse(ids, meta, coarse) for split, ids in data.items()}
 
 
-def data_of(meta):
-    """load_data for the meta in a checkpoint: of the folder that it was trained on. Its name says what kind of text that is."""
-    return load_data(meta.get('dataset', meta['name']))
+def made_coarse(ids, meta, coarse):
+    """The ids of a split with the first of the characters coarse for all of them. Raises UserError for what is no character."""
+    odd = [c for c in coarse if c not in (meta['itos'] or ())]
+    if odd:
+        raise UserError(f"coarse={coarse} expects characters of {meta['name']}, and {odd[0]!r} is none of its tokens")
+    if not coarse:
+        return ids
+    first, *others = (meta['itos'].index(c) for c in coarse)
+    if isinstance(ids, torch.Tensor):
+        return torch.where(torch.isin(ids, torch.tensor(others)), first, ids)
+    return np.where(np.isin(ids, others), np.uint16(first), ids)
+
+
+def data_of(meta, config):
+    """load_data for the meta and the config in a checkpoint: what it was trained on. Its name says what kind of text that is."""
+    return load_data(meta.get('dataset', meta['name']), config.get('coarse', ''))
 
 
 def rows_at(ids, index, block_size):

@@ -18,7 +18,8 @@ def sampler_rows(config, steps, block_size):
     if causal:
         rows.append(('AR: causal pass, one token a pass', 'free', dict(ar_prefix=block_size)))
     if causal and can_unmask:
-        rows += [('remask=causal: bidirectional draft, causal verdict', 'free', dict(remask='causal')),
+        drafts = 'draft head' if config.get('draft_head') else 'bidirectional draft'
+        rows += [(f'remask=causal: {drafts}, causal verdict', 'free', dict(remask='causal')),
                  ('hybrid: AR prefix of 16, then ancestral', 'free', dict(ar_prefix=16, steps=max(1, steps // 2)))]
     if can_unmask:
         rows += [('commit=left_to_right, remask=none', 'free', dict(steps=steps, commit='left_to_right')),

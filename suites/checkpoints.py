@@ -29,7 +29,8 @@ IGNORED = ('seed', 'out_dir', 'eval_interval', 'eval_rows', 'eval_samples', 'eva
 
 def recipe(config):
     """What of a run's settings decides about the result; of a path only that there is one."""
-    config = {**{name: setting.default for name, setting in known_settings('train.py').items()}, **config}   # older: was off
+    known = {name: setting.default for name, setting in known_settings('train.py').items()}
+    config = {**known, 'energy_head': 0, **config}                             # what an older or a simpler one lacks is off
     return {name: 'a checkpoint' if name in ('init_from', 'guess_from') and value not in (None, 'scratch', 'resume') else value
             for name, value in config.items() if name not in IGNORED}
 
@@ -45,7 +46,7 @@ def checkpoint_scores(s, path, other=None):
         writer, _ = load_checkpoint(config['guess_from'])
         configure_compute(writer, s.device, s.dtype, s.attention, s.compile)
     writes = can_unmask or writer is not model
-    val = spread_rows(data_of(meta)[1]['val'], s.eval_rows, model.config.block_size)
+    val = spread_rows(data_of(meta, config)[1]['val'], s.eval_rows, model.config.block_size)
     validation = evaluate(model, val, meta, causal=causal, bidirectional=can_unmask, detects=detects and writes, guesser=writer)
     rules = {'remask=none': dict(remask='none')} if writes else {}
     if writes and detects:

@@ -254,7 +254,7 @@ def first_steps(model, ids, meta, config, guesser=None, num=5):
 def optimizers_of(model, config):
     """The optimisers of a run with these settings."""
     return optim.make_optimizers(model, config['optimizer'], config['learning_rate'], config['muon_lr'], config['weight_decay'],
-                                 (config['beta1'], config['beta2']))
+                                 (config['beta1'], config['beta2']), config['bigram_decay'])
 
 
 def trained_tensors(model, config):
@@ -546,7 +546,7 @@ def run(s):
     """
     config, trained, checkpoint = set_up(s)
     train.check_settings(dict(config, fsdp=False))                             # of many processes here is one
-    meta, data = load_data(config['dataset'])
+    meta, data = load_data(config['dataset'], config['coarse'])
     train.check_fits(config, meta)
     if checkpoint:
         check_same_model('the checkpoint', identity(checkpoint), f"data/{config['dataset']}", meta, ('vocab_size', 'itos'))
@@ -565,8 +565,6 @@ def run(s):
                    ('checkpoint, silent units', lambda: check_units(silent_units(trained, x0, meta, config))),
                    *leak_checks('checkpoint, ', lambda: trained, x0, meta)]
     print(f"{config['training_type']} on {meta['name']}, {model.num_params():,} parameters")
-    if config['coarse']:
-        print('the data is examined as it is, without coarse')
     rows = []
     for name, check in wanted(s, checks):
         status, measured, advice = check()

@@ -112,7 +112,7 @@ def row_of(s, network, name, data, variant, k, legs):
     """The row of a run: what it is worth on the whole validation split, what its samples are, and what it took to train it."""
     model, checkpoint = network(name)
     meta, config, T = checkpoint['meta'], checkpoint['config'], model.config.block_size
-    val, (can_unmask, causal, _) = data_of(meta)[1]['val'], supports(config)
+    val, (can_unmask, causal, _) = data_of(meta, config)[1]['val'], supports(config)
     row = dict(name=name, data=data, variant=variant, seed=k, parameters=model.num_params(), causal_nll=None, samples={})
     row.update(evaluate(model, spread_rows(val, len(val), T), meta, causal=causal, bidirectional=can_unmask, detects=False,
                         draws=DRAWS, batch_size=s.batch_size, seed=s.seed))

@@ -24,14 +24,15 @@ from suites.common import cell, checkpoint_of_arithmetic, markdown, wanted, with
 def run(s):
     """The suite with bench's settings s: (rows, two tables)."""
     model, meta, config, task, train = checkpoint_of_arithmetic(s)
-    clean = spread_rows(data_of(meta)[1]['val'], s.num_samples, model.config.block_size)
+    clean = spread_rows(data_of(meta, config)[1]['val'], s.num_samples, model.config.block_size)
     texts = [decode(meta, ids)[0] for ids in clean.tolist()]
     heads, values = zip(*(text.split('=') for text in texts))
-    _, causal, detects = supports(config)
-    diffusion = [('remask=none', {}), ('remask=random', dict(remask='random'))]
-    diffusion += [('remask=wrong', dict(remask='wrong'))] if detects else []
+    can_unmask, causal, detects = supports(config)
+    diffusion = [('remask=none', {}), ('remask=random', dict(remask='random'))] if can_unmask else []
+    diffusion += [('remask=wrong', dict(remask='wrong'))] if can_unmask and detects else []
+    causally = ('remask=causal', dict(remask='causal')) if can_unmask else ('AR', dict(ar_prefix=model.config.block_size))
     asked = []                                                                 # (task, sampler, texts with holes, rules)
-    for sampler, rules in diffusion + ([('remask=causal', dict(remask='causal'))] if causal else []):
+    for sampler, rules in diffusion + [causally] * causal:
         asked.append(('infill expr=_', sampler, [f'{head}=_' for head in heads], rules))
     for sampler, rules in diffusion:
         for n in s.budgets:
@@ -39,7 +40,8 @@ def run(s):
             asked.append(('infill _=value', f'{sampler}, {n} passes', holed, dict(rules, steps=n)))
         asked.append(('edit', sampler, first_operand_open(texts), dict(rules, steps=8)))
     rows = []
-    for name, sampler, holed, rules in tqdm([] if s.only == 'repair' else wanted(s, asked), desc='rows', leave=False):
+    asked = [] if can_unmask and s.only == 'repair' else wanted(s, asked)
+    for name, sampler, holed, rules in tqdm(asked, desc='rows', leave=False):
         canvas, fixed = (torch.cat(parts) for parts in zip(*(task_canvas('infill', model, meta, text, '_') for text in holed)))
         runs = [fill(model, meta, canvas, fixed, batch_size=s.batch_size, seed=s.seed + number, **rules)
                 for number in range(s.num_seeds)]
@@ -48,7 +50,7 @@ def run(s):
         row['valid'] = statistics.mean(valid for valid, *_ in parsed)
         row['correct'] = statistics.mean(valid and value == claimed == goal for valid, value, claimed, goal in parsed)
         rows.append(with_errors(row, len(texts)))
-    mended = repair_rows(s, model, meta, config, clean) if not s.only or 'repair' in s.only else []
+    mended = repair_rows(s, model, meta, config, clean) if can_unmask and (not s.only or 'repair' in s.only) else []
     tables = [markdown([*head, *[f'{m} %' for m in metrics], 'nfe'],
                        [[row['name'], row['sampler'], *[cell(row, m) for m in (*metrics, 'nfe')]] for row in part])
               for head, metrics, part in ((('task', 'sampler'), ('valid', 'correct'), rows),

@@ -114,7 +114,7 @@ def steps_of_same_time(ours, other):
 
 def stream(checkpoint):
     """The splits of a checkpoint's dataset. Raises UserError if it is no stream of text, or not what the checkpoint learned."""
-    meta, data = data_of(checkpoint['meta'])
+    meta, data = data_of(checkpoint['meta'], checkpoint['config'])
     if meta['format'] != 'stream':
         raise UserError(f"the suite text needs a stream of text, {meta['name']} has rows")
     if meta['itos'] != checkpoint['meta']['itos'] or meta['vocab_size'] != checkpoint['meta']['vocab_size']:

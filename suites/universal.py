@@ -105,7 +105,7 @@ def draw_samples(s, network, run, how, number):
     more = dict(batch_size=s.batch_size, seed=s.seed + number)
     canvas, fixed = start_canvas(model, meta, s.num_samples)
     if anchor:
-        canvas, fixed = seed_anchors(canvas, fixed, encode(meta, anchor)[0], data_of(meta)[1]['train'],
+        canvas, fixed = seed_anchors(canvas, fixed, encode(meta, anchor)[0], data_of(meta, checkpoint['config'])[1]['train'],
                                      torch.Generator().manual_seed(s.seed + number))
     samples = fill(model, meta, canvas, fixed, **how, **more)
     if then:
@@ -147,7 +147,7 @@ def repair_and_edit(s, network, name, run, how):
     meta, config = checkpoint['meta'], checkpoint['config']
     task, _ = training_strings(s, meta)
     can_unmask, causal, detects = supports(config)
-    val = data_of(meta)[1]['val']
+    val = data_of(meta, config)[1]['val']
     clean = spread_rows(val, s.num_samples, model.config.block_size)
     row = dict(name=name, run=run, **dict.fromkeys(('nelbo', 'nelbo_se', 'causal_nll', 'causal_nll_se', 'auc', 'auc_se')))
     row.update(evaluate(model, spread_rows(val, s.eval_rows, model.config.block_size), meta, causal=causal,
@@ -189,7 +189,7 @@ def detection_rows(s, network, name, run, how):
     model, checkpoint = network(run)
     meta, config = checkpoint['meta'], checkpoint['config']
     task, _ = training_strings(s, meta)
-    clean = spread_rows(data_of(meta)[1]['val'], s.num_samples, model.config.block_size)
+    clean = spread_rows(data_of(meta, config)[1]['val'], s.num_samples, model.config.block_size)
     score = functools.partial(suspicion, model, meta, causal=supports(config)[1], batch_size=s.batch_size)
     good, rows = score(clean), []
     for against, ids in {'corrupted': corrupted(model, meta, clean, s.seed), **own_mistakes(s, model, meta, task)}.items():

@@ -251,6 +251,8 @@ def test_bench_knows_what_makes_two_runs_alike():
     for changes in (same[0], dict(guess_from='a.pt'), dict(init_from='a.pt'), dict(learning_rate=0.1), dict(allow_abstain=True),
                     dict(remask_target='original'), dict(noise_mix='mask'), dict(max_iters=3), dict(n_embd=64)):
         assert recipe(default_config(**changes)) != plain, changes
+    head = recipe(dict(default_config(), energy_head=1))                      # not a setting of train.py
+    assert set(head) == set(plain) and head != plain
 
 
 def test_bench_merges_pair_by_pair(tmp_path, monkeypatch):

@@ -540,8 +540,11 @@ def test_a_folder_of_your_own_is_a_dataset(tmp_path, notes, monkeypatch):
     assert meta['name'] == 'mybook' and ''.join(meta['itos'][i] for i in data['train']) == NOTES[:int(0.9 * len(NOTES))]
     with pytest.raises(UserError, match='did you mean mybook?'):
         loader.load_data('mybok')
-    again = loader.data_of(dict(meta, name='arithmetic'))                      # a checkpoint finds what it was trained on
-    assert again[0] == meta and loader.data_of({'name': 'mybook'})[0] == meta  # one from before knew its name only
+    again = loader.data_of(dict(meta, name='arithmetic'), {})                  # a checkpoint finds what it was trained on
+    assert again[0] == meta and loader.data_of({'name': 'mybook'}, {})[0] == meta            # one from before knew its name only
+    first, other = (meta['itos'].index(c) for c in 'de')
+    coarse = loader.data_of(meta, dict(coarse='de'))[1]['train']               # and with as few characters
+    assert (coarse == first).sum() == ((data['train'] == first) | (data['train'] == other)).sum() and other not in coarse
     (tmp_path / 'mybook' / 'val.bin').unlink()
     with pytest.raises(UserError, match='damaged.*make it again: python data/text/prepare.py --input=PATH --out=data/mybook'):
         loader.load_data('mybook')

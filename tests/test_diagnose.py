@@ -40,7 +40,7 @@ DATA = dict(train=ROWS[:1200], val=ROWS[1200:])
 def small(monkeypatch):
     """The dataset of the suite is the one above."""
     meta = dict(META, train_tokens=DATA['train'].numel(), val_tokens=DATA['val'].numel())
-    monkeypatch.setattr(diagnose, 'load_data', lambda dataset: (meta, DATA))
+    monkeypatch.setattr(diagnose, 'load_data', lambda dataset, coarse: (meta, DATA))
     return meta
 
 
@@ -157,7 +157,7 @@ def test_a_vocabulary_off_by_one():
 
 def test_ids_that_the_network_does_not_have_end_the_diagnosis(small, monkeypatch):
     broken = dict(DATA, val=DATA['val'].masked_fill(DATA['val'] == A, 200))
-    monkeypatch.setattr(diagnose, 'load_data', lambda dataset: (small, broken))
+    monkeypatch.setattr(diagnose, 'load_data', lambda dataset, coarse: (small, broken))
     rows, _ = diagnose.run(bench_settings('--suite=diagnose', f'--train_args={WORDS}'))
     assert [(row['name'], row['status']) for row in rows] == [('vocabulary', 'problem')] and 'id 200' in rows[0]['advice']
 

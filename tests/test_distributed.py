@@ -27,7 +27,8 @@ from data import loader
 from train import PARTS, training_step
 
 RUN = [*TINY, '--batch_size=8', '--eval_samples=0', '--log_interval=4']
-JOINT = [*RUN, *MIXED, '--draft_head', '--short_conv=2', '--shortcuts', '--bigram_rows=500', '--proofreading_warmup_iters=0']
+JOINT = [*RUN, *MIXED, '--draft_head', '--short_conv=2', '--shortcuts', '--bigram_rows=500', '--bigram_decay=0.1',
+         '--proofreading_warmup_iters=0']
 CAUSAL = [*RUN, '--training_type=causal', '--optimizer=adamw', '--gradient_accumulation_steps=2']  # Muon amplifies roundings
 WHOLE = [*CAUSAL, '--n_layer=2', '--n_recur=2', '--grad_clip=0.1', '--keep_every=3']
 SHARDED = [*JOINT, '--fsdp', '--remask_ratio=0.2', '--corruption=own']      # Muon; of one row with wrong tokens one rank has none

@@ -289,7 +289,7 @@ RANGES = {**dict.fromkeys(('batch_size', 'block_size', 'max_iters', 'eval_interv
           **dict.fromkeys(('causal_ratio', 'remask_ratio', 'reward_correct_unmask', 'decay_share', 'ema_decay', 'sigma_min',
                            'sigma_max', 'high_noise_bias', 'target_mask_prob', 'prefix_ratio'),
                           st.floats(max_value=-1e-6, allow_infinity=False) | st.floats(min_value=1.000001, allow_infinity=False)),
-          **dict.fromkeys(('learning_rate', 'muon_lr', 'weight_decay', 'grad_clip'),
+          **dict.fromkeys(('learning_rate', 'muon_lr', 'weight_decay', 'bigram_decay', 'grad_clip'),
                           st.floats(max_value=-1e-9, allow_infinity=False)),
           **dict.fromkeys(('warmup_iters', 'eval_samples', 'keep_every', 'seed', 'views'), st.integers(max_value=-1)),
           **dict.fromkeys(('training_type', 'remasking_loss_type', 'remask_target', 'optimizer', 'lr_schedule', 'corruption',

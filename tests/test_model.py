@@ -283,26 +283,27 @@ def test_every_block_is_shown_the_embedding_and_the_first_values(causal):
         assert torch.allclose(out, a * y + b * first, atol=1e-5) and (out - y).abs().max() > 0.1
 
 
-@pytest.mark.parametrize('T', [2, 6])
-def test_the_short_convolution_is_one_weight_a_channel_and_neighbour(T):
+@pytest.mark.parametrize('T, C', [(2, 8), (6, 8), (2, 32), (6, 32)])
+def test_the_short_convolution_is_one_weight_a_channel_and_neighbour(T, C):
     """Against conv1d of the normalised states, in either mode, in rows shorter than its reach as well."""
-    conv, x = ShortConv(8, 3), torch.randn(2, T, 8, generator=seeded())
+    conv, x = ShortConv(C, 3), torch.randn(2, T, C, generator=seeded())
     assert torch.equal(conv(x, False), x)                                 # as it starts
     with torch.no_grad():
         conv.weight.normal_(generator=seeded(1))
-    kernel = torch.zeros(8, 1, 7)                                         # what is 3 to the left comes first
+    kernel = torch.zeros(C, 1, 7)                                         # what is 3 to the left comes first
     kernel[:, 0, :3], kernel[:, 0, 4:] = conv.weight[:3, 0].flip(0).T, conv.weight[3:, 0].T
     for causal in (False, True):
         kernel[:, 0, 4:] *= not causal
-        y = F.conv1d(F.layer_norm(x, (8,)).mT, kernel, padding=3, groups=8).mT
+        y = F.conv1d(F.layer_norm(x, (C,)).mT, kernel, padding=3, groups=C).mT
         assert torch.allclose(conv(x, causal), x + y, atol=1e-5)
 
 
 @pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('segment', [None, torch.tensor([[0, 0, 0, 1, 1], [4, 7, 7, 7, 2]])], ids=['whole', 'packed'])
-def test_the_gradients_of_the_short_convolution(segment, causal):
-    conv, x = ShortConv(3, 2).double(), torch.randn(2, 5, 3, generator=seeded()).double().requires_grad_()
-    weight = torch.randn(4, 1, 3, generator=seeded(1)).double().requires_grad_()
+@pytest.mark.parametrize('C', [3, 32])
+def test_the_gradients_of_the_short_convolution(C, segment, causal):
+    conv, x = ShortConv(C, 2).double(), torch.randn(2, 5, C, generator=seeded()).double().requires_grad_()
+    weight = torch.randn(4, 1, C, generator=seeded(1)).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x, weight: torch.func.functional_call(conv, dict(weight=weight), (x, causal, segment)),
                                     (x, weight))
 

@@ -17,7 +17,7 @@ import sample
 from configurator import UserError
 from evaluation import causal_nll
 from rules import COMMIT_RULES, displaced, doubted, masks_left, remdm_rate, share_at, spare_lengths
-from sample import generate_diffusion
+from sample import generate_diffusion, left_of
 
 
 class Independent(Oracle):
@@ -342,6 +342,19 @@ def test_remdm_keeps_the_forward_marginals(remdm, eta):
         assert within_noise(masked.double().mean(0), [left / T] * T, B), f'step {step}: {mean} masks, not {left}'
 
 
+@pytest.mark.parametrize('remdm, eta', [('cap', 0.3), ('rescale', 0.5)])
+def test_remdm_takes_back_ends_as_often_as_text(remdm, eta):
+    """Its law is that of the masks alone: where hardly anything but ends is written, these go back to masks as well."""
+    B, T, steps = 1000, 12, 12
+    model = Independent(torch.tensor([0.05, 0.5, 0.45]).expand(T, 3))
+    canvas = empty(model, B)[0]
+    often = []
+    for ends in (dict(end_id=1, pad_id=2), {}):
+        _, _, trace = traced(model, canvas, remask='remdm', remdm=remdm, remask_rate=eta, steps=steps, **ends)
+        often.append(remasked(trace, 3)[:8].double().mean().item())            # before texts are closed
+    assert often[0] == pytest.approx(often[1], rel=0.1) and often[0] > 0.01
+
+
 def test_remdm_ends_each_step_with_the_masks_of_the_schedule():
     """Unless more were re-masked than that, the number is exact."""
     model = uniform(30)
@@ -612,6 +625,7 @@ def test_nothing_ends_a_text_whose_end_is_fixed(remask):
         assert all((x[closed, 1:6] < 3).logical_or(x[closed, 1:6] == V).all() for x in trace) and (out[closed, 1:6] < 3).all()
         assert torch.equal(out[:20, 6:], canvas[:20, 6:]) and (out < V).all()
         ends += int((out[~closed, 1:] >= 3).sum())
+        assert (out[20:, 1:6][left_of(fixed)[20:, 1:6]] < 3).all()            # nor within what is given of a text that goes on
     assert ends > 0                                                           # it would have, had it been let
 
 # -----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import sample
 from configurator import UserError
 from rules import best_rules, close_rows, commit_order, draw, filtered, first_of, p_mask, p_wrong, propose, supports
 from canvas import decode, encode, start_canvas
-from sample import find_checkpoint, generate, generate_diffusion, load_merged, write_atomically
+from sample import fill, find_checkpoint, generate, generate_diffusion, load_merged, write_atomically
 
 
 def seeded(seed=0):
@@ -725,9 +725,9 @@ def test_encode_and_decode():
     assert ids == [10, 12, 1, 2, 11, 14, 3]
     assert decode(ARITHMETIC, [15, *ids, 16, 17, 4]) == ('(+12)=3', True)
     assert decode(ARITHMETIC, [15, *ids]) == ('(+12)=3', False)
-    assert decode(ARITHMETIC, [15, 1, 17, 2]) == ('1<pad>2', False)       # scored as wrong, not hidden
-    assert decode(ARITHMETIC, [15, 1, 17, 17, 17]) == ('1<pad>', False)   # one is enough to see it
-    assert decode(ARITHMETIC, [15, 1, 17]) == ('1<pad>', False) and decode(ARITHMETIC, [15, 17, 17, 2]) == ('<pad><pad>2', False)
+    assert decode(ARITHMETIC, [15, 1, 17, 2]) == ('1·2', False)           # scored as wrong, not hidden, and as long as it is
+    assert decode(ARITHMETIC, [15, 1, 17, 17, 17]) == ('1·', False)       # one is enough to see it
+    assert decode(ARITHMETIC, [15, 1, 17]) == ('1·', False) and decode(ARITHMETIC, [15, 17, 17, 2]) == ('··2', False)
     assert decode(ARITHMETIC, [15, 16, 16]) == ('', True)
     assert encode(STREAM, 'ab\n') == [0, 1, 2] and decode(STREAM, [0, 2, 1]) == ('a\nb', False)
     with pytest.raises(UserError, match="'x' in '1x2' is not in the vocabulary of arithmetic: '0123"):
@@ -817,6 +817,18 @@ def test_hybrid_counts_both_parts():
     assert all(s['nfe'] == 4 and len(s['tokens']) == 6 and not s['finished'] for s in samples)
 
 
+def test_hybrid_writes_as_many_tokens_of_every_row_wherever_it_begins():
+    oracle = Oracle(3, 6, random_law(3, 6, seed=1), causal_law=random_law(3, 6, seed=2))
+    canvas, meta = torch.full((2, 6), 3), dict(STREAM, itos=['a', 'b', 'c'])
+    canvas[1, :3] = 1
+    for i in range(2):
+        alone, = fill(oracle, meta, canvas[i:i + 1], canvas[i:i + 1] != 3, ar_prefix=2, trace=True)
+        beside = fill(oracle, meta, canvas, canvas != 3, ar_prefix=2, trace=True)[i]
+        for sample in (alone, beside):
+            drawn = (sample['trace'][:4] != 3).sum(1) - 3 * i                  # canvases before and after the first three passes
+            assert drawn.tolist()[:3] == [0, 1, 2] and (sample['trace'][2, :2 + 3 * i] != 3).all()
+
+
 def test_hybrid_law():
     """An AR prefix of 2, then ancestral: p_causal(x0, x1) p(x2 | x0, x1)."""
     B, V = 20000, 3
@@ -849,7 +861,7 @@ CAUSAL = dict(commit='random', remask='none', ar_prefix=64)
     ('causal', 0.0, {}, CAUSAL),
     ('causal', 0.0, dict(remask='none'), CAUSAL),
     ('causal', 0.5, {}, CAUSAL),
-    ('causal', 0.0, dict(ar_prefix=5), dict(CAUSAL, ar_prefix=5)),
+    ('causal', 0.0, dict(ar_prefix=64), CAUSAL),
 ])
 def test_best_rules(kind, ratio, chosen, expected):
     assert best_rules(default_config(training_type=kind, causal_ratio=ratio), **chosen) == expected
@@ -954,6 +966,8 @@ def test_merged_networks_keep_what_is_known_of_the_judge(tmp_path):
     ('causal', 0.0, dict(remask='wrong'), 'samples left to right'),
     ('causal', 0.0, dict(remask='causal'), 'samples left to right'),
     ('causal', 0.0, dict(judge=True), 'samples left to right'),
+    ('causal', 0.0, dict(ar_prefix=5), 'from left to right to the end'),  # the rest would be of a mode that it never learned
+    ('causal', 0.0, dict(lengths_given=True), 'nor be given a length'),
     ('unmasking', 0.0, dict(remask='wrong'), 'not trained to find wrong tokens'),
     ('joint', 0.0, dict(judge=True, remask='random'), 'not for --remask=random'),
 ])

@@ -77,6 +77,16 @@ def test_judge_steps_is_one_minus_the_probability_of_the_token_and_nan_exactly_a
                 assert token == 5 or doubt[row, i].item() == pytest.approx(1 - probs[row, i, token].item(), abs=1e-6)
 
 
+def test_a_judge_that_never_saw_a_mask_is_shown_what_the_writer_would_write():
+    judge, writer = tiny_gpt(V=5, T=6, seed=1), tiny_gpt(V=5, T=6, seed=2)
+    canvas = torch.tensor([[3, 5, 1, 0, 5, 4]])
+    whole = torch.where(canvas == 5, writer.logits(writer(canvas), real_only=True).argmax(-1), canvas)
+    doubts, = show.judge_steps(judge, [canvas], writer)
+    assert torch.equal(doubts.isnan(), canvas == 5)
+    assert torch.equal(doubts[canvas != 5], show.judge_steps(judge, [whole])[0][canvas != 5])
+    assert not torch.equal(doubts[canvas != 5], show.judge_steps(judge, [canvas])[0][canvas != 5])
+
+
 def test_a_story_says_what_happened_to_every_position():
     frames = told([BOS, MASK, MASK, 3, 4, MASK],
                   [BOS, 7, MASK, MASK, 5, MASK],

@@ -135,6 +135,7 @@ def test_who_has_seen_noise_repairs_by_rewriting():
         for more in (dict(rewrite=False), dict(remask='random'), dict(commit='confidence'), dict(preset='intelligent')):
             assert choose_rules(noisy, task='repair', inside=True, **more)['remask_threshold'] == 0.8
     assert 'rewrite' not in choose_rules(default_config(training_type='unmasking', corruption='noise'), inside=True)
+    assert choose_rules(noisy, task='repair', inside=True, judge=True) == {**TASKS['repair'], 'ar_prefix': 0}    # it looks first
 
 
 def test_what_was_chosen_wins_over_the_preset_and_that_over_the_task_and_that_over_the_best():
@@ -442,7 +443,7 @@ FIT = '--text=(+12)=3'
     ('plain', ['--remask=wrong'], ['not trained to find wrong tokens']),
     ('plain', ['--task=repair', FIT], ['not trained to find wrong tokens']),
     ('plain', ['--preset=speculative'], ['no trained causal mode']),
-    ('causal', ['--task=infill', '--text=1_1'], ['cannot see what is right']),
+    ('causal', ['--task=infill', '--text=1_1'], ['neither fill a hole with text right of it']),
     ('joint', ['--task=infill', '--text=1_1', '--remask=causal'], ['cannot see what is right of a hole']),
     ('judge', ['--task=infill', '--text=1_1'], ['it judges tokens but cannot write']),
     ('joint', ['--remask_schedule=0.3'], ['remask_schedule expects a tuple']),
@@ -564,7 +565,7 @@ def test_one_of_the_tasks_alone(monkeypatch, made, only, names):
 def test_a_perfect_sampler_gets_every_task_right(monkeypatch, made):
     """What is right is decided by the arithmetic: here the samples are the held-out strings themselves."""
     s = quick_bench(monkeypatch, f"--init_from={made['plain']}", '--budgets=2,3', '--only=infill,edit')
-    clean = tasks.spread_rows(tasks.data_of({'name': 'arithmetic'})[1]['val'], 4, 64)
+    clean = tasks.spread_rows(tasks.data_of({'name': 'arithmetic'}, {})[1]['val'], 4, 64)
     texts = [sample.decode(ARITHMETIC, ids)[0] for ids in clean.tolist()]
     asked = []
 

@@ -292,7 +292,7 @@ def test_same_time_needs_to_know_the_times():
 
 def test_other_data_is_refused(words):
     with pytest.raises(UserError, match='data/words has another vocabulary'):
-        text.stream(dict(meta=dict(META, itos=[*'abcd'])))
+        text.stream(dict(meta=dict(META, itos=[*'abcd']), config={}))
     networks = {'judge': (None, dict(meta=dict(META, name='other')))}
     with pytest.raises(UserError, match='the judge learned other, what it is to judge is words'):
         text.judge_of(networks.get, dict(meta=META))

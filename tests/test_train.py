@@ -626,6 +626,7 @@ def test_per_token_and_its_standard_error():
     bootstrap = (nats[index].sum(1) / tokens[index].sum(1)).std()
     assert error == pytest.approx(bootstrap, rel=0.1)
     assert per_token(torch.tensor([2.0, 4.0, 6.0]), torch.tensor([1, 2, 3])) == (2.0, pytest.approx(0, abs=1e-6))
+    assert per_token(torch.tensor([6.0]), torch.tensor([3])) == (2.0, None)   # one row says nothing about others
 
 
 @torch.no_grad()
@@ -648,6 +649,16 @@ def test_evaluate_measures_what_it_says():
     assert halves == pytest.approx({k: result[k] for k in ('causal_nll', 'causal_nll_se')})
     assert result['nelbo'] != evaluate(model, x0, ARITHMETIC, causal=False, bidirectional=True, detects=False,
                                        seed=1)['nelbo']
+
+
+def test_a_judge_is_measured_on_what_it_learned_to_judge(monkeypatch):
+    """A network that cannot unmask never saw a mask, so that it is shown none."""
+    model, writer, x0, shown = tiny_gpt(18, 64, n_recur=1), tiny_gpt(18, 64, seed=1, n_recur=1), arithmetic_rows(6), []
+    monkeypatch.setattr(model, 'forward', lambda idx, **more: shown.append(idx) or GPT.forward(model, idx, **more))
+    for unmasks in (False, True):
+        shown.clear()
+        evaluate(model, x0, ARITHMETIC, causal=False, bidirectional=unmasks, detects=True, guesser=writer)
+        assert (shown[-1] == model.mask_token_id).any() == unmasks
 
 
 def detect(model, x0, **more):
@@ -733,15 +744,15 @@ def test_checkpoint_names():
 
 @pytest.mark.parametrize('kind', ['muon', 'adamw'])
 def test_every_parameter_is_optimised_once(kind):
-    model = tiny_gpt(V, T, n_layer=2)
-    optimizers = make_optimizers(model, kind, 1e-3, 1e-2, 0.1, (0.9, 0.95))
+    model = tiny_gpt(V, T, n_layer=2, bigram_rows=8)
+    optimizers = make_optimizers(model, kind, 1e-3, 1e-2, 0.1, (0.9, 0.95), 0.3)
     groups = [group for optim in optimizers for group in optim.param_groups]
     names = {p: name for name, p in model.named_parameters()}
     found = [names[p] for group in groups for p in group['params']]
     assert sorted(found) == sorted(names.values())
     for group in groups:
         for name in (names[p] for p in group['params']):
-            assert group['weight_decay'] == (0.1 if name.startswith('blocks') else 0)
+            assert group['weight_decay'] == {'blocks': 0.1, 'bigrams': 0.3}.get(name.split('.')[0], 0)
     assert [type(optim).__name__ for optim in optimizers] == (['Muon', 'AdamW'] if kind == 'muon' else ['AdamW'])
     assert [optim.param_groups[0]['lr'] for optim in optimizers] == ([1e-2, 1e-3] if kind == 'muon' else [1e-3])
 
@@ -840,7 +851,8 @@ TINY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--n_recur=1', '--batch_size
         '--eval_interval=3',
         '--eval_rows=16', '--eval_samples=2', '--log_interval=2', '--warmup_iters=1', '--device=cpu', '--dtype=float32']
 MIXED = ['--training_type=joint', '--corruption=own:0.7,random:0.3', '--causal_ratio=0.5', '--dropout=0.1',
-         '--ema_decay=0.99', '--optimizer=muon', '--proofreading_warmup_iters=4', '--masking_warmup_iters=3']
+         '--ema_decay=0.99', '--optimizer=muon', '--proofreading_warmup_iters=4', '--masking_warmup_iters=3', '--bigram_rows=50',
+         '--bigram_decay=0.5']
 PLAIN = ['--training_type=unmasking', '--optimizer=adamw', '--ema_decay=0', '--gradient_accumulation_steps=2',
          '--weight_decay=0.1', '--lr_schedule=cosine', '--eval_samples=0']
 ABSTAIN = ['--training_type=joint', '--corruption=sticky:1,fragment:1', '--allow_abstain', '--target_mask_prob=0.4',
@@ -1319,7 +1331,7 @@ def test_init_from_takes_the_averaged_weights_and_starts_anew(tmp_path):
     source = newest(str(tmp_path / 'a'))
     before = open(source, 'rb').read()
     start(str(tmp_path / 'b'), '--training_type=unmasking', f'--init_from={source}', '--learning_rate=0', '--muon_lr=0',
-          '--eval_samples=0', '--max_iters=1')
+          '--eval_samples=0', '--max_iters=1', '--bigram_rows=50')
     checkpoint = read(str(tmp_path / 'b'))
     assert_same(dict(checkpoint['model']), dict(torch.load(source, weights_only=True)['ema']))
     assert checkpoint['iter_num'] == 1 and open(source, 'rb').read() == before
@@ -1375,6 +1387,11 @@ def test_eval_only_saves_nothing(tmp_path, capsys):
     out = capsys.readouterr().out
     result = torch.load(source, weights_only=True)['result']
     assert f"step 6  validation: NELBO {result['nelbo']:.3f}" in out and 'saved' not in out
+    start(str(tmp_path / 'a'), *MIXED, '--init_from=resume', '--eval_only', '--max_iters=2')   # wherever it stands
+    assert f"step 6  validation: NELBO {result['nelbo']:.3f}" in capsys.readouterr().out
+    start(str(tmp_path / 'b'), *MIXED, f'--init_from={source}', '--eval_only', '--eval_rows=1')
+    out = capsys.readouterr().out
+    assert 'step 0  validation' in out and 'samples are well formed' in out and 'nan' not in out
     assert open(source, 'rb').read() == before and sorted(os.listdir(tmp_path / 'a')) == [os.path.basename(source), 'log.jsonl']
 
 
@@ -1538,6 +1555,7 @@ def test_check_settings_table():
                              (dict(log_interval=0), 'log_interval must be'),
                              (dict(gradient_accumulation_steps=0), 'gradient_accumulation_steps must'),
                              (dict(causal_ratio=1.5), 'causal_ratio must be in 0..1'),
+                             (dict(seed=10 ** 20), r'seed must be in 0..2\^62 - 1'),
                              (dict(remask_ratio=-0.1), 'remask_ratio must be in 0..1'),
                              (dict(reward_correct_unmask=2.0), 'reward_correct_unmask'),
                              (dict(ema_decay=1.1), 'ema_decay'), (dict(decay_share=-1.0), 'decay_share'),
@@ -1565,6 +1583,7 @@ def test_check_settings_table():
                              (dict(target_mask_prob=0.3), 'set --allow_abstain=True'),
                              (dict(abstaining, training_type='causal'), 'training_type=causal has none'),
                              (dict(abstaining, **remasking, corruption='random'), 'training_type=remasking has none'),
+                             (dict(bigram_decay=0.1), 'of the tables of pairs, and there are none: set --bigram_rows'),
                              (dict(mask_logit_bias=0.5), 'set --allow_abstain=True'),
                              (dict(abstaining, mask_logit_bias=20.5), 'mask_logit_bias=20.5 is beyond mask_bias_limit=20.0'),
                              (dict(abstaining, mask_logit_bias=-2.0, mask_bias_limit=1.0), 'is beyond mask_bias_limit=1.0')):
@@ -1593,8 +1612,8 @@ def test_a_share_of_rows_that_is_none_or_all_of_them():
 
 
 def test_negative_settings():
-    for name in ('learning_rate', 'muon_lr', 'weight_decay', 'penalty_mask_correct', 'weight_unmask_task', 'grad_clip',
-                 'weight_remask_task', 'warmup_iters', 'proofreading_warmup_iters', 'masking_warmup_iters', 'eval_samples',
-                 'keep_every', 'seed', 'views', 'mask_control_rate', 'mask_bias_limit'):
+    for name in ('learning_rate', 'muon_lr', 'weight_decay', 'bigram_decay', 'penalty_mask_correct', 'weight_unmask_task',
+                 'grad_clip', 'weight_remask_task', 'warmup_iters', 'proofreading_warmup_iters', 'masking_warmup_iters',
+                 'eval_samples', 'keep_every', 'seed', 'views', 'mask_control_rate', 'mask_bias_limit'):
         with pytest.raises(UserError, match=f'{name} must not be negative'):
             train.check_settings(default_config(**{name: type(default_config()[name])(-1)}))

@@ -14,7 +14,7 @@ import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import write_dataset  # noqa: E402
+from common import UserError, write_dataset  # noqa: E402
 from task import BLOCK_SIZE, CHARS, draw  # noqa: E402
 
 ITOS = list(CHARS) + ['<bos>', '<eos>', '<pad>']
@@ -74,7 +74,10 @@ def main():
     args = parser.parse_args()
     if args.num_train < 1 or args.num_val < 1:
         parser.error(f'need at least one string in each split, not {args.num_train} and {args.num_val}')
-    prepare(args.out, args.num_train, args.num_val, args.seed)
+    try:
+        prepare(args.out, args.num_train, args.num_val, args.seed)
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == '__main__':
