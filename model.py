@@ -149,7 +149,8 @@ def taps(x, weight, offsets, segment):
 
     Nothing comes from outside of the row, or of the segment (B, T) that t belongs to; None: there is one.
     """
-    if segment is None and x.size(-1) >= 32:                         # a kernel for it, on x as it lies in memory
+    if segment is None and x.size(-1) >= 32:                         # a kernel for it, on x as it lies in memory; below 32 channels
+        # it may never return (8 neighbours, 16 channels, bf16)
         n = max(map(abs, offsets))
         kernel = weight.new_zeros(x.size(-1), 1, 1, 2 * n + 1)
         kernel[:, 0, 0, [n - d for d in offsets]] = weight.T
