@@ -62,6 +62,8 @@ def main():
     for name in ('num_samples', 'num_seeds', 'steps', 'batch_size', 'eval_rows'):
         if globals()[name] < 1:
             raise UserError(f'{name} must be at least 1, got {globals()[name]}')
+    if not budgets or any(type(n) is not int or n < 1 for n in budgets):
+        raise UserError(f'budgets expects numbers of passes, each at least 1, got {budgets}')
     for name in ('merge_weight', 'remask_rate'):
         if not 0 <= globals()[name] <= 1:
             raise UserError(f'{name} must be in 0..1, got {globals()[name]}')

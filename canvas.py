@@ -127,7 +127,7 @@ def spans(text, n):
 
 
 def task_canvas(task, model, meta, text, hole=None, mask=None):
-    """The canvas of one text for a task: (canvas (1, T), fixed (1, T)). See the tasks at the top of this file."""
+    """The canvas of one text for a task: (canvas (1, T), fixed (1, T)). See task at the top of sample.py."""
     if task == 'infill':
         ids, ends = holes(meta, text, hole, model.mask_token_id)
         return text_canvas(model, meta, [ids], ends)

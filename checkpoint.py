@@ -15,6 +15,7 @@ import torch
 
 import distributed
 from configurator import UserError, expected
+from data.loader import same_data
 from model import GPT, GPTConfig
 from rules import supports
 
@@ -139,15 +140,19 @@ def check_overwrite(path, config):
         return f'{path} will be written over'
     how = 'go on with it by --init_from=resume, give another --out_dir, or write over it by --overwrite=True'
     try:
-        old = read_checkpoint(path)['config']
+        checkpoint = read_checkpoint(path)
     except UserError as error:
         raise UserError(f'this run would write over a file that it cannot read; {how} ({error})') from error
+    old = checkpoint['config']
     off = {'coarse': '', **{field.name: field.default for field in fields(GPTConfig) if field.name != 'dropout'}}
     old = {**off, **old}                                                       # what it did not have was off
     for name in ('dataset', *off):
         idle = name == 'graph_topk' and not old['graph_window']                # of no effect there
         if name in config and name in old and old[name] != config[name] and not idle:
             raise UserError(f'{path} is of another run, with {name}={old[name]!r} where this one has {config[name]!r}: {how}')
+    if same_data(checkpoint['meta'], config['dataset']) is False:
+        raise UserError(f"{path} is of another run, on other data than what data/{config['dataset']} holds now: give another "
+                        '--out_dir, or write over it by --overwrite=True')
     return f'{path} will be written over: it is of the same network and dataset'
 
 
@@ -401,6 +406,9 @@ def load_start(path, config, args, meta):
                                and not (name == 'time_dim' and before['noise_condition'])]   # which its MLP would replace
     check_same_model(path, before, 'this run', now, [name for name in now if name not in grown and
                                                      (name != 'graph_topk' or before['graph_window'])])
+    if resume and same_data(checkpoint['meta'], config['dataset']) is False:
+        raise UserError(f"{path} was trained on other data than what data/{config['dataset']} holds now: make that again as it "
+                        f'was, or start a new run from its weights with --init_from={path}')
     if resume:
         missing = [key for key in ('optimizers', 'rng', 'sums', 'control') if key not in checkpoint]
         if missing:

@@ -212,6 +212,9 @@ def configure(scope, argv):
 def run(scope):
     """the last line of a script: configure it from the command line and call its main()"""
     script = os.path.basename(scope['__file__'])
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')  # what a terminal or a log file cannot show must not stop a run
     try:
         configure(scope, sys.argv[1:])
         scope['main']()

@@ -55,7 +55,7 @@ def main():
             raise UserError(f'{name} must be at least 1, got {globals()[name]}')
     path = find_checkpoint(init_from, out_dir)
     goal = os.path.join(out_dir, 'ckpt_distilled.pt')
-    if os.path.abspath(path) == os.path.abspath(goal):
+    if os.path.realpath(path) == os.path.realpath(goal):
         raise UserError(f'{goal} would overwrite its own teacher: name another one as --init_from')
     teacher, checkpoint = load_checkpoint(path)
     meta, config = checkpoint['meta'], checkpoint['config']

@@ -54,7 +54,7 @@ def run(scope):
     """
     if not launched() or os.environ['RANK'] == '0':
         return configurator.run(scope)
-    sys.stdout = open(os.devnull, 'w')
+    sys.stdout = open(os.devnull, 'w', encoding='utf-8')
     with contextlib.suppress(UserError, KeyboardInterrupt):
         configurator.configure(scope, sys.argv[1:])
         scope['main']()

@@ -68,7 +68,7 @@ num_samples: int = None    # how many samples to draw; None: 10, with a text 1 e
 #   universal    3 tokens left to right, then maskgit in 20 steps (the universal denoiser's best)
 preset: str = None         # a name from this list; None: the best that the checkpoint supports
 # which masked tokens are committed
-steps: int = None          # passes over the canvas; None: one a token (remask=causal takes what it needs)
+steps: int = None          # passes; None: one a token; repair: a fourth, or 1 (remask=causal takes what it needs)
 schedule: str = None       # linear: equally many tokens a step; cosine: few early, many late; None: linear
 commit: str = None         # random | confidence | margin | entropy | threshold | abstain | priority | left_to_right
 block_length: int = None   # commit blocks of that many tokens from left to right (semi-autoregressive)

@@ -43,12 +43,12 @@ from model import GPT, GPTConfig, norm, places
 from optim import average, lr_scale, make_optimizers, update
 from pieces import in_pieces
 from rules import best_rules, supports
-from sample import generate
+from sample import find_checkpoint, generate
 
 # -----------------------------------------------------------------------------
 # I/O
 out_dir = 'out'                  # where checkpoints go
-init_from = 'scratch'            # scratch | resume | the path of a checkpoint to start from
+init_from = 'scratch'            # scratch | resume | the path of a checkpoint to start from; 'ckpt': the newest under out_dir
 eval_interval = 250              # steps between evaluations; each one also saves a checkpoint
 eval_rows = 1000                 # rows of the validation split that an evaluation uses
 eval_samples = 100               # samples drawn at every evaluation, of text at most 16; the first few are printed
@@ -63,8 +63,8 @@ wandb_run_name = 'run'           # its run; the training type is appended
 # data
 dataset = 'arithmetic'           # a folder under data/; it is prepared on the first run
 coarse = ''                      # characters that all become the first of them: 0123456789 leaves the skeleton of a string
-batch_size = 64                  # rows a step, of all processes together
-gradient_accumulation_steps = 1  # batches summed up into one step
+batch_size = 64                  # rows of a batch, of all processes together
+gradient_accumulation_steps = 1  # batches a step; their gradients are averaged
 block_size = 64                  # length of a row
 # the task: what becomes (input, target, weight)
 training_type = 'joint'          # unmasking | remasking | joint | denoising | causal
@@ -102,12 +102,12 @@ n_recur = 2                      # how often the stack is applied
 dropout = 0.0                    # for small data and long runs
 noise_condition = False          # tell the network which share of its canvas is masked; when denoising, which is noise
 self_condition = False           # show it its previous prediction; half of the rows go without
-stage = 0                        # 1: tell it the noise level through an MLP (time_dim), 2: and k1_credit, 3: and graph_window
+stage = 0                        # short for 1: time_dim=128, 2: and k1_credit, 3: and graph_window=8
 time_dim = 0                     # noise_condition by an MLP of that width; 0: off
 graph_window = 0                 # graph attention: every head may turn to a position's neighbours, so many to each side; 0: off
 graph_topk = 4                   # graph attention: the so many most similar positions are neighbours too
 mu_blocks = 0                    # the embedding as so many blocks that exchange information; 0: off
-short_conv = 0                   # every block first looks at the so many positions to each side, a weight a channel; 0: off
+short_conv = 0                   # every block first mixes in so many neighbours to each side, a weight for each and channel
 shortcuts = False                # every block is shown the embedding and the first block's values again, by weights it learns
 bigram_rows = 0                  # embeddings of pairs of neighbours, looked up in tables of so many rows: no products; 0: off
 draft_head = False               # train a head that drafts for --remask=causal: the same law in far fewer passes
@@ -460,7 +460,9 @@ def train():
         sizes = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
         args = model_args(GPTConfig(vocab_size=meta['vocab_size'], **sizes))
         model = GPT(GPTConfig(**args))
-        path, checkpoint = newest if init_from == 'resume' else init_from, {}
+        path, checkpoint = newest, {}
+        if init_from not in ('resume', 'scratch'):
+            path = find_checkpoint(init_from, out_dir)
         if init_from != 'scratch':
             weights, checkpoint = load_start(path, config, args, meta)
             model.load_state_dict({**model.state_dict(), **weights})           # what the checkpoint did not have yet stays
@@ -484,6 +486,8 @@ def train():
             ranks = random_states_of_ranks(checkpoint)
             checkpoint['rng'] = ranks[rank if len(ranks) == world else 0]
             start, sums, control, skipped = restore(path, checkpoint, ema if ema_decay else None, optimizers, generator, noise)
+        began = checkpoint['config'].get('init_from', 'scratch')
+        config['init_from'] = 'scratch' if began == 'resume' else began        # what an older version says
         if not target_mask_prob:                                               # else it is the controller's
             control['price'] = penalty_keep_mask
         kind = checkpoint['rng'].get('where', on.type)

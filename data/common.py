@@ -77,14 +77,21 @@ def load_corpus(name, patterns, hub, input=None):
             raise UserError(f"{input} does not hold the text: expected {' and '.join(f'{p}.txt' for p in patterns.values())}, "
                             'or the same with .parquet')
         how = dict(data_files=files)
+    branch = 'main'
     try:
-        return datasets.load_dataset(kind, split=list(patterns), **how)
+        try:
+            return datasets.load_dataset(kind, split=list(patterns), **how)
+        except RuntimeError as error:
+            if 'Dataset scripts' not in str(error):
+                raise
+            branch = 'refs/convert/parquet'                                    # where the hub keeps what the script once made
+            return datasets.load_dataset(kind, split=list(patterns), revision=branch, **how)
     except Exception as error:  # whatever its readers and the network may raise
         reason = str(error.__cause__ or error).splitlines()[0]
         if input is not None:
             raise UserError(f'cannot read the files in {input}: {reason}') from error
         raise UserError(f'cannot load {name} ({reason}): fetch the .parquet files of https://huggingface.co/datasets/{name}'
-                        f"/tree/main/{hub.get('name', '')} by hand and pass --input=FOLDER") from error
+                        f"/tree/{branch.replace('/', '%2F')}/{hub.get('name', '')} by hand and pass --input=FOLDER") from error
 
 # -----------------------------------------------------------------------------
 # tokens

@@ -77,9 +77,28 @@ def made_coarse(ids, meta, coarse):
     return np.where(np.isin(ids, others), np.uint16(first), ids)
 
 
+def same_data(meta, dataset):
+    """Whether data/<dataset> holds the files that the meta of a checkpoint was made with; None if it holds none."""
+    try:
+        with open(os.path.join(HERE, dataset, 'meta.json'), encoding='utf-8') as file:
+            now = json.load(file).get('sha256')
+    except (OSError, ValueError, AttributeError):
+        return None
+    return meta.get('sha256') in (None, now)
+
+
 def data_of(meta, config):
-    """load_data for the meta and the config in a checkpoint: what it was trained on. Its name says what kind of text that is."""
-    return load_data(meta.get('dataset', meta['name']), config.get('coarse', ''))
+    """
+    load_data for the meta and the config in a checkpoint: what it was trained on. Its name says what kind of text that is.
+
+    Raises UserError if the folder of that name holds something else by now: ids would mean other tokens, and val be train.
+    """
+    dataset = meta.get('dataset', meta['name'])
+    found = load_data(dataset, config.get('coarse', ''))
+    if same_data(meta, dataset) is False:
+        raise UserError(f'data/{dataset} holds other data than what the checkpoint was trained on; make that again as it was: '
+                        f'{how_to_make(dataset)}')
+    return found
 
 
 def rows_at(ids, index, block_size):

@@ -1,7 +1,7 @@
 """
 Training runs side by side: runs that differ in their seed only share a row, ± the standard error over these seeds.
 
-A row is named by what it sets differently from the first run.
+A row is named by what it sets differently from the first run; merged ones by both.
 """
 
 import glob
@@ -27,12 +27,21 @@ IGNORED = ('seed', 'out_dir', 'eval_interval', 'eval_rows', 'eval_samples', 'eva
            'device', 'dtype', 'attention', 'compile', 'fsdp', 'stage')   # what a stage turns on has settings of its own
 
 
-def recipe(config):
-    """What of a run's settings decides about the result; of a path only that there is one."""
+def recipe(checkpoint):
+    """What of a checkpoint's settings decides about what it is; of a path only that there is one."""
     known = {name: setting.default for name, setting in known_settings('train.py').items()}
-    config = {**known, 'energy_head': 0, **config}                             # what an older or a simpler one lacks is off
-    return {name: 'a checkpoint' if name in ('init_from', 'guess_from') and value not in (None, 'scratch', 'resume') else value
+    config = {**known, 'energy_head': 0, **checkpoint['config']}               # what an older or a simpler one lacks is off
+    if config['init_from'] == 'resume':                                        # of an older one; now it is what it went on with
+        config['init_from'] = 'scratch'
+    how = checkpoint.get('distilled')
+    config['distilled'] = how and {name: value for name, value in how.items() if name not in (*IGNORED, 'init_from')}
+    return {name: 'a checkpoint' if name in ('init_from', 'guess_from') and value not in (None, 'scratch') else value
             for name, value in config.items() if name not in IGNORED}
+
+
+def changed(checkpoint, first):
+    """What a checkpoint's recipe has that the recipe first has not, as text."""
+    return ', '.join(f'{name}={value}' for name, value in recipe(checkpoint).items() if value != first.get(name)) or 'the first'
 
 
 def checkpoint_scores(s, path, other=None):
@@ -57,7 +66,7 @@ def checkpoint_scores(s, path, other=None):
         rules['remask=causal'] = dict(remask='causal')
     scores = {}
     for name, more in rules.items():
-        if not s.only or s.only in name:
+        if any(part in name for part in (s.only or '').split(',')):
             # a judge of its own takes a pass as well
             passes = max(1, s.steps // 2) if more.get('remask_model') else s.steps
             samples = generate(writer, meta, s.num_samples, batch_size=s.batch_size, seed=s.seed, steps=passes, **more)
@@ -77,10 +86,12 @@ def run(s):
     groups, first = {}, None
     with tqdm(list(zip(paths, others or [None] * len(paths))), desc='checkpoints', leave=False) as bar:
         for path, other in bar:
-            config = recipe(load_checkpoint(path)[1]['config'])
-            first = first or config
-            changes = ', '.join(f'{name}={value}' for name, value in config.items() if value != first[name])
-            groups.setdefault(changes or 'the first', []).append(checkpoint_scores(s, path, other))
+            checkpoint = load_checkpoint(path)[1]
+            first = first or recipe(checkpoint)
+            name = changed(checkpoint, first) + (f' + {changed(load_checkpoint(other)[1], first)}' if other else '')
+            groups.setdefault(name, []).append(checkpoint_scores(s, path, other))
+    if s.only and not any(scores for runs in groups.values() for _, scores in runs):
+        raise UserError(f"no sampler's name contains '{s.only}'")
     rows = []
     for name, runs in groups.items():
         rows.append(dict(name=name, sampler='', seeds=len(runs), **mean_and_error([run[0] for run in runs], VALIDATION)))

@@ -36,6 +36,7 @@ from suites.common import load, wanted
 ORDER = ('ok', 'warning', 'problem')
 TOLERANCE = 1e-5        # of hidden states, whose scale is 1: what has not changed; exactly equal on the devices that we know
 MEMORISED = 0.1         # nats a token
+PIECE = 2**24           # tokens of a stream that are in memory at once
 SCHEDULE = ('lr_schedule', 'max_iters', 'warmup_iters', 'decay_share')
 
 
@@ -50,9 +51,9 @@ def verdict(measured, faults):
 
 
 def token_counts(ids):
-    """How often every id 0..65535 occurs in a split of a dataset, (65536,). Bit by bit, because a stream may be long."""
+    """How often every id 0..65535 occurs in a split of a dataset, (65536,). Piece by piece: a stream may be long."""
     ids = ids.reshape(-1)
-    return sum(np.bincount(ids[start:start + 2**24], minlength=2**16) for start in range(0, len(ids), 2**24))
+    return sum(np.bincount(ids[start:start + PIECE], minlength=2**16) for start in range(0, len(ids), PIECE))
 
 
 def text_counts(count, meta):
@@ -261,7 +262,9 @@ def trained_tensors(model, config):
     """(name, tensor) of what a run of these settings trains: not the energy head, and no part whose mode it never uses."""
     causal = supports(config)[1]
     bidirectional = config['training_type'] != 'causal' and (config['causal_ratio'] < 1 or config['views'] > 0)
-    idle = ['critic.'] + ['causal_embd', 'drafter.'] * (not causal) + ['level.', 'previous.'] * (not bidirectional)
+    idle = ['critic.'] + ['causal_embd', 'drafter.'] * (not causal)
+    idle += ['level.', 'previous.', 'bigrams.around'] * (not bidirectional)
+    idle += ['blocks.0.shortcuts'] * (config['n_recur'] == 1)                  # a first block has nothing to be shown again
     return [(name, p) for name, p in model.named_parameters() if not name.startswith(tuple(idle))]
 
 
@@ -545,7 +548,8 @@ def run(s):
     The suite with bench's settings s: (rows of name, status, measured, advice; the summary). Every result is printed at once.
     """
     config, trained, checkpoint = set_up(s)
-    train.check_settings(dict(config, fsdp=False))                             # of many processes here is one
+    if not checkpoint:                                                         # the others were checked when they were trained
+        train.check_settings(dict(config, fsdp=False))                         # of many processes here is one
     meta, data = load_data(config['dataset'], config['coarse'])
     train.check_fits(config, meta)
     if checkpoint:

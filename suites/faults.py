@@ -23,10 +23,13 @@ import time
 
 import torch
 
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, make_folder
 from configurator import UserError
 from suites.common import markdown
 from suites.runs import ROOT
+
+if os.name == 'nt':
+    raise UserError('faults kills processes by signals that Windows does not have: run it on Linux or macOS')
 
 # a run of some seconds that saves all the time
 TINY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--n_recur=1', '--batch_size=4', '--max_iters=200', '--eval_interval=5',
@@ -142,7 +145,7 @@ def survive(s, words=()):
     """s.num_samples disturbances, as many runs as that takes: rows of what was found, a kind each, and one of the runs."""
     place, rng = os.path.join(s.out_dir, 'faults'), random.Random(s.seed)
     shutil.rmtree(place, ignore_errors=True)
-    os.makedirs(place)
+    make_folder(place)
     rows = [dict(name=kind, disturbances=0, inside=0, corrupt=0, lost=0) for kind in KINDS]
     runs = dict(name='the runs', finished=0, identical=0, left_behind=0)
     straight, done = os.path.join(place, 'straight'), 0

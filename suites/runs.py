@@ -20,7 +20,7 @@ import sys
 from tqdm import tqdm
 
 import configurator
-from checkpoint import load_checkpoint, write_atomically
+from checkpoint import append_line, load_checkpoint, make_folder, write_atomically
 from configurator import UserError
 from suites.common import load
 
@@ -101,7 +101,7 @@ def trained(s, runs, name):
     command += [f'--out_dir={os.path.abspath(folder)}', *(['--init_from=resume'] if path else [])]
     log = os.path.join(folder, 'train.txt')
     tqdm.write(f"{name}: python {' '.join(command)} > {log}")
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     status = execute(command, log, 'a' if path else 'w')
     path, finished = progress_of(folder, script)
     if status or not finished:
@@ -147,7 +147,7 @@ def measure_all(s, asked, key_of, measure, tables):
     rows.jsonl is not measured again. What cannot be measured is left out, and a UserError at the end names the first of it.
     """
     folder = os.path.join(s.out_dir, s.suite)
-    os.makedirs(folder, exist_ok=True)
+    make_folder(folder)
     cache = os.path.join(folder, 'rows.jsonl')
     known, found, failed = read_rows(cache), [], []
     for one in tqdm(asked, desc='rows', leave=False):
@@ -155,8 +155,7 @@ def measure_all(s, asked, key_of, measure, tables):
             key = key_of(*one)
             if key not in known:
                 rows = measure(*one)
-                with open(cache, 'a', encoding='utf-8') as file:
-                    file.write(json.dumps(dict(key=key, rows=rows)) + '\n')
+                append_line(cache, json.dumps(dict(key=key, rows=rows)))
                 known[key] = rows
             found += known[key]
         except UserError as error:

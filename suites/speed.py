@@ -5,7 +5,7 @@ sampling  samples/s: ours, the plain ancestral sampler (one token a pass, every 
           key/value cache, in a loop of its own and in ours. Network, dtype and attention are the same; all end with the text
 training  tokens/s of a whole step: the same network as nanoGPT runs it (float32, eager, fused attention kernel, one AdamW that
           loops over the tensors, every logit), ours with the same task, and ours as in config/remask_all.py, with one feature
-          less each
+          less each; with --compile=True also ours with the same task compiled
 peak      FLOP/s of a bare matrix product of these shapes, best of many: what mfu is a share of, in all rows of a shape
 startup   until --help is printed, until the first training step is made, and the heavy imports that this takes
 growth    time and peak memory of a step of config/remask_all.py for longer rows, more of them, more words, more layers
@@ -278,7 +278,13 @@ def training(s):
     for shape in SHAPES:
         configs = {name: recipe(**shape, **changes) for name, changes in VARIANTS.items()}
         steps = {'baseline': baseline_step(s, configs['ours, unmasking'])}
-        steps.update((name, our_step(s, config, s.compile)) for name, config in configs.items())
+        steps.update((name, our_step(s, config)) for name, config in configs.items())
+        if s.compile:                                                          # the others, with two modes, would take minutes
+            torch.compiler.reset()                                             # it gives up on a function after eight networks
+            for name in [name for name in configs if 'unmasking' in name]:
+                steps[name + ', compiled'] = step = our_step(s, configs[name], compile=True)
+                configs[name + ', compiled'] = configs[name]
+                step()                                                         # the next call may compile again
         found = with_ratios(compare('training', label(shape), steps, s.steps), 'baseline')
         most, _ = peak_flops(s, shape)
         everything = next(row['seconds'] for row in found if row['name'] == ALL)

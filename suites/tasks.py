@@ -99,6 +99,6 @@ def repair_rows(s, model, meta, config, clean, sigma=0.2, noise_mix='mask:0.5,re
             row = with_errors(dict(name=protocol, sampler=how, nfe=nfe[how], exact=exact), len(clean))
             row['accuracy'], row['accuracy_se'] = per_token((right & real).sum(1).double(), real.sum(1))
             share = ((right & real).sum(1) + 1).double() / (real.sum(1) + 1)  # (N,) the start symbol counts, as in the seed
-            row['by_string'], row['by_string_se'] = share.mean().item(), share.std().item() / len(clean) ** 0.5
+            row['by_string'], row['by_string_se'] = per_token(share, torch.ones_like(share))
             rows.append(row)
     return rows

@@ -146,7 +146,7 @@ def judge_of(network, checkpoint):
 
 def mean_and_error(name, values):
     """{name: the mean of values (N,), name_se: its standard error}"""
-    return {name: values.mean().item(), f'{name}_se': values.std().item() / len(values) ** 0.5}
+    return dict(zip((name, f'{name}_se'), per_token(values, torch.ones_like(values))))
 
 
 def mean_nfe(samples):

@@ -244,7 +244,8 @@ def test_bench_compares_runs(run, trained, tmp_path):
 
 def test_bench_knows_what_makes_two_runs_alike():
     """Not the seed, nor where it ran; of another checkpoint that it started from or learned from only that there is one."""
-    recipe = checkpoints.recipe
+    def recipe(config, **more):
+        return checkpoints.recipe(dict(config=config, **more))
     same = [dict(seed=1, guess_from='a.pt', init_from='x.pt', dtype='float32'), dict(seed=2, guess_from='b.pt', init_from='y.pt')]
     assert recipe(default_config(**same[0])) == recipe(default_config(**same[1]))
     plain = recipe(default_config())
@@ -253,6 +254,10 @@ def test_bench_knows_what_makes_two_runs_alike():
         assert recipe(default_config(**changes)) != plain, changes
     head = recipe(dict(default_config(), energy_head=1))                      # not a setting of train.py
     assert set(head) == set(plain) and head != plain
+    assert recipe(default_config(init_from='resume')) == plain                # as older checkpoints say
+    students = [recipe(default_config(), distilled=dict(teacher_steps=steps, seed=seed, init_from=path))
+                for steps, seed, path in ((4, 1, 'a.pt'), (4, 2, 'b.pt'), (16, 1, 'a.pt'))]
+    assert students[0] == students[1] != plain and students[0] != students[2] and set(students[0]) == set(plain)
 
 
 def test_bench_merges_pair_by_pair(tmp_path, monkeypatch):
@@ -265,6 +270,10 @@ def test_bench_merges_pair_by_pair(tmp_path, monkeypatch):
     rows, _ = checkpoints.run(bench_settings(f'--init_from={tmp_path}/a*.pt', f'--merge_from={tmp_path}/b*.pt'))
     assert seen == [('a1.pt', 'b1.pt'), ('a2.pt', 'b2.pt')]
     assert [row['seeds'] for row in rows] == [2, 2] and rows[0]['auc'] is None
+    assert rows[0]['name'] == 'the first + the first'
+    write_checkpoint(tmp_path / 'b2.pt', seed=2, remask_ratio=0.25)
+    rows, _ = checkpoints.run(bench_settings(f'--init_from={tmp_path}/a*.pt', f'--merge_from={tmp_path}/b*.pt'))
+    assert [row['name'] for row in rows[::2]] == ['the first + the first', 'the first + remask_ratio=0.25']
 
 
 def test_bench_scores_a_judge_beside_the_writer_it_learned_from(tmp_path, monkeypatch):
@@ -524,6 +533,7 @@ def test_bench_refuses(run, trained, tmp_path):
     text = write_checkpoint(tmp_path / 't.pt', tiny_gpt(3, 8), STREAM, training_type='unmasking')
     for words, message in (([f'--init_from={trained[1]}', '--suite=speeed'], "'speeed'"),
                            ([f'--init_from={trained[1]}', '--num_seeds=0'], 'num_seeds must be at least 1'),
+                           (['--suite=samplers', '--budgets=0,8'], 'budgets expects numbers of passes, each at least 1'),
                            ([f'--init_from={trained[1]}', '--only=nothing'], "no row's name contains 'nothing'"),
                            ([f'--out_dir={tmp_path}/empty'], 'train one first'),
                            ([f'--init_from={judge}'], 'cannot write'),

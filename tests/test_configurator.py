@@ -449,3 +449,5 @@ def test_as_a_real_script(tmp_path):
 
     assert call('a.py', '--out_dir=x') == (0, "using a.py\noverride: out_dir = 'x'\nmain sees 7 x\n", '')
     assert call('b.py') == (1, '', 'train.py: b.py: no such config file\n')
+    env['PYTHONIOENCODING'] = 'ascii'                                # what cannot be shown does not stop a run
+    assert call('--out_dir=\u2713') == (0, "override: out_dir = '?'\nmain sees 2000 ?\n", '')

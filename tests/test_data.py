@@ -257,8 +257,8 @@ def test_arithmetic_script(tmp_path):
     run = subprocess.run([sys.executable, script, *args], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert len(read_strings(tmp_path / 'new', 'train')) == 100 and len(read_strings(tmp_path / 'new', 'val')) == 20
-    with pytest.raises(ValueError):
-        arithmetic.prepare(tmp_path, num_train=0)
+    run = subprocess.run([sys.executable, script, *args, '--num_train=0'], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr == 'prepare.py: num_train and num_val must be at least 1, got 0 and 20\n'
 
 # -----------------------------------------------------------------------------
 # data/common.py
@@ -649,6 +649,25 @@ def test_openwebtext_from_the_hub(tmp_path, hub, toy_gpt2, monkeypatch):
     for how in (dict(), dict(max_docs=1), dict(num_proc=0)):
         with pytest.raises(UserError):
             openwebtext.prepare(tmp_path / 'none', **how)
+    assert not (tmp_path / 'none').exists()
+
+
+def test_a_corpus_whose_script_nobody_runs_any_more(tmp_path, hub, toy_gpt2, monkeypatch):
+    """datasets 4 refuses the scripts of old corpora; the hub keeps what they made in another branch."""
+    asked, rows = [], hub.Dataset.from_dict({'text': [f'page {i}\n' for i in range(30)]})
+
+    def load_dataset(name, split, revision=None, **how):
+        asked.append(revision)
+        if revision is None:
+            raise RuntimeError('Dataset scripts are no longer supported, but found openwebtext.py')
+        if len(asked) > 2:
+            raise ConnectionError('no network')
+        return [rows]
+
+    monkeypatch.setattr(hub, 'load_dataset', load_dataset)
+    assert openwebtext.prepare(tmp_path / 'all')['train_tokens'] > 200 and asked == [None, 'refs/convert/parquet']
+    with pytest.raises(UserError, match='no network.*openwebtext/tree/refs%2Fconvert%2Fparquet/ by hand'):
+        openwebtext.prepare(tmp_path / 'none')
     assert not (tmp_path / 'none').exists()
 
 

@@ -68,15 +68,18 @@ def test_a_healthy_set_up_is_left_alone(small, capsys):
     assert result(rows, 'speed')['measured'].startswith('cpu')
 
 
+@pytest.mark.parametrize('n_recur', [1, 2])
 @pytest.mark.parametrize('kind', ['unmasking', 'causal', 'remasking', 'denoising'])
-def test_what_a_run_does_not_train_is_no_fault(kind):
+def test_what_a_run_does_not_train_is_no_fault(kind, n_recur):
     """Every training type, with all of the parts that it may have."""
     changes = dict(training_type=kind, causal_ratio=0.0, draft_head=kind == 'causal', corruption='random', n_embd=16,
-                   noise_condition=True, self_condition=True, remask_target='original', optimizer='adamw')
+                   noise_condition=True, self_condition=True, remask_target='original', optimizer='adamw', n_recur=n_recur,
+                   shortcuts=True, short_conv=1, bigram_rows=64, graph_window=1, mu_blocks=2)
     seconds, norms = diagnose.first_steps(fresh(**changes), DATA['train'], META, {**CONFIG, **changes})
     assert diagnose.check_gradients(norms)[0] == 'ok' and len(seconds) == 5
     assert ('causal_embd' in norms) == ('drafter.fc.weight' in norms) == (kind == 'causal')
-    assert ('level.weight' in norms) == ('previous.weight' in norms) == (kind != 'causal')
+    assert ('level.weight' in norms) == ('previous.weight' in norms) == ('bigrams.around.weight' in norms) == (kind != 'causal')
+    assert ('blocks.0.shortcuts' in norms) == (n_recur == 2)
     seconds, norms = diagnose.first_steps(fresh(**changes), DATA['train'], META, {**CONFIG, **changes, 'max_iters': 1}, num=2)
     assert diagnose.check_gradients(norms)[0] == 'ok' and len(seconds) == 2    # shorter than that: the rate is never negative
 
@@ -152,7 +155,12 @@ def test_a_vocabulary_off_by_one():
     assert diagnose.check_vocabulary(counts, dict(META, vocab_size=50257, itos=None, tokenizer='gpt2'))[0] == 'ok'
 
 
-    assert diagnose.token_counts(np.array([[3, 3, 5], [0, 5, 65535]])).nonzero()[0].tolist() == [0, 3, 5, 65535]
+def test_tokens_are_counted_piece_by_piece(monkeypatch):
+    ids = np.array([[3, 3, 5], [0, 5, 65535], [3, 0, 1]], dtype=np.uint16)
+    for piece in (2**24, 4, 1):
+        monkeypatch.setattr(diagnose, 'PIECE', piece)
+        count = diagnose.token_counts(ids)
+        assert count.shape == (2**16,) and {int(i): int(count[i]) for i in count.nonzero()[0]} == {0: 2, 1: 1, 3: 3, 5: 2, 65535: 1}
 
 
 def test_ids_that_the_network_does_not_have_end_the_diagnosis(small, monkeypatch):

@@ -275,7 +275,11 @@ def test_what_is_measured(monkeypatch):
                             texts, seeded())
     # as long as a clean row: half; shorter: one; longer: none
     assert result['wrong values'] == 0.5 and result['malformed samples'] == 1 and result['own samples'] == 0.7
-    assert 0 <= result['noise'] <= 1 and list(result) == ['noise', 'own samples', 'malformed samples', 'wrong values']
+    assert list(result) == ['noise', 'own samples', 'malformed samples', 'wrong values']
+    # rows that the noise left alone are no noise: of this one in four rows has another length, all others are as they were
+    clean = torch.stack([row('(+12)=3')] * 4)
+    monkeypatch.setattr(energy, 'noised', lambda model, x0, *how: torch.cat((x0[:3], row('1=1')[None])))
+    assert energy.measure(model, ARITHMETIC, clean, clean, ['(+12)=3'] * 4, seeded())['noise'] == 1
 
 
 @pytest.fixture(scope='module')

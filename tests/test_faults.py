@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ARITHMETIC, ROOT, default_config, load_script, tiny_gpt, write_checkpoint
+from conftest import ARITHMETIC, ROOT, default_config, tiny_gpt, write_checkpoint
 from test_train import PLAIN, assert_same, newest, read, start
 
 import canvas
@@ -316,28 +316,6 @@ def test_torn_config_files(place, cut, tail):
     path = place / 'torn.py'
     path.write_text(CONFIG[:cut] + tail, encoding='utf-8')
     refused(lambda: configure([str(path)]), path, may_pass=True)          # a whole statement more or less is no error
-
-
-@cases(60)
-@given(st.sampled_from(['--num_train', '--num_val', '--seed']), junk)
-def test_arguments_of_a_dataset(place, name, value):
-    assume(not value.lstrip('+-').replace('_', '').isdecimal() and not value.startswith('-'))
-    module = load_prepare()
-    argv, err = sys.argv, sys.stderr
-    try:
-        sys.argv, sys.stderr = ['prepare.py', f'--out={place}/data', f'{name}={value}'], io.StringIO()
-        with pytest.raises(SystemExit):
-            module.main()
-        assert name in sys.stderr.getvalue().splitlines()[-1]
-    finally:
-        sys.argv, sys.stderr = argv, err
-    assert not os.path.exists(place / 'data')
-
-
-def load_prepare(cache=[]):
-    if not cache:
-        cache.append(load_script(os.path.join('data', 'arithmetic', 'prepare')))
-    return cache[0]
 
 # -----------------------------------------------------------------------------
 # checkpoints

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from canvas import until_end
 from configurator import UserError
-from model import places
+from model import GPT, places
 from sample import fill
 from suites import speed
 
@@ -191,6 +191,12 @@ def test_training_table(small, monkeypatch):
             assert row['costs'] is None
     assert {row['flops'] for row in rows if row['name'] == 'baseline'} < {row['flops'] for row in rows}
     assert text.count('\n') == len(rows) + 1
+
+    compiled = []
+    monkeypatch.setattr(GPT, 'compile', lambda model: compiled.append(model))
+    rows, _ = speed.training(small('--compile=True'))
+    assert [row['name'] for row in rows] == ['baseline', *some, 'ours, unmasking, compiled'] * 2 and len(compiled) == 2
+    assert rows[4]['flops'] == rows[1]['flops']
 
 
 def test_sampling_table(small, tmp_path):

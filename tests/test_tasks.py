@@ -17,6 +17,7 @@ import sample
 from canvas import holes, spans, task_canvas
 from checkpoint import load_checkpoint
 from configurator import UserError
+from corruption import mixed_noise
 from evaluation import causal_nll
 from rules import COMMIT_RULES, PRESETS, REMASK_RULES, REWRITE, TASKS, choose_rules
 from sample import judge_rows
@@ -500,8 +501,16 @@ def test_repair_is_measured_beside_doing_nothing(monkeypatch):
     table = {(row['name'], row['sampler']): row for row in rows}
     hows = ['nothing', 'nothing, masks filled perfectly', 'the likeliest token everywhere', '--task=repair']
     assert list(table) == [(protocol, how) for protocol in ("the seed's protocol", 'with insertions') for how in hows]
-    for protocol in ("the seed's protocol", 'with insertions'):
+    for protocol, level, insert in (("the seed's protocol", 0.2 * 0.925, 0), ('with insertions', 0.2, 0.075)):
         nothing, filled, likeliest, repair = (table[protocol, how] for how in hows)
+        mix = [('mask', 0.5), ('replace', 0.2), ('swap', 0.15), ('delete', 0.075), ('insert', insert)]
+        real = clean[:7] < 17
+        real[:, 0] = False
+        noisy = mixed_noise(clean[:7], real, torch.full((7,), level), mix, MASK, PAD, seeded(s.seed))
+        right = [[a == b for a, b, counts in zip(*rows) if counts] for rows in zip(noisy.tolist(), clean.tolist(), real.tolist())]
+        assert nothing['accuracy'] == pytest.approx(sum(map(sum, right)) / sum(map(len, right)))
+        assert nothing['by_string'] == pytest.approx(sum((sum(row) + 1) / (len(row) + 1) for row in right) / 7)
+        assert nothing['exact'] == pytest.approx(sum(map(all, right)) / 7)
         assert 0.3 < nothing['accuracy'] < filled['accuracy'] < 1 and nothing['exact'] <= filled['exact']
         assert [row['nfe'] for row in (nothing, filled, likeliest)] == [0, 0, 1] and 1 <= repair['nfe'] <= 16
         assert all(0 <= row['accuracy'] <= 1 and row['accuracy_se'] > 0 and 0 <= row['exact'] <= 1 for row in table.values())
@@ -563,7 +572,7 @@ def test_one_of_the_tasks_alone(monkeypatch, made, only, names):
 
 
 def test_a_perfect_sampler_gets_every_task_right(monkeypatch, made):
-    """What is right is decided by the arithmetic: here the samples are the held-out strings themselves."""
+    """What is right is decided by the arithmetic: here the samples are the held-out strings, and then others that are true."""
     s = quick_bench(monkeypatch, f"--init_from={made['plain']}", '--budgets=2,3', '--only=infill,edit')
     clean = tasks.spread_rows(tasks.data_of({'name': 'arithmetic'}, {})[1]['val'], 4, 64)
     texts = [sample.decode(ARITHMETIC, ids)[0] for ids in clean.tolist()]
@@ -584,6 +593,9 @@ def test_a_perfect_sampler_gets_every_task_right(monkeypatch, made):
             assert holes == [text.index('=') for text in texts]
         else:
             assert holes == [64 - 2 - text.index('=') for text in texts]
+    texts = ['(+11)=2' if text.endswith('=3') else '(+12)=3' for text in texts]
+    rows, _ = tasks.run(s)
+    assert all(row['valid'] == 1 and row['correct'] == 0 for row in rows)
 
 
 def test_the_suites_run_as_commands(run, made, tmp_path):

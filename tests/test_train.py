@@ -918,6 +918,7 @@ def test_resumed_runs_are_bit_identical(tmp_path, words):
     torch.manual_seed(12345)                                              # nothing of the old process is left
     start(resumed, *words, '--init_from=resume')
     assert_same_run(straight, resumed)
+    assert read(resumed)['config']['init_from'] == read(straight)['config']['init_from'] != 'resume'
 
     def interrupt(module):
         calls, rows = [], module.random_rows
@@ -1324,6 +1325,28 @@ def test_training_learns(tmp_path, monkeypatch, optimizer):
     assert best - 4 * result['nelbo_se'] < result['nelbo'] < 0.6          # of 1.386 for guessing
     assert best - 1e-3 < result['causal_nll'] < 0.25
     assert result['auc'] > 0.75
+
+
+def test_a_dataset_that_was_made_anew_is_another_one(tmp_path, monkeypatch):
+    """Its tokens may mean something else, or what is held out may be what was learned: nothing goes on, nothing is lost."""
+    write_dataset(tmp_path)
+    monkeypatch.setattr(loader, 'HERE', str(tmp_path / 'data'))
+    out, words = str(tmp_path / 'out'), ['--dataset=small', '--block_size=8', '--eval_samples=0', '--max_iters=2']
+    start(out, *words)
+    path, meta = newest(out), read(out)['meta']
+    before = open(path, 'rb').read()
+    assert len(loader.data_of(meta, {})[1]['val']) == 64
+    write_dataset(tmp_path, rows=48)
+    for more in ([], ['--init_from=resume', '--max_iters=3']):
+        with pytest.raises(UserError, match='other data than what data/small holds now'):
+            start(out, *words, *more)
+    with pytest.raises(UserError, match='data/small holds other data.*make that again as it was'):
+        loader.data_of(meta, {})
+    assert open(path, 'rb').read() == before
+    start(out, *words, '--init_from=ckpt', '--max_iters=1', '--overwrite=True')    # its weights still are a start
+    assert read(out)['iter_num'] == 1 and read(out)['config']['init_from'] == 'ckpt'
+    write_dataset(tmp_path)                                               # as the first one was
+    assert len(loader.data_of(meta, {})[1]['val']) == 64
 
 
 def test_init_from_takes_the_averaged_weights_and_starts_anew(tmp_path):

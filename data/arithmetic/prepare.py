@@ -5,7 +5,6 @@ $ python data/arithmetic/prepare.py
 $ python data/arithmetic/prepare.py --num_train=100000 --seed=7 --out=some/folder
 """
 
-import argparse
 import os
 import random
 import sys
@@ -13,9 +12,16 @@ import sys
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path[:0] = [HERE, os.path.dirname(HERE)]
-from common import UserError, write_dataset  # noqa: E402
-from task import BLOCK_SIZE, CHARS, draw  # noqa: E402
+sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
+import configurator  # noqa: E402
+from configurator import UserError  # noqa: E402
+from data.arithmetic.task import BLOCK_SIZE, CHARS, draw  # noqa: E402
+from data.common import write_dataset  # noqa: E402
+
+out: str = None    # the folder to write to, None: the one of this script
+num_train = 20000  # strings to train on
+num_val = 2000     # held-out strings
+seed = 1337
 
 ITOS = list(CHARS) + ['<bos>', '<eos>', '<pad>']
 STOI = {s: i for i, s in enumerate(ITOS)}
@@ -47,9 +53,9 @@ def draw_splits(num_train, num_val, seed):
 
 
 def prepare(out_dir=HERE, num_train=20000, num_val=2000, seed=1337):
-    """Draw the dataset, write it into out_dir, say what it is, and return its meta."""
+    """Draw the dataset, write it into out_dir, say what it is, and return its meta. Raises UserError before it writes."""
     if num_train < 1 or num_val < 1:
-        raise ValueError(f'need at least one string in each split, not {num_train} and {num_val}')
+        raise UserError(f'num_train and num_val must be at least 1, got {num_train} and {num_val}')
     train, val, rejected = draw_splits(num_train, num_val, seed)
     meta = write_dataset(out_dir, encode_rows(train), encode_rows(val), {
         'name': 'arithmetic', 'format': 'rows', 'block_size': BLOCK_SIZE,
@@ -66,19 +72,8 @@ def prepare(out_dir=HERE, num_train=20000, num_val=2000, seed=1337):
 
 
 def main():
-    parser = argparse.ArgumentParser(description='Make the arithmetic dataset.')
-    parser.add_argument('--out', default=HERE, help='the folder to write to (default: the one of this script)')
-    parser.add_argument('--num_train', type=int, default=20000, help='strings to train on (default: %(default)s)')
-    parser.add_argument('--num_val', type=int, default=2000, help='held-out strings (default: %(default)s)')
-    parser.add_argument('--seed', type=int, default=1337, help='(default: %(default)s)')
-    args = parser.parse_args()
-    if args.num_train < 1 or args.num_val < 1:
-        parser.error(f'need at least one string in each split, not {args.num_train} and {args.num_val}')
-    try:
-        prepare(args.out, args.num_train, args.num_val, args.seed)
-    except UserError as error:
-        parser.error(str(error))
+    prepare(out or HERE, num_train, num_val, seed)
 
 
 if __name__ == '__main__':
-    main()
+    configurator.run(globals())
