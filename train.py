@@ -102,12 +102,12 @@ n_recur = 2                      # how often the stack is applied
 dropout = 0.0                    # for small data and long runs
 noise_condition = False          # tell the network which share of its canvas is masked; when denoising, which is noise
 self_condition = False           # show it its previous prediction; half of the rows go without
-stage = 0                        # short for 1: time_dim=128, 2: and k1_credit, 3: and graph_window=8
+stage = 0                        # a short way to set 1: time_dim=128, 2: and k1_credit, 3: and graph_window=8; 0: nothing
 time_dim = 0                     # noise_condition by an MLP of that width; 0: off
 graph_window = 0                 # graph attention: every head may turn to a position's neighbours, so many to each side; 0: off
 graph_topk = 4                   # graph attention: the so many most similar positions are neighbours too
 mu_blocks = 0                    # the embedding as so many blocks that exchange information; 0: off
-short_conv = 0                   # every block first mixes in so many neighbours to each side, a weight for each and channel
+short_conv = 0                   # every block first mixes in so many neighbours to each side, a weight a channel; 0: off
 shortcuts = False                # every block is shown the embedding and the first block's values again, by weights it learns
 bigram_rows = 0                  # embeddings of pairs of neighbours, looked up in tables of so many rows: no products; 0: off
 draft_head = False               # train a head that drafts for --remask=causal: the same law in far fewer passes
