@@ -15,7 +15,7 @@ import torch
 
 import distributed
 from configurator import UserError, expected
-from data.loader import same_data
+from data.loader import other_data, read_meta
 from model import GPT, GPTConfig
 from rules import supports
 
@@ -150,7 +150,8 @@ def check_overwrite(path, config):
         idle = name == 'graph_topk' and not old['graph_window']                # of no effect there
         if name in config and name in old and old[name] != config[name] and not idle:
             raise UserError(f'{path} is of another run, with {name}={old[name]!r} where this one has {config[name]!r}: {how}')
-    if same_data(checkpoint['meta'], config['dataset']) is False:
+    now = read_meta(config['dataset'])
+    if now is not None and other_data(checkpoint['meta'], now):
         raise UserError(f"{path} is of another run, on other data than what data/{config['dataset']} holds now: give another "
                         '--out_dir, or write over it by --overwrite=True')
     return f'{path} will be written over: it is of the same network and dataset'
@@ -406,10 +407,10 @@ def load_start(path, config, args, meta):
                                and not (name == 'time_dim' and before['noise_condition'])]   # which its MLP would replace
     check_same_model(path, before, 'this run', now, [name for name in now if name not in grown and
                                                      (name != 'graph_topk' or before['graph_window'])])
-    if resume and same_data(checkpoint['meta'], config['dataset']) is False:
-        raise UserError(f"{path} was trained on other data than what data/{config['dataset']} holds now: make that again as it "
-                        f'was, or start a new run from its weights with --init_from={path}')
     if resume:
+        if other_data(checkpoint['meta'], meta):
+            raise UserError(f"{path} was trained on other data than what data/{config['dataset']} holds now: make that again as "
+                            f'it was, or start a new run from its weights with --init_from={path}')
         missing = [key for key in ('optimizers', 'rng', 'sums', 'control') if key not in checkpoint]
         if missing:
             raise UserError(f"{path}: made by another version of train.py, it has no '{missing[0]}' to resume with; start a new "

@@ -77,14 +77,19 @@ def made_coarse(ids, meta, coarse):
     return np.where(np.isin(ids, others), np.uint16(first), ids)
 
 
-def same_data(meta, dataset):
-    """Whether data/<dataset> holds the files that the meta of a checkpoint was made with; None if it holds none."""
+def read_meta(dataset):
+    """The meta.json of data/<dataset>, None if it is not there or damaged: load_data makes the one and refuses the other."""
     try:
         with open(os.path.join(HERE, dataset, 'meta.json'), encoding='utf-8') as file:
-            now = json.load(file).get('sha256')
-    except (OSError, ValueError, AttributeError):
+            meta = json.load(file)
+    except (OSError, ValueError):
         return None
-    return meta.get('sha256') in (None, now)
+    return meta if isinstance(meta, dict) else None
+
+
+def other_data(meta, now):
+    """Whether the meta of a checkpoint is of other files than that of a dataset, now. A meta may be older than the sha256 in it."""
+    return meta.get('sha256') not in (None, now.get('sha256'))
 
 
 def data_of(meta, config):
@@ -94,11 +99,11 @@ def data_of(meta, config):
     Raises UserError if the folder of that name holds something else by now: ids would mean other tokens, and val be train.
     """
     dataset = meta.get('dataset', meta['name'])
-    found = load_data(dataset, config.get('coarse', ''))
-    if same_data(meta, dataset) is False:
+    now, data = load_data(dataset, config.get('coarse', ''))
+    if other_data(meta, now):
         raise UserError(f'data/{dataset} holds other data than what the checkpoint was trained on; make that again as it was: '
                         f'{how_to_make(dataset)}')
-    return found
+    return now, data
 
 
 def rows_at(ids, index, block_size):

@@ -16,7 +16,7 @@ from device import configure_compute
 from evaluation import evaluate
 from rules import supports
 from sample import generate
-from suites.common import SHARES, cell, load, markdown, training_strings
+from suites.common import SHARES, asked_for, cell, load, markdown, training_strings
 from suites.runs import known_settings
 
 VALIDATION = ('nelbo', 'causal_nll', 'auc', 'fixed', 'refilled')
@@ -66,7 +66,7 @@ def checkpoint_scores(s, path, other=None):
         rules['remask=causal'] = dict(remask='causal')
     scores = {}
     for name, more in rules.items():
-        if any(part in name for part in (s.only or '').split(',')):
+        if asked_for(s, name):
             # a judge of its own takes a pass as well
             passes = max(1, s.steps // 2) if more.get('remask_model') else s.steps
             samples = generate(writer, meta, s.num_samples, batch_size=s.batch_size, seed=s.seed, steps=passes, **more)

@@ -127,9 +127,14 @@ def fresh_draws(s, task, number):
     return [task.draw(rng)[0] for _ in range(s.num_samples)]
 
 
+def asked_for(s, name):
+    """Whether the setting only, parts with commas between, asks for a row of this name."""
+    return any(part in name for part in (s.only or '').split(','))
+
+
 def wanted(s, rows):
     """The rows whose name contains the setting only. Raises UserError if there are none."""
-    found = [row for row in rows if not s.only or any(part in row[0] for part in s.only.split(','))]
+    found = [row for row in rows if asked_for(s, row[0])]
     if not found:
         raise UserError(f"no row's name contains '{s.only}'" if s.only else 'this checkpoint cannot write')
     return found
