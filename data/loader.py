@@ -88,7 +88,7 @@ def read_meta(dataset):
 
 
 def other_data(meta, now):
-    """Whether the meta of a checkpoint is of other files than that of a dataset, now. A meta may be older than the sha256 in it."""
+    """Whether the meta of a checkpoint is of other files than now, that of a dataset. A meta without sha256 is of any."""
     return meta.get('sha256') not in (None, now.get('sha256'))
 
 
