@@ -35,6 +35,8 @@ def recipe(checkpoint):
         config['init_from'] = 'scratch'
     how = checkpoint.get('distilled')
     config['distilled'] = how and {name: value for name, value in how.items() if name not in (*IGNORED, 'init_from')}
+    early = not how and checkpoint['iter_num'] < config['max_iters']           # numbered ones; runs that were stopped
+    config['stopped_at'] = checkpoint['iter_num'] if early else None
     return {name: 'a checkpoint' if name in ('init_from', 'guess_from') and value not in (None, 'scratch') else value
             for name, value in config.items() if name not in IGNORED}
 

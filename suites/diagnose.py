@@ -26,7 +26,7 @@ import train
 from checkpoint import check_same_model, identity, load_guesser, model_args
 from configurator import UserError
 from corruption import another_token, corrupt, modelled
-from data.loader import load_data, random_rows, spread_rows
+from data.loader import data_of, load_data, random_rows, spread_rows
 from device import configure_compute
 from model import GPT, GPTConfig, beside, random_subset
 from rules import supports
@@ -550,7 +550,7 @@ def run(s):
     config, trained, checkpoint = set_up(s)
     if not checkpoint:                                                         # the others were checked when they were trained
         train.check_settings(dict(config, fsdp=False))                         # of many processes here is one
-    meta, data = load_data(config['dataset'], config['coarse'])
+    meta, data = data_of(checkpoint['meta'], config) if checkpoint else load_data(config['dataset'], config['coarse'])
     train.check_fits(config, meta)
     if checkpoint:
         check_same_model('the checkpoint', identity(checkpoint), f"data/{config['dataset']}", meta, ('vocab_size', 'itos'))

@@ -71,7 +71,8 @@ VARIANTS = {                 # what is changed in config/remask_all.py
     'without EMA': dict(ema_decay=0.0),
     'without Muon (AdamW)': dict(optimizer='adamw'),
 }
-BATCHES = (1, 256)           # sampling
+BATCHES = (1, 256)           # sampling; of a large vocabulary fewer, so that all their logits are at most MOST_LOGITS
+MOST_LOGITS = 2 ** 26
 COMMANDS = {                 # startup: arguments, and the line that is waited for; None: the end
     'sample.py --help': (['sample.py', '--help'], None),
     'train.py --help': (['train.py', '--help'], None),
@@ -396,7 +397,8 @@ def sampling(s):
     """Rows and text: the samplers of one checkpoint, for every batch."""
     model, meta, config, what = sampling_network(s)
     rows = []
-    for num in BATCHES:
+    canvas = model.config.block_size * model.config.vocab_size
+    for num in dict.fromkeys(min(num, max(1, MOST_LOGITS // canvas)) for num in BATCHES):
         steps = {name: lambda sample=sample, seeds=itertools.count(s.seed): sample(next(seeds))
                  for name, sample in samplers(model, meta, config, num).items()}
         found = with_ratios(compare('sampling', f'batch {num}', steps, s.steps), 'plain ancestral')

@@ -281,7 +281,8 @@ def run(s):
     def key_of(name, table, run, how):
         runs = [run, *(['judge'] if table in ('samples', 'infill') else [])]
         folders = [os.path.basename(folder_of(settings(run), RUNS, run)) for run in runs]
-        return json.dumps([table, name, folders, how, s.num_samples, s.num_seeds, s.seed])
+        sizes = dict(likelihood=[DRAWS], infill=[GAP], repair=[NOISE_SHARE, THRESHOLDS]).get(table, [])
+        return json.dumps([table, name, folders, how, s.num_samples, s.num_seeds, s.seed, *sizes])
 
     def measure(name, table, run, how):
         return [dict(row, table=table) for row in MEASURES[table](s, network, name, run, how)]

@@ -245,7 +245,7 @@ def test_bench_compares_runs(run, trained, tmp_path):
 def test_bench_knows_what_makes_two_runs_alike():
     """Not the seed, nor where it ran; of another checkpoint that it started from or learned from only that there is one."""
     def recipe(config, **more):
-        return checkpoints.recipe(dict(config=config, **more))
+        return checkpoints.recipe(dict(config=config, **{'iter_num': config['max_iters'], **more}))
     same = [dict(seed=1, guess_from='a.pt', init_from='x.pt', dtype='float32'), dict(seed=2, guess_from='b.pt', init_from='y.pt')]
     assert recipe(default_config(**same[0])) == recipe(default_config(**same[1]))
     plain = recipe(default_config())
@@ -258,6 +258,8 @@ def test_bench_knows_what_makes_two_runs_alike():
     students = [recipe(default_config(), distilled=dict(teacher_steps=steps, seed=seed, init_from=path))
                 for steps, seed, path in ((4, 1, 'a.pt'), (4, 2, 'b.pt'), (16, 1, 'a.pt'))]
     assert students[0] == students[1] != plain and students[0] != students[2] and set(students[0]) == set(plain)
+    early = recipe(default_config(), iter_num=7)                              # a numbered one is no seed of the finished run
+    assert early != plain and early == recipe(default_config(seed=2), iter_num=7) and set(early) == set(plain)
 
 
 def test_bench_merges_pair_by_pair(tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ from test_commands import bench_settings
 from test_sample import seeded
 
 import corruption
+from configurator import UserError
+from data import loader
 from model import GPT
 from suites import diagnose
 
@@ -40,7 +42,8 @@ DATA = dict(train=ROWS[:1200], val=ROWS[1200:])
 def small(monkeypatch):
     """The dataset of the suite is the one above."""
     meta = dict(META, train_tokens=DATA['train'].numel(), val_tokens=DATA['val'].numel())
-    monkeypatch.setattr(diagnose, 'load_data', lambda dataset, coarse: (meta, DATA))
+    for module in (diagnose, loader):
+        monkeypatch.setattr(module, 'load_data', lambda dataset, coarse: (meta, DATA))
     return meta
 
 
@@ -100,6 +103,10 @@ def test_a_checkpoint_is_diagnosed_with_its_set_up(small, tmp_path):
     assert 'model: blocks.0.fc.weight is all zero' in result(rows, 'checkpoint, tensors')['advice']
     assert '100.0%' in result(rows, 'checkpoint, silent units')['measured']
     assert 'learning_rate is 0' in result(rows, 'rates')['advice']
+    small.update(dataset='small', sha256=dict(train='new'))                    # the folder holds other text by now
+    write_checkpoint(path, model, dict(small, sha256=dict(train='old')), **SIZE)
+    with pytest.raises(UserError, match='data/small holds other data than what the checkpoint was trained on'):
+        diagnose.run(bench_settings('--suite=diagnose', f'--init_from={path}'))
 
 
 def test_a_problem_is_an_error_and_still_written(small, run, tmp_path):

@@ -199,7 +199,7 @@ def test_training_table(small, monkeypatch):
     assert rows[4]['flops'] == rows[1]['flops']
 
 
-def test_sampling_table(small, tmp_path):
+def test_sampling_table(small, tmp_path, monkeypatch):
     path = write_checkpoint(tmp_path / 'ckpt_joint.pt', tiny_gpt(V, T, n_recur=1), META, block_size=T, causal_ratio=0.5)
     rows, text = speed.sampling(small(f'--init_from={path}'))
     names = ['plain ancestral', 'ours, ancestral', 'ours, default (remask=causal)', 'AR, cached', 'ours, AR']
@@ -211,6 +211,8 @@ def test_sampling_table(small, tmp_path):
     path = write_checkpoint(tmp_path / 'plain.pt', tiny_gpt(V, T, n_recur=1), META, block_size=T, training_type='unmasking')
     rows, _ = speed.sampling(small(f'--init_from={path}'))                     # it has no causal mode
     assert {row['name'] for row in rows} == {'plain ancestral', 'ours, ancestral', 'ours, default (remask=none)'}
+    monkeypatch.setattr(speed, 'MOST_LOGITS', 2 * T * V)                       # all logits of two samples: no more at a time
+    assert {row['shape'] for row in speed.sampling(small(f'--init_from={path}'))[0]} == {'batch 1', 'batch 2'}
     with pytest.raises(UserError, match='nowhere.pt'):
         speed.sampling(small('--init_from=nowhere.pt'))
 
