@@ -56,9 +56,10 @@ def corrupt(x0, free, real, *, training_type, mask_token_id, wrong_token_id, gen
     chosen = random_subset(free, k, generator)
     input = x0.masked_fill(chosen, mask_token_id)
     proofread = torch.zeros_like(free)                                         # rows in which tokens may be wrong
-    proofread[:{'unmasking': 0, 'remasking': B}.get(training_type, round(B * remask_ratio))] = True
+    some = {'unmasking': 0, 'remasking': B}.get(training_type, round(B * remask_ratio))
+    proofread[:some] = True
     noisy_rows = torch.zeros_like(proofread[:, :1])                            # (B, 1)
-    if proofread.any():
+    if some:
         count = k if training_type == 'remasking' else stratified_k(k, generator)
         filled = random_subset(chosen & proofread, count, generator)
         edges = torch.tensor([share for _, share in corruption], device=x0.device).cumsum(0)
@@ -96,7 +97,7 @@ def corrupt(x0, free, real, *, training_type, mask_token_id, wrong_token_id, gen
     unmask = weight_unmask_task * masked / share
     remask = weight_remask_task * (wrong + keep * (visible & ~wrong)) / visible.sum(1, keepdim=True).clamp(min=1)
     weight = unmask + remask
-    if noisy_rows.any():
+    if some and 'noise' in dict(corruption):
         text = real | (input != (mask_token_id if pad_id is None else pad_id))
         counted = free & (text | text.roll(1, 1))                              # and the padding right behind it
         alike = weight_remask_task * torch.where(masked | wrong, 1.0, keep) / counted.sum(1, keepdim=True).clamp(min=1)
@@ -111,11 +112,14 @@ def own_guesses(model, generator):
     def guess(input, where):
         rows, ids, training = where.any(1), torch.zeros_like(input), model.training
         rows[:1] |= distributed.sharded(model)                                 # none of its ranks may stay away
-        if rows.any():
-            hidden = model.eval()(input[rows], only=places(where[rows]))       # (N, C)
+        rows = places(rows)                                                    # (R,)
+        if len(rows):
+            at = places(where[rows])                                           # (N,) in R * T
+            hidden = model.eval()(input[rows], only=at)                        # (N, C)
             model.train(training)
             pieces = hidden.split(at_once(model.wte.weight, model.most_logits))
-            ids[where] = torch.cat([draw(filtered(model.logits(piece, real_only=True)), generator) for piece in pieces])
+            drawn = torch.cat([draw(filtered(model.logits(piece, real_only=True)), generator) for piece in pieces])
+            ids[rows[at // ids.size(1)], at % ids.size(1)] = drawn
         return ids
     return guess
 
@@ -125,7 +129,7 @@ def pack(length, *rows):
     Short rows, several to a row: the first length (B,) positions of the tensors rows (B, T) each, 0 in what room is left (R, T),
     and after them segment (R, T), see GPT.forward.
     """
-    B, T = rows[0].shape
+    (B, T), device, length = rows[0].shape, length.device, length.cpu()        # a GPU is waited for here, and not again
     room, place, lengths = [], [None] * B, length.tolist()                     # first fit, the longest first
     for row in length.argsort(descending=True).tolist():
         n = lengths[row]
@@ -134,11 +138,12 @@ def pack(length, *rows):
             room.append(T)
         place[row] = shelf * T + T - room[shelf]
         room[shelf] -= n
-    position = torch.arange(T, device=length.device)
+    position = torch.arange(T)
     inside = position < length[:, None]                                        # (B, T)
-    at = (torch.tensor(place, device=length.device)[:, None] + position)[inside]             # (N,) in R * T
-    number = torch.arange(1, B + 1, device=length.device)[:, None].expand(B, T)
-    return [torch.zeros(len(room) * T, dtype=part.dtype, device=part.device).index_put((at,), part[inside]).view(-1, T)
+    to = (torch.tensor(place)[:, None] + position)[inside].to(device)          # (N,) in R * T
+    of = places(inside).to(device)                                             # (N,) in B * T
+    number = torch.arange(1, B + 1, device=device)[:, None].expand(B, T)
+    return [torch.zeros(len(room) * T, dtype=part.dtype, device=device).index_put((to,), part.flatten()[of]).view(-1, T)
             for part in (*rows, number)]
 
 

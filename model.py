@@ -541,7 +541,7 @@ class GPT(nn.Module):
 
 
 def places(where):
-    """The places in the flattened batch of the True positions of where (B, T): (N,), see GPT.forward."""
+    """The places of the True positions of where (B, T) in the flattened batch: (N,). A GPU is waited for to count them."""
     return where.flatten().nonzero()[:, 0]
 
 

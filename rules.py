@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import UserError
-from model import norm, random_subset
+from model import norm, places, random_subset
 
 COMMIT_RULES = ('random', 'confidence', 'margin', 'entropy', 'threshold', 'abstain', 'priority', 'left_to_right')
 REMASK_RULES = ('none', 'random', 'wrong', 'critic', 'confidence', 'remdm', 'p2', 'causal')
@@ -76,11 +76,12 @@ def propose(model, hidden, where, filters, generator, closed=None, forbid=()):
 
     closed (R, T): where none of the ids forbid is drawn.
     """
-    logits = model.logits(hidden[where], real_only=True)                       # (N, V+2)
+    at = places(where)                                                         # (N,)
+    logits = model.logits(hidden.flatten(0, 1)[at], real_only=True)            # (N, V+2)
     if forbid and closed is not None:
         ids = torch.zeros(logits.size(1), dtype=torch.bool, device=logits.device)
         ids[list(forbid)] = True
-        logits = logits.masked_fill(closed[where][:, None] & ids, float('-inf'))
+        logits = logits.masked_fill(closed.flatten()[at, None] & ids, float('-inf'))
     ids = draw(filtered(logits, **filters), generator)                         # (N,)
     logp = logits.to(fine(logits.device)).log_softmax(-1)
     return spread(where, ids), spread(where, logp.gather(1, ids[:, None])[:, 0]), logp

@@ -34,7 +34,7 @@ from configurator import UserError
 from corruption import modelled
 from device import configure_compute
 from evaluation import causal_nll, nelbo
-from model import random_subset, room_for
+from model import places, random_subset, room_for
 from rules import (COMMIT_RULES, CORRECTING, REMASK_RULES, REMDM_SCHEDULES, TASKS, WHOLE_CANVAS, choose_rules,
                    close_rows, commit_order, displaced, doubted, draft_pass, fine, first_of, guided, masks_left, p_wrong, propose,
                    remdm_rate, share_at, spare_lengths, speculate, spread, supports, text_of)
@@ -235,7 +235,9 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
                 if remask in ('wrong', 'p2'):
                     whole = torch.where(masked, candidates[0], x) if judge else x
                     states = judge(whole) if judge else hidden
-                    doubt = spread(visible, p_wrong(judge or model, states[visible], whole[visible])).to(surety.dtype)
+                    at = places(visible)                                       # (N,)
+                    p = p_wrong(judge or model, states.flatten(0, 1)[at], whole.flatten()[at])       # (N,)
+                    doubt = spread(visible, p).to(surety.dtype)                # (R, T)
                     passes += judge is not None
                 elif remask == 'critic':
                     whole, text = text_of(torch.where(masked, candidates[0], x), end_id, pad_id, forbid)
@@ -277,12 +279,12 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
         if trace:
             history.append(canvas.clone())
         if last or not corrects or remask_threshold is not None:
-            open_rows = (x == mask).any(1)
-            rows = rows[open_rows]
-            if cache is not None and not open_rows.all():
-                cache = cache.index_select(2, open_rows.nonzero()[:, 0])
+            going = places((x == mask).any(1))
+            if cache is not None and len(going) < len(rows):
+                cache = cache.index_select(2, going)
+            rows = rows[going]
             if remask == 'causal':
-                drafted, q = drafted[open_rows], q[open_rows]
+                drafted, q = drafted[going], q[going]
     return canvas, nfe, history
 
 

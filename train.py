@@ -144,7 +144,8 @@ PARTS = ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)')  # of the los
 # the loss
 
 
-def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, keep_mask_price=None, pad_id=None, hidden=None):
+def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, keep_mask_price=None, pad_id=None, at=None,
+         hidden=None):
     """
     The one weighted cross-entropy: (sum of weight * CE, {task: (sum of weight * CE, sum of weight)}).
 
@@ -154,9 +155,9 @@ def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, 
     keep_mask_price: not None lets a masked position abstain: its softmax has [MASK] too, and it costs
     -log(p(x0) + price * p(MASK)), price in [0, 1): unsure is cheaper than wrong and dearer than right. The parts then
     hold 'p(MASK)', its sum and count over masked tokens that are not padding. (diffusion_lm_report, without the argmax.)
-    hidden (N, C): what the network said at places(weight > 0), if that is known already.
+    at (N,), hidden (N, C): places(weight > 0), and what the network said there, if that is known already.
     """
-    at = places(weight > 0)                                                    # (N,)
+    at = places(weight > 0) if at is None else at                              # (N,)
     hidden = model(input, causal=causal, only=at) if hidden is None else hidden              # (N, C)
     input, target, weight = (ids.flatten()[at] for ids in (input, target, weight))               # (N,)
     masked = (input == model.mask_token_id) | causal
@@ -185,10 +186,10 @@ def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, 
     total, (weighted, weight, *keep) = in_pieces(of, hidden, model.wte.weight, model.most_logits)
     wrong = ~masked & (target != input)
     tasks = {'causal': masked} if causal else {'unmask': masked, 'detect': wrong, 'keep': ~masked & ~wrong}
-    parts = {name: torch.stack((weighted[which].sum(), weight[which].sum())) for name, which in tasks.items()}
+    parts = {name: torch.stack(((weighted * which).sum(), (weight * which).sum())) for name, which in tasks.items()}
     if abstains:
         counted = masked if pad_id is None else masked & (target != pad_id)
-        parts['p(MASK)'] = torch.stack((keep[0][counted].sum(), counted.sum()))
+        parts['p(MASK)'] = torch.stack(((keep[0] * counted).sum(), counted.sum()))
     return total, parts
 
 
@@ -339,9 +340,9 @@ def training_step(model, x0, meta, config, step, generator, price=None, guesser=
         if meta['pad'] is not None:                                            # the causal pass needs no padding
             rows, counted, segment = pack(x0.size(1) - counted.flip(1).long().argmax(1), rows, counted)
         weight = counted * (all_causal / count)
-        hidden = model(rows, causal=True, segment=segment)
-        here = hidden.flatten(0, 1).index_select(0, places(weight > 0))        # (N, C)
-        total, parts = loss(model, rows, rows, weight, causal=True, hidden=here)
+        hidden, at = model(rows, causal=True, segment=segment), places(weight > 0)
+        here = hidden.flatten(0, 1).index_select(0, at)                        # (N, C)
+        total, parts = loss(model, rows, rows, weight, causal=True, at=at, hidden=here)
         (total / (num * accumulate)).backward()
         if model.drafter is not None:
             mean, more = draft_loss(model, hidden, rows, weight)               # over tokens picked by each process for itself
@@ -367,9 +368,10 @@ def training_step(model, x0, meta, config, step, generator, price=None, guesser=
         if meta['pad'] is not None:
             length = extent(input, weight, meta['pad'], generator)
             input, target, weight, level, segment = pack(length, input, target, weight, level)
-        hidden = conditioned(model, input, segment, level, places(weight > 0))               # (N, C)
+        at = places(weight > 0)                                                # (N,)
+        hidden = conditioned(model, input, segment, level, at)                 # (N, C)
         total, more = loss(model, input, target, weight, reward_correct_unmask=config['reward_correct_unmask'],
-                           keep_mask_price=price, pad_id=meta['pad'], hidden=hidden)
+                           keep_mask_price=price, pad_id=meta['pad'], at=at, hidden=hidden)
         (total / (num * max(1, config['views']) * accumulate)).backward()
         parts.update(more)
     return parts
