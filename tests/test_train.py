@@ -434,7 +434,8 @@ def test_training_step_asks_for_what_the_settings_say(monkeypatch):
                         mask_token_id=18, wrong_token_id=19, prefix_ratio=0.1, mask_weighting='token')
         assert {name: more[name] for name in expected} == expected
         assert more['penalty_mask_correct'] == pytest.approx(0.15)
-        assert counted[-1].pop('hidden').requires_grad                    # see conditioned
+        hidden, at = (counted[-1].pop(name) for name in ('hidden', 'at'))         # see conditioned
+        assert hidden.requires_grad and len(hidden) == len(at)
         assert counted[-1] == dict(reward_correct_unmask=0.7, keep_mask_price=0.25, pad_id=pad)
 
 
