@@ -148,7 +148,7 @@ def test_the_pretence_finds_what_it_should(away):
                   lambda: here[there[0].long()], lambda: torch.where(there > 0, there, here)):
         with pytest.raises(AssertionError, match='mixes devices'):
             mixed()
-    assert (there + here.to(AWAY)).device == AWAY and (there * torch.tensor(2.0)).device == AWAY and there.cpu().device.type == 'cpu'
+    assert (there + here.to(AWAY)).device == (there * torch.tensor(2.0)).device == AWAY and there.cpu().device.type == 'cpu'
     WAITS.clear()
     assert there[there > 99].numel() == 0 and there.sum().item() and (there > 99).nonzero().tolist() == []
     assert sum(WAITS.values()) == 4                                            # a mask, a number, their places, a list
@@ -185,9 +185,10 @@ def test_a_step_hardly_ever_waits_for_its_device(away, words, most):
 
 
 @pytest.mark.parametrize('rules', [
-    *(dict(preset=name) for name in PRESETS), dict(commit='priority', priority=(1, 2)), dict(commit='margin'), dict(top_k=3, top_p=0.5),
-    dict(commit='entropy', remask='none'), dict(commit='abstain'), dict(commit='left_to_right', block_length=4), dict(remask='critic'),
-    dict(remask='confidence'), dict(remask='random'), dict(remask='remdm', remdm='loop'), dict(remask='wrong', remask_threshold=0.5),
+    *(dict(preset=name) for name in PRESETS), dict(commit='priority', priority=(1, 2)), dict(commit='margin'), dict(commit='abstain'),
+    dict(commit='entropy', remask='none'), dict(commit='left_to_right', block_length=4), dict(top_k=3, top_p=0.5),
+    dict(remask='critic'), dict(remask='confidence'), dict(remask='random'), dict(remask='remdm', remdm='loop'),
+    dict(remask='wrong', remask_threshold=0.5),
     dict(remask='wrong', remask_schedule=(0.3, 0.1)), dict(remask='wrong', rewrite=True), dict(remask='none', guide=2),
     dict(remask='wrong', best_of=2), dict(ar_prefix=24, remask='none')], ids=str)
 def test_sampling_stays_on_its_device(away, rules):
@@ -218,7 +219,8 @@ def test_other_tasks_stay_on_their_device(away):
     canvas = rows()
     repaired = fill(model, meta, canvas, torch.zeros_like(canvas, dtype=torch.bool), seed=1, **choose_rules(
         config, task='repair', inside=True))
-    assert len(repaired) == 8 and set(judge_rows(model, meta, canvas[:2], config, estimates=4)[0]) == {'nelbo', 'causal_nll', 'p_wrong'}
+    judged = judge_rows(model, meta, canvas[:2], config, estimates=4)[0]
+    assert len(repaired) == 8 and set(judged) == {'nelbo', 'causal_nll', 'p_wrong'}
     blank = canvas.masked_fill(torch.arange(24) > 0, 18).to(AWAY)
     for x in (plain_ancestral(model, blank, torch.Generator(AWAY)), cached_ar(model, blank, torch.Generator(AWAY), 16, 17)):
         assert x.device == AWAY and not bool((x == 18).any())
