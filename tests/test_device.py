@@ -1,8 +1,8 @@
 """
 What a GPU would refuse, found without one: a device is pretended, whose tensors say that they lie on 'meta' and hold CPU data.
 
-What mixes them with tensors of the CPU fails, as on a GPU, and every time that the program would have to wait for the device to
-learn a value or a number of elements is counted.
+What mixes them with tensors of the CPU fails, as on a GPU, and so does float64, which MPS has not; and every time that the
+program would have to wait for the device to learn a value or a number of elements is counted.
 """
 
 import collections
@@ -78,6 +78,7 @@ def carry_out(operation, args, kwargs):
     there = target == AWAY or (away and target is None)
 
     def placed(x):
+        assert not (there and isinstance(x, torch.Tensor) and x.dtype == torch.float64), f'{operation} gives float64'
         return same.get(id(x), Away(x) if there else x) if isinstance(x, torch.Tensor) else x
     return args[0] if name == 'copy_' else tree_map(placed, found)
 
@@ -92,6 +93,8 @@ def away(monkeypatch):
     """away(model): the model, moved to the pretended device, which there is as long as the test runs."""
     import torch._dynamo                                                       # noqa: F401 (these look at torch.Generator)
     import torch.distributed.tensor                                            # noqa: F401
+    for module in ('rules', 'sample'):                                         # as on MPS
+        monkeypatch.setattr(f'{module}.fine', lambda device: torch.float32)
     tensor, generator = torch.tensor, torch.Generator
     monkeypatch.setattr(torch, 'tensor', lambda *args, device=None, **more: tensor(*args, **more).to(device or 'cpu'))
     monkeypatch.setattr(torch, 'Generator', lambda device='cpu': Generator() if torch.device(device) == AWAY else generator())
@@ -149,6 +152,8 @@ def test_the_pretence_finds_what_it_should(away):
         with pytest.raises(AssertionError, match='mixes devices'):
             mixed()
     assert (there + here.to(AWAY)).device == (there * torch.tensor(2.0)).device == AWAY and there.cpu().device.type == 'cpu'
+    with pytest.raises(AssertionError, match='gives float64'):
+        there.double()
     WAITS.clear()
     assert there[there > 99].numel() == 0 and there.sum().item() and (there > 99).nonzero().tolist() == []
     assert sum(WAITS.values()) == 4                                            # a mask, a number, their places, a list
