@@ -215,18 +215,18 @@ def spare_lengths(doubt, x, where, end_id, pad_id):
     return torch.where(ends, mean, doubt)
 
 
-def doubted(doubt, where, rate, generator, *, random_ratio=0.0, threshold=None, share=None):
+def doubted(doubt, where, rate, generator, *, random_ratio=0.0, threshold=None, share=None, power=1.0):
     """
     Which of the positions where (R, T) are re-masked, by their doubt (R, T) in 0..1: bool (R, T).
 
-    Each with probability rate * doubt; or, with a threshold, those whose doubt exceeds it; or, with a share in 0..1, that
+    Each with probability rate * doubt ^ power; or, with a threshold, those whose doubt exceeds it; or, with a share in 0..1, that
     share of them, the most doubted first (the plan's ratio). random_ratio: 0 looks at the doubt alone, 1 not at all.
     """
     if share is not None:
         count = (share * where.sum(1)).round().long()                          # (R,)
         some = random_subset(where, (random_ratio * count).round().long(), generator)
         return some | first_of(doubt, where & ~some, count - some.sum(1))
-    chance = rate * doubt if threshold is None else (doubt > threshold).to(doubt.dtype)
+    chance = rate * doubt ** power if threshold is None else (doubt > threshold).to(doubt.dtype)
     noise = torch.rand(where.shape, generator=generator, device=where.device)
     return where & (noise < (1 - random_ratio) * chance + random_ratio * rate)
 

@@ -80,6 +80,7 @@ ar_prefix: int = None      # tokens drawn left to right with the causal pass fir
 remask: str = None         # none | random | wrong | critic | confidence | remdm | p2 | causal
 remask_rate: float = None  # how often, see generate_diffusion; None: 1 for wrong, critic, confidence and p2, else 0.3
 remask_random_ratio = 0.0  # 0: re-mask by doubt alone, 1: at random alone
+remask_patience: float = None   # how much less a doubt counts while little is visible; None: 1 for text without end, else 0
 remask_threshold: float = None  # re-mask what is doubted more than this, each position once
 remask_schedule: tuple = None   # re-mask a share of the visible tokens that goes from the first to the second number: 0.3,0.05
 rewrite: bool = None       # draw what is doubted anew at once, given what stands there; None: in repair, if trained on noise
@@ -117,9 +118,10 @@ DRAFT_WINDOW = 5  # remask=causal drafts this many tokens a round; EXPERIMENTS.m
 @torch.no_grad()
 def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', remask='none', schedule='linear',
                        draft='bidirectional', remask_model=None, remask_rate=None, remask_random_ratio=0.0,
-                       remask_threshold=None, remask_schedule=None, remdm='cap', correct_share=0.25, temperature=1.0,
-                       top_k=None, top_p=None, choice_temperature=4.5, commit_threshold=0.9, priority=(), block_length=None,
-                       rewrite=False, end_id=None, pad_id=None, closed=None, forbid=(), guide=None, generator=None, trace=False):
+                       remask_patience=0.0, remask_threshold=None, remask_schedule=None, remdm='cap', correct_share=0.25,
+                       temperature=1.0, top_k=None, top_p=None, choice_temperature=4.5, commit_threshold=0.9, priority=(),
+                       block_length=None, rewrite=False, end_id=None, pad_id=None, closed=None, forbid=(), guide=None,
+                       generator=None, trace=False):
     """
     The one sampling loop: canvas, fixed -> repeat: candidates at masked positions, commit some, re-mask some.
 
@@ -152,6 +154,8 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
       causal       the causal pass verifies the draft, so the samples follow the law of the causal mode exactly, in fewer
                    passes than it needs (speculative sampling, see rules.speculate); steps, commit and schedule have no say
     random, wrong, critic and confidence use the last correct_share of the steps to re-mask and refill the full canvas.
+    remask_patience: doubt ^ (v ^ -remask_patience) is what counts, v being the share of the row that is visible. While that is
+    little nearly all is doubted, and what is taken back together is drawn again together: noise, which is doubted again.
     remask_random_ratio mixes random's probability in. remask_threshold: instead, all tokens doubted more than that, each
     position once, and a row without masks has finished. remask_schedule: instead, a share of the visible tokens that goes
     linearly from the first to the second number, the most doubted first.
@@ -253,7 +257,9 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
                     again = displaced(score, masked, rate * (-doubt).log1p().clamp(min=-1e3), visible, left)
                 else:
                     may = visible & ~tried[rows] if remask_threshold is not None else visible
-                    again = doubted(doubt, may, rate, generator, threshold=remask_threshold,
+                    v = ((x != mask).sum(1, keepdim=True) / x.size(1)).clamp(min=1 / x.size(1))              # (R, 1)
+                    power = v ** -remask_patience if remask_patience else 1.0
+                    again = doubted(doubt, may, rate, generator, threshold=remask_threshold, power=power,
                                     random_ratio=1.0 if remask == 'random' else remask_random_ratio,
                                     share=share_at(remask_schedule, step / max(1, steps - 2)))
                     tried[rows] |= again
@@ -333,13 +339,14 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
     ar_prefix: that many tokens are drawn left to right with the causal pass first (hybrid generation).
     best_of: that many samples are drawn for every canvas and one in that many is kept, by its energy, see best_samples; nfe is
     then what all of them took, with the passes that the head reads.
-    rules: the keywords of generate_diffusion.
+    rules: the keywords of generate_diffusion; remask_patience is 1 where texts have no end, else 0, if not given.
     """
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     ends = dict(end_id=meta['eos'], pad_id=meta['pad'], generator=generator)
     inside = [meta[name] for name in ('bos', 'eos', 'pad') if meta[name] is not None]  # nothing but an end may end a text
     filters = {key: rules[key] for key in ('temperature', 'top_k', 'top_p') if key in rules}
+    rules = {'remask_patience': float(meta['eos'] is None), **rules}           # by what was measured (EXPERIMENTS.md)
     canvas, fixed = (part.repeat(best_of or 1, 1) for part in (canvas, fixed))
     samples, num = [], canvas.size(0)
     for first in tqdm(range(0, num, batch_size), disable=not progress or num <= batch_size, desc='sampling', leave=False):
@@ -461,7 +468,8 @@ def check_settings():
     for name, low, high in (('num_samples', 1, None), ('batch_size', 1, None), ('steps', 1, None), ('length', 1, None),
                             ('top_k', 1, None), ('top_p', 0, 1), ('temperature', 0, None), ('ar_prefix', 0, None),
                             ('choice_temperature', 0, None), ('remask_rate', 0, None),
-                            ('remask_random_ratio', 0, 1), ('remask_threshold', 0, None), ('commit_threshold', 0, None),
+                            ('remask_random_ratio', 0, 1), ('remask_patience', 0, None), ('remask_threshold', 0, None),
+                            ('commit_threshold', 0, None),
                             ('block_length', 1, None), ('guide', 1, None), ('best_of', 1, None), ('correct_share', 0, 1),
                             ('merge_weight', 0, 1)):
         value = globals()[name]
@@ -578,8 +586,8 @@ def main():
             config, preset=preset, task=task, inside=task == 'repair' or bool((masked.cummax(1).values & ~masked).any()),
             judge=judge is not None, steps=steps, schedule=schedule, commit=commit, block_length=block_length,
             ar_prefix=ar_prefix, choice_temperature=choice_temperature, remask=remask, remask_rate=remask_rate,
-            remask_threshold=remask_threshold, remask_schedule=remask_schedule, correct_share=correct_share, rewrite=rewrite,
-            guide=guide, best_of=best_of, temperature=temperature)
+            remask_patience=remask_patience, remask_threshold=remask_threshold, remask_schedule=remask_schedule,
+            correct_share=correct_share, rewrite=rewrite, guide=guide, best_of=best_of, temperature=temperature)
         print(', '.join(f'{name}={value}' for name, value in rules.items()))
         samples = fill(
             model, meta, canvas, fixed, batch_size=batch_size, seed=seed, progress=True,
