@@ -56,6 +56,9 @@ SAMPLERS = {
     **{f'remask={remask} at 0.03': dict(commit='random', schedule='linear', remask=remask, remask_rate=0.03)
        for remask in ('random', 'remdm')},
     'intelligent': dict(preset='intelligent'),
+    # what a doubt is worth while little is visible
+    'remask=wrong without patience': dict(commit='random', schedule='linear', remask='wrong', remask_patience=0.0),
+    'remask=wrong and commit=confidence': dict(commit='confidence', schedule='linear', remask='wrong'),
     # re-masking what is doubted sharpens the law, and so does a temperature: which text is better at the same entropy?
     'remask=none at temperature 0.9': dict(commit='random', schedule='linear', remask='none', temperature=0.9),
     'remask=wrong at temperature 1.05': dict(commit='random', schedule='linear', remask='wrong', temperature=1.05),

@@ -454,6 +454,29 @@ def test_remask_rules_have_the_probabilities_they_say():
     assert within_noise(share(oracle, fixed=fixed, remask='random', remask_rate=0.9), [0.9, 0.9, 0, 0])
 
 
+@pytest.mark.parametrize('patience, power', [(0.0, 1), (1.0, 2), (2.0, 4)])
+def test_patience_counts_a_doubt_less_while_little_is_visible(patience, power):
+    """Half of the row is visible: its doubts count as their power 2^patience; where all of it is, they count in full."""
+    T, B, wrong = 4, 4000, torch.tensor([0.3, 0.8, 0.5, 0.5])
+    oracle = Oracle(3, T, product_law(torch.full((T, 3), 1 / 3, dtype=torch.float64)), wrong=wrong)
+    canvas = torch.tensor([0, 1, 3, 3]).expand(B, T)
+    _, _, trace = generate_diffusion(oracle, canvas, torch.zeros(B, T).bool(), steps=2, remask='wrong', remask_patience=patience,
+                                     trace=True, generator=seeded())
+    assert within_noise((trace[1] == 3).double().mean(0)[:2], wrong[:2] ** power)
+    assert within_noise(remasked_share(oracle, remask='wrong', remask_patience=patience), wrong)
+
+
+def test_text_without_an_end_is_sampled_with_patience(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample, 'generate_diffusion', lambda model, canvas, fixed, **more: (
+        asked.append(more['remask_patience']), (canvas * 0, torch.ones(len(canvas)), None))[1])
+    model = tiny_gpt(18, 64, n_recur=1)
+    for meta in (ARITHMETIC, dict(ARITHMETIC, bos=None, eos=None, pad=None)):
+        for more in ({}, dict(remask_patience=0.5)):
+            sample.generate(model, meta, 2, remask='wrong', **more)
+    assert asked == [0.0, 0.5, 1.0, 0.5]
+
+
 @torch.no_grad()
 def test_p_wrong_is_what_the_token_that_stands_there_lacks():
     """1 - p(that token), in the softmax over the whole vocabulary, [WRONG] and [MASK] with its bias."""

@@ -241,7 +241,7 @@ def test_the_whole_suite(s, trainings, words, tmp_path, monkeypatch):
     s.train_args = '--max_iters=7'
     rows, table = text.run(s)
     found = {row['name']: row for row in rows}
-    assert len(found) == len(rows) == 3 + 1 + 10 * 2 + 1 + 4 + (1 + 3 + 1) and not any(',' in name for name in found)
+    assert len(found) == len(rows) == 3 + 1 + 12 * 2 + 1 + 4 + (1 + 3 + 1) and not any(',' in name for name in found)
     causal = [command for command in trainings if '--training_type=causal' in command]
     assert len(trainings) == 4 and causal[1].index('--max_iters=18') > causal[1].index('--max_iters=7')   # the last one counts
 
@@ -265,7 +265,7 @@ def test_the_whole_suite(s, trainings, words, tmp_path, monkeypatch):
     json.dumps(rows)
     parts = table.split('\n\n')
     assert [part.splitlines()[0].split()[1] for part in parts] == ['likelihood', 'samples', 'infill', 'repair']
-    assert [len(part.splitlines()) - 2 for part in parts] == [3, 22, 4, 5]
+    assert [len(part.splitlines()) - 2 for part in parts] == [3, 26, 4, 5]
     assert (tmp_path / 'out/text/table.md').read_text() == table + '\n'
 
     monkeypatch.setattr(text, 'MEASURES', dict.fromkeys(text.MEASURES))       # nothing is measured or trained twice
