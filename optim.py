@@ -29,9 +29,10 @@ class Muon(torch.optim.Muon):
             for (rows, columns), params in by_shape.items():
                 grads, momenta = [p.grad for p in params], [self.state[p]['momentum_buffer'] for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
-                nesterov = torch.stack(torch._foreach_lerp(grads, momenta, group['momentum']))       # (n, rows, columns)
+                nesterov = torch.stack(grads).lerp(torch.stack(momenta), group['momentum'])          # (n, rows, columns)
                 moves = orthogonalized(distributed.full(nesterov), group['ns_coefficients'], group['ns_steps'])
                 moves = distributed.like(moves.to(nesterov.dtype), nesterov)
+                (moves,), params = distributed.local([moves]), distributed.local(params)
                 torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
                 torch._foreach_add_(params, moves.unbind(), alpha=-group['lr'] * max(1, rows / columns) ** 0.5)
 
