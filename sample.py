@@ -257,8 +257,7 @@ def generate_diffusion(model, canvas, fixed, *, steps=None, commit='random', rem
                     again = displaced(score, masked, rate * (-doubt).log1p().clamp(min=-1e3), visible, left)
                 else:
                     may = visible & ~tried[rows] if remask_threshold is not None else visible
-                    v = ((x != mask).sum(1, keepdim=True) / x.size(1)).clamp(min=1 / x.size(1))              # (R, 1)
-                    power = v ** -remask_patience if remask_patience else 1.0
+                    power = ((x != mask).sum(1, keepdim=True) / x.size(1)) ** -remask_patience if remask_patience else 1.0
                     again = doubted(doubt, may, rate, generator, threshold=remask_threshold, power=power,
                                     random_ratio=1.0 if remask == 'random' else remask_random_ratio,
                                     share=share_at(remask_schedule, step / max(1, steps - 2)))

@@ -519,8 +519,9 @@ def head_step(s, config, everywhere):
         if everywhere:
             total = baseline_loss(model, input, target, weight, hidden)
         else:
-            here = hidden.flatten(0, 1).index_select(0, places(weight > 0))    # (N, C)
-            total = train.loss(model, input, target, weight, hidden=here)[0] / len(x0)
+            at = places(weight > 0)                                            # (N,)
+            here = hidden.flatten(0, 1).index_select(0, at)                    # (N, C)
+            total = train.loss(model, input, target, weight, at=at, hidden=here)[0] / len(x0)
         total.backward()
         hidden.grad = None
         model.zero_grad(set_to_none=True)

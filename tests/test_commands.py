@@ -142,7 +142,8 @@ def test_settings_reach_the_sampler(trained):
     """What the command line says is what fill is called with."""
     wanted = dict(steps=7, schedule='cosine', commit='confidence', block_length=5, commit_threshold=0.7, remask='wrong',
                   remask_rate=0.7, remask_random_ratio=0.2, remask_patience=0.5, remask_schedule=(0.5, 0.1), remdm='loop',
-                  correct_share=0.5, ar_prefix=3, temperature=0.9, top_k=5, top_p=0.8, choice_temperature=2.5, seed=11, batch_size=13)
+                  correct_share=0.5, ar_prefix=3, temperature=0.9, top_k=5, top_p=0.8, choice_temperature=2.5, seed=11,
+                  batch_size=13)
     module, calls = load_script('sample'), []
 
     def fill(model, meta, canvas, fixed, **more):

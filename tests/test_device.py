@@ -10,20 +10,22 @@ import collections
 import pytest
 import torch
 from conftest import ARITHMETIC, default_config, tiny_gpt
+from test_train import arithmetic_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-import configurator
 import distributed
 import optim
 import train
 from evaluation import evaluate
 from rules import PRESETS, choose_rules, supports
 from sample import fill, generate, judge_rows
-from suites.speed import cached_ar, plain_ancestral
+from suites.speed import cached_ar, plain_ancestral, recipe
 
 AWAY = torch.device('meta')
 WAITS = collections.Counter()                # {operation: how often the program waited for the device}
+ROWS = arithmetic_rows(8)[:, :24]
+META = dict(ARITHMETIC, block_size=24)
 WAITING = ('_local_scalar_dense', 'nonzero', 'masked_select')
 
 
@@ -111,19 +113,8 @@ def away(monkeypatch):
         yield move
 
 
-def settings(*words):
-    config = configurator.configure(dict(vars(train)), ['config/remask_all.py', '--block_size=24', '--batch_size=8', *words])
-    return train.staged(config)
-
-
-def rows(num=8, T=24):
-    """Some rows as arithmetic has them, of any digits: ids (num, T)."""
-    ids = torch.randint(10, (num, T), generator=torch.Generator().manual_seed(1))
-    length = torch.arange(num)[:, None] % 12 + 6
-    at = torch.arange(T)
-    ids = torch.where(at < length, ids, torch.where(at == length, ARITHMETIC['eos'], ARITHMETIC['pad']))
-    ids[:, 0] = ARITHMETIC['bos']
-    return ids
+def settings(**changes):
+    return train.staged(recipe(block_size=24, batch_size=8, **changes))
 
 
 def network(config, **more):
@@ -134,11 +125,10 @@ def network(config, **more):
 
 def a_step(model, config):
     """A step of train.py, but for the optimisers' own kernels."""
-    meta, noise = dict(ARITHMETIC, block_size=24), torch.Generator(AWAY).manual_seed(2)
-    parts = train.training_step(model, rows().to(AWAY), meta, config, 10_000, noise, 0.1 if config['allow_abstain'] else None)
+    noise = torch.Generator(AWAY).manual_seed(2)
+    parts = train.training_step(model, ROWS.to(AWAY), META, config, 10_000, noise, 0.1 if config['allow_abstain'] else None)
     assert train.is_finite(model, parts)
     distributed.clip_gradients(list(model.parameters()), 1.0)
-    return parts
 
 
 # -----------------------------------------------------------------------------
@@ -159,14 +149,15 @@ def test_the_pretence_finds_what_it_should(away):
     assert sum(WAITS.values()) == 4                                            # a mask, a number, their places, a list
 
 
-@pytest.mark.parametrize('words', [
-    '', '--short_conv=2 --shortcuts=True --bigram_rows=64 --time_dim=8', '--graph_window=3 --mu_blocks=4 --causal_ratio=0.5',
-    '--corruption=own:1,random:1,fragment:1,sticky:1,noise:1 --remask_target=original', '--allow_abstain=True --draft_head=False',
-    '--views=2 --self_condition=True --noise_condition=True', '--training_type=denoising --remask_target=original',
-    '--training_type=causal --stage=2', '--prefix_ratio=0.5 --mask_weighting=token', '--optimizer=adamw --bigram_rows=400'])
+@pytest.mark.parametrize('changes', [
+    {}, dict(short_conv=2, shortcuts=True, bigram_rows=64, time_dim=8), dict(graph_window=3, mu_blocks=4, causal_ratio=0.5),
+    dict(corruption='own:1,random:1,fragment:1,sticky:1,noise:1', remask_target='original'),
+    dict(allow_abstain=True, draft_head=False), dict(views=2, self_condition=True, noise_condition=True),
+    dict(training_type='denoising', remask_target='original'), dict(training_type='causal', stage=2),
+    dict(prefix_ratio=0.5, mask_weighting='token'), dict(optimizer='adamw', bigram_rows=400)], ids=str)
 @pytest.mark.parametrize('plain', [False, True])
-def test_training_stays_on_its_device(away, words, plain):
-    config = settings(*words.split())
+def test_training_stays_on_its_device(away, changes, plain):
+    config = settings(**changes)
     model = away(network(config))
     model.plain_attention = plain
     a_step(model, config)
@@ -174,15 +165,15 @@ def test_training_stays_on_its_device(away, words, plain):
     if config['optimizer'] == 'muon':                                          # AdamW's fused kernel is PyTorch's own affair
         optimizers[0].step()
     can_unmask, causal, detects = supports(config)
-    result = evaluate(model.eval(), rows(), dict(ARITHMETIC, block_size=24), causal=causal, bidirectional=can_unmask,
+    result = evaluate(model.eval(), ROWS, META, causal=causal, bidirectional=can_unmask,
                       detects=detects, seed=1)
     assert all(value == value for value in result.values())
 
 
-@pytest.mark.parametrize('words, most', [('', 9), ('--causal_ratio=0 --training_type=unmasking', 4)])
-def test_a_step_hardly_ever_waits_for_its_device(away, words, most):
+@pytest.mark.parametrize('changes, most', [({}, 9), (dict(causal_ratio=0.0, training_type='unmasking'), 4)])
+def test_a_step_hardly_ever_waits_for_its_device(away, changes, most):
     """While the program waits it launches nothing, and a GPU that has nothing left to do waits for the program in turn."""
-    config = settings(*words.split())
+    config = settings(**changes)
     model = away(network(config))
     WAITS.clear()
     a_step(model, config)
@@ -190,42 +181,41 @@ def test_a_step_hardly_ever_waits_for_its_device(away, words, most):
 
 
 @pytest.mark.parametrize('rules', [
-    *(dict(preset=name) for name in PRESETS), dict(commit='priority', priority=(1, 2)), dict(commit='margin'), dict(commit='abstain'),
-    dict(commit='entropy', remask='none'), dict(commit='left_to_right', block_length=4), dict(top_k=3, top_p=0.5),
-    dict(remask='critic'), dict(remask='confidence'), dict(remask='random'), dict(remask='remdm', remdm='loop'),
+    *(dict(preset=name) for name in PRESETS), dict(commit='priority', priority=(1, 2)), dict(commit='margin'),
+    dict(commit='abstain'), dict(commit='entropy', remask='none'), dict(commit='left_to_right', block_length=4),
+    dict(top_k=3, top_p=0.5), dict(remask='critic'), dict(remask='confidence'), dict(remask='random'), dict(remask='remdm', remdm='loop'),
     dict(remask='wrong', remask_threshold=0.5),
     dict(remask='wrong', remask_schedule=(0.3, 0.1)), dict(remask='wrong', rewrite=True), dict(remask='none', guide=2),
     dict(remask='wrong', best_of=2), dict(ar_prefix=24, remask='none')], ids=str)
 def test_sampling_stays_on_its_device(away, rules):
-    model = away(network(settings('--short_conv=1', '--bigram_rows=50'), energy_head=2)).eval()
+    model = away(network(settings(short_conv=1, bigram_rows=50), energy_head=2)).eval()
     if 'preset' in rules:
         rules = choose_rules(settings(), steps=None if rules['preset'] == 'speculative' else 6, **rules)
-    samples = generate(model, dict(ARITHMETIC, block_size=24), 4, seed=1, **{'steps': 6, **rules})
+    samples = generate(model, META, 4, seed=1, **{'steps': 6, **rules})
     assert len(samples) == 4 and all(18 not in sample['tokens'] for sample in samples)
 
 
-@pytest.mark.parametrize('preset, most', [('ancestral', 2), ('intelligent', 2), ('speculative', 2)])
-def test_a_pass_of_the_sampler_waits_twice(away, preset, most):
-    model, meta = away(network(settings())).eval(), dict(ARITHMETIC, block_size=24)
+@pytest.mark.parametrize('preset', ['ancestral', 'intelligent', 'speculative'])
+def test_a_pass_of_the_sampler_waits_twice(away, preset):
+    model = away(network(settings())).eval()
     steps, waits = (4, 12), []
     for number in steps:
         WAITS.clear()
         rules = choose_rules(settings(), preset=preset, steps=None if preset == 'speculative' else number)
-        samples = generate(model, meta, 2, seed=1, **rules)
+        samples = generate(model, META, 2, seed=1, **rules)
         waits.append((sum(WAITS.values()), max(sample['nfe'] for sample in samples)))
     if preset == 'speculative':
-        assert waits[0][0] <= most * waits[0][1] + 9, (waits, WAITS)
+        assert waits[0][0] <= 2 * waits[0][1] + 9, (waits, WAITS)
     else:
-        assert waits[1][0] - waits[0][0] <= most * (steps[1] - steps[0]), (waits, WAITS)
+        assert waits[1][0] - waits[0][0] <= 2 * (steps[1] - steps[0]), (waits, WAITS)
 
 
 def test_other_tasks_stay_on_their_device(away):
-    model, meta, config = away(network(settings())).eval(), dict(ARITHMETIC, block_size=24), default_config(causal_ratio=0.5)
-    canvas = rows()
-    repaired = fill(model, meta, canvas, torch.zeros_like(canvas, dtype=torch.bool), seed=1, **choose_rules(
+    model, config = away(network(settings())).eval(), default_config(causal_ratio=0.5)
+    repaired = fill(model, META, ROWS, torch.zeros_like(ROWS, dtype=torch.bool), seed=1, **choose_rules(
         config, task='repair', inside=True))
-    judged = judge_rows(model, meta, canvas[:2], config, estimates=4)[0]
+    judged = judge_rows(model, META, ROWS[:2], config, estimates=4)[0]
     assert len(repaired) == 8 and set(judged) == {'nelbo', 'causal_nll', 'p_wrong'}
-    blank = canvas.masked_fill(torch.arange(24) > 0, 18).to(AWAY)
+    blank = ROWS.masked_fill(torch.arange(24) > 0, 18).to(AWAY)
     for x in (plain_ancestral(model, blank, torch.Generator(AWAY)), cached_ar(model, blank, torch.Generator(AWAY), 16, 17)):
         assert x.device == AWAY and not bool((x == 18).any())
