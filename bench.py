@@ -26,7 +26,7 @@ import json as jsonlib
 import sys
 from types import SimpleNamespace
 
-from checkpoint import write_atomically
+from plumbing.checkpoint import write_atomically
 from configurator import UserError
 from sample import check_folder
 

@@ -9,10 +9,10 @@ import math
 
 import torch
 
-import distributed
+from plumbing import distributed
 from configurator import UserError
 from model import places, random_subset, stratified_k
-from pieces import at_once
+from plumbing.pieces import at_once
 from rules import draw, filtered
 
 KINDS = ('own', 'random', 'fragment', 'sticky', 'noise')    # of wrong tokens, see corrupt
@@ -30,7 +30,7 @@ def corrupt(x0, free, real, *, training_type, mask_token_id, wrong_token_id, gen
     every row k of its n free positions are chosen, k uniform on 1..n and stratified over the batch.
       unmasking: they become [MASK]; each weighs 1/k, so that the loss is the NELBO a position, without any 1/t. With
                  mask_weighting='token' each weighs 2/(n+1), as much in the mean over k, and all masks alike: what a row with
-                 few of them says about its loss is mostly noise, and 1/k makes much of it (EXPERIMENTS.md).
+                 few of them says about its loss is mostly noise, and 1/k makes much of it (docs/log.md).
       remasking: wrong tokens stand there; nothing is masked.
       joint:     in a share remask_ratio of the rows wrong tokens stand at 1..k of them, the others are masked.
       denoising: joint with the corruption 'noise', whatever the argument corruption says.

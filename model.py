@@ -515,7 +515,7 @@ class GPT(nn.Module):
         reads two, and what they give for the token that stands there. It learns, the network does not.
         """
         if self.critic is None:
-            raise UserError('this network has no energy head: give it one with python energy.py --init_from=CHECKPOINT')
+            raise UserError('this network has no energy head: give it one with python tools/energy.py --init_from=CHECKPOINT')
         with torch.no_grad():
             features = []
             for causal in (False, True)[:self.config.energy_head]:

@@ -437,7 +437,7 @@ def check_energy_head(config, name):
     """Raises UserError if the checkpoint of this config has no energy head, which the setting called name needs."""
     if not config.get('energy_head'):
         raise UserError(f'{name} needs a checkpoint with an energy head: give this one a head with '
-                        'python energy.py --init_from=CHECKPOINT and sample from what that writes')
+                        'python tools/energy.py --init_from=CHECKPOINT and sample from what that writes')
 
 
 def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=None, judge=False):

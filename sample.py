@@ -27,13 +27,13 @@ import time
 import torch
 from tqdm import tqdm
 
-import show
-from canvas import decode, encode, load_task, rows_of, start_canvas, task_canvas, until_end
-from checkpoint import check_same_model, export_safetensors, identity, import_safetensors, load_checkpoint, write_atomically
+from plumbing import show
+from plumbing.text import decode, encode, load_task, rows_of, start_canvas, task_canvas, until_end
+from plumbing.checkpoint import check_same_model, export_safetensors, identity, import_safetensors, load_checkpoint, write_atomically
 from configurator import UserError
 from corruption import modelled
-from device import configure_compute
-from evaluation import causal_nll, nelbo
+from plumbing.device import configure_compute
+from plumbing.evaluate import causal_nll, nelbo
 from model import places, random_subset, room_for
 from rules import (COMMIT_RULES, CORRECTING, REMASK_RULES, REMDM_SCHEDULES, TASKS, WHOLE_CANVAS, choose_rules,
                    close_rows, commit_order, displaced, doubted, draft_pass, fine, first_of, guided, masks_left, p_wrong, propose,
@@ -107,8 +107,8 @@ attention = 'auto'         # auto | plain | sdpa
 compile = False            # torch.compile the network
 # -----------------------------------------------------------------------------
 
-RATES = dict(wrong=1.0, critic=1.0, confidence=1.0, p2=1.0)   # remask_rate if not given; 0.3 for the others, see EXPERIMENTS.md
-DRAFT_WINDOW = 5  # remask=causal drafts this many tokens a round; EXPERIMENTS.md has 1 to 63
+RATES = dict(wrong=1.0, critic=1.0, confidence=1.0, p2=1.0)   # remask_rate if not given; 0.3 for the others, see docs/log.md
+DRAFT_WINDOW = 5  # remask=causal drafts this many tokens a round; docs/log.md has 1 to 63
 
 
 # -----------------------------------------------------------------------------
@@ -345,7 +345,7 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
     ends = dict(end_id=meta['eos'], pad_id=meta['pad'], generator=generator)
     inside = [meta[name] for name in ('bos', 'eos', 'pad') if meta[name] is not None]  # nothing but an end may end a text
     filters = {key: rules[key] for key in ('temperature', 'top_k', 'top_p') if key in rules}
-    rules = {'remask_patience': float(meta['eos'] is None), **rules}           # by what was measured (EXPERIMENTS.md)
+    rules = {'remask_patience': float(meta['eos'] is None), **rules}           # by what was measured (docs/log.md)
     canvas, fixed = (part.repeat(best_of or 1, 1) for part in (canvas, fixed))
     samples, num = [], canvas.size(0)
     for first in tqdm(range(0, num, batch_size), disable=not progress or num <= batch_size, desc='sampling', leave=False):

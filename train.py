@@ -28,20 +28,20 @@ from dataclasses import fields
 import torch
 import torch.nn.functional as F
 
-import distributed
-from canvas import encode, load_task
-from checkpoint import (append_line, check_overwrite, check_unlocked, checkpoint_name, last_good, load_guesser, load_start, lock,
+from plumbing import distributed
+from plumbing.text import encode, load_task
+from plumbing.checkpoint import (append_line, check_overwrite, check_unlocked, checkpoint_name, last_good, load_guesser, load_start, lock,
                         make_checkpoint, make_folder, model_args, random_states_of_ranks, restore, save_checkpoint, unlock)
-from checks import check_fits, check_settings
+from plumbing.checks import check_fits, check_settings
 from configurator import UserError
 from corruption import KINDS, NOISE, corrupt, extent, modelled, own_guesses, pack, parse_mixture
-from curves import draw_curves, start_log
+from plumbing.log import draw_curves, start_log
 from data.loader import load_data, random_rows, spread_rows
-from device import configure_compute
-from evaluation import compare_text, evaluate, evaluation_line, usual_text
+from plumbing.device import configure_compute
+from plumbing.evaluate import compare_text, evaluate, evaluation_line, usual_text
 from model import GPT, GPTConfig, norm, places
-from optim import average, lr_scale, make_optimizers, update
-from pieces import in_pieces
+from plumbing.optim import average, lr_scale, make_optimizers, update
+from plumbing.pieces import in_pieces
 from rules import best_rules, supports
 from sample import find_checkpoint, generate
 

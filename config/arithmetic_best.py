@@ -1,4 +1,4 @@
-# strings that are well formed, and right: 99.7 and 64 % after 16 minutes on one CPU core (see EXPERIMENTS.md). Nearly all of the
+# strings that are well formed, and right: 99.7 and 64 % after 16 minutes on one CPU core (see docs/log.md). Nearly all of the
 # batch trains the causal mode, which has the last word when sampling, on strings that are hardly ever seen twice; the rest keeps
 # the other mode alive
 training_type = 'joint'

@@ -1,4 +1,4 @@
-# GPT-2's size on OpenWebText (its loss was not measured here; a step is, see EXPERIMENTS.md):
+# GPT-2's size on OpenWebText (its loss was not measured here; a step is, see docs/log.md):
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_scale.py
 # half a million tokens a step, all processes together; on fewer GPUs raise gradient_accumulation_steps and lower batch_size
 # in proportion

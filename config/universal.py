@@ -1,6 +1,6 @@
 # the universal denoiser at its seed's budget: 2,000 steps of 64 strings, 20,000 strings, 396 thousand parameters (and 49 thousand
-# of the draft head, which only saves passes). One network writes, edits, repairs and finds what is wrong; see EXPERIMENTS.md for
-# all that was tried. An energy head for it: python energy.py --init_from=out/ckpt_joint_all_positions.pt
+# of the draft head, which only saves passes). One network writes, edits, repairs and finds what is wrong; see docs/log.md for
+# all that was tried. An energy head for it: python tools/energy.py --init_from=out/ckpt_joint_all_positions.pt
 training_type = 'joint'
 remask_target = 'original'
 causal_ratio = 1.0             # every row trains the causal mode ...

@@ -9,11 +9,11 @@ import statistics
 
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint
+from plumbing.checkpoint import load_checkpoint
 from configurator import UserError
 from data.loader import data_of, spread_rows
-from device import configure_compute
-from evaluation import evaluate
+from plumbing.device import configure_compute
+from plumbing.evaluate import evaluate
 from rules import supports
 from sample import generate
 from suites.common import SHARES, asked_for, cell, load, markdown, training_strings

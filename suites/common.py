@@ -11,11 +11,11 @@ import time
 import torch
 from tqdm import tqdm
 
-from canvas import decode, load_task
-from checkpoint import load_checkpoint
+from plumbing.text import decode, load_task
+from plumbing.checkpoint import load_checkpoint
 from configurator import UserError
 from data.loader import load_data
-from device import configure_compute
+from plumbing.device import configure_compute
 from sample import find_checkpoint, generate, load_merged
 
 METRICS = ('balanced', 'valid', 'correct', 'unique', 'novel', 'mean_length', 'length_tv', 'nfe')

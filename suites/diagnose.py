@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import configurator
-import optim
+from plumbing import optim
 import train
-from checkpoint import check_same_model, identity, load_guesser, model_args
+from plumbing.checkpoint import check_same_model, identity, load_guesser, model_args
 from configurator import UserError
 from corruption import another_token, corrupt, modelled
 from data.loader import data_of, load_data, random_rows, spread_rows
-from device import configure_compute
+from plumbing.device import configure_compute
 from model import GPT, GPTConfig, beside, random_subset
 from rules import supports
 from sample import find_checkpoint

@@ -23,7 +23,7 @@ import time
 
 import torch
 
-from checkpoint import load_checkpoint, make_folder
+from plumbing.checkpoint import load_checkpoint, make_folder
 from configurator import UserError
 from suites.common import markdown
 from suites.runs import ROOT

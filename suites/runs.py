@@ -20,11 +20,11 @@ import sys
 from tqdm import tqdm
 
 import configurator
-from checkpoint import append_line, load_checkpoint, make_folder, write_atomically
+from plumbing.checkpoint import append_line, load_checkpoint, make_folder, write_atomically
 from configurator import UserError
 from suites.common import load
 
-WRITTEN = {'energy.py': 'ckpt_energy.pt', 'distill.py': 'ckpt_distilled.pt'}   # the checkpoint of a script that cannot resume
+WRITTEN = {'tools/energy.py': 'ckpt_energy.pt', 'tools/distill.py': 'ckpt_distilled.pt'}   # the checkpoint of a script that cannot resume
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 # -----------------------------------------------------------------------------

@@ -33,14 +33,14 @@ import torch
 import torch.nn.functional as F
 
 import configurator
-import optim
+from plumbing import optim
 import train
-from canvas import decode, start_canvas
-from checkpoint import atomically, make_folder
+from plumbing.text import decode, start_canvas
+from plumbing.checkpoint import atomically, make_folder
 from configurator import UserError
 from corruption import KINDS, corrupt, modelled, parse_mixture
 from data.loader import load_data
-from device import configure_compute
+from plumbing.device import configure_compute
 from model import GPT, GPTConfig, places, room_for
 from rules import best_rules, close_rows, draw, filtered, supports
 from sample import find_checkpoint, generate

@@ -22,7 +22,7 @@ import configurator
 import train
 from configurator import UserError
 from data.loader import data_of, load_data, spread_rows
-from evaluation import evaluate
+from plumbing.evaluate import evaluate
 from rules import choose_rules, supports
 from suites.checkpoints import mean_and_error
 from suites.common import SHARES, cell, markdown, measure, training_strings, wanted

@@ -12,10 +12,10 @@ import statistics
 import torch
 from tqdm import tqdm
 
-from canvas import decode, task_canvas
+from plumbing.text import decode, task_canvas
 from corruption import NOISE, mixed_noise, modelled, parse_mixture
 from data.loader import data_of, spread_rows
-from evaluation import per_token
+from plumbing.evaluate import per_token
 from rules import choose_rules, supports
 from sample import fill
 from suites.common import cell, checkpoint_of_arithmetic, markdown, wanted, with_errors

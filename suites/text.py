@@ -22,11 +22,11 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from canvas import decode
+from plumbing.text import decode
 from configurator import UserError
 from corruption import another_token
 from data.loader import data_of, load_data, random_rows, rows_at, spread_rows
-from evaluation import causal_nll, evaluate, per_token, text_statistics, training_text
+from plumbing.evaluate import causal_nll, evaluate, per_token, text_statistics, training_text
 from model import random_subset
 from rules import choose_rules, supports
 from sample import fill, generate

@@ -15,10 +15,10 @@ import statistics
 import torch
 from tqdm import tqdm
 
-from canvas import decode, encode, rows_of, start_canvas, task_canvas
+from plumbing.text import decode, encode, rows_of, start_canvas, task_canvas
 from corruption import NOISE, mixed_noise, modelled, parse_mixture
 from data.loader import data_of, load_data, spread_rows
-from evaluation import causal_nll, evaluate, roc_auc
+from plumbing.evaluate import causal_nll, evaluate, roc_auc
 from rules import PRESETS, choose_rules, p_wrong, supports, text_of
 from sample import fill, generate
 from suites.common import SHARES, cell, fresh_draws, markdown, measure_draws, summary, training_strings, wanted, with_errors
@@ -43,9 +43,9 @@ RUNS = {
     'K=4': [*DENOISE, '--n_recur=4'],
     'skeleton': [*DENOISE, '--coarse=0123456789', '--causal_ratio=0.0'],
     'ours': ['train.py', 'config/universal.py'],
-    'energy': ['energy.py', '--init_from={ours}'],
-    'energy without causal pass': ['energy.py', '--init_from={ours}', '--passes=1'],
-    'student': ['distill.py', '--init_from={base}'],
+    'energy': ['tools/energy.py', '--init_from={ours}'],
+    'energy without causal pass': ['tools/energy.py', '--init_from={ours}', '--passes=1'],
+    'student': ['tools/distill.py', '--init_from={base}'],
 }
 DENOISERS = [name for name, (script, *_) in RUNS.items() if script == 'train.py' and name != 'skeleton']
 

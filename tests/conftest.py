@@ -16,9 +16,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import configurator  # noqa: E402
-import canvas  # noqa: E402
+from plumbing import text as canvas  # noqa: E402
 import sample  # noqa: E402
-from checkpoint import model_args  # noqa: E402
+from plumbing.checkpoint import model_args  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
 # what data/arithmetic/prepare.py writes, without the token counts
@@ -62,7 +62,7 @@ def chi_square(counts, expected):
 
 def load_script(name):
     """A script as a fresh module, so that a test may change its settings."""
-    spec = importlib.util.spec_from_file_location(f'{name}_under_test', os.path.join(ROOT, f'{name}.py'))
+    spec = importlib.util.spec_from_file_location(f"{os.path.basename(name)}_under_test", os.path.join(ROOT, f'{name}.py'))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -108,7 +108,8 @@ def tidy(monkeypatch):
 def run(monkeypatch, capsys):
     """run('train', '--max_iters=3', ...) as from the command line: (exit status, stdout, stderr)."""
     def run(script, *words, root=ROOT):
-        path = script if script.endswith('.py') else os.path.join(root, f'{script}.py')
+        folder = os.path.join(root, 'tools' if script in ('energy', 'distill') else '')
+        path = script if script.endswith('.py') else os.path.join(folder, f'{script}.py')
         monkeypatch.setattr(sys, 'argv', [path, *map(str, words)])
         capsys.readouterr()
         try:

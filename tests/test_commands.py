@@ -16,7 +16,7 @@ from conftest import ARITHMETIC, ROOT, default_config, load_script, tiny_gpt, wr
 import configurator
 import train
 from data import loader
-from checkpoint import load_checkpoint
+from plumbing.checkpoint import load_checkpoint
 from model import GPTConfig, check_config
 from suites import arithmetic, checkpoints
 from suites.common import standard_error

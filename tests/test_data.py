@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import canvas
+from plumbing import text as canvas
 from configurator import UserError
 from data import common, loader
 

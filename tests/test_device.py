@@ -14,10 +14,10 @@ from test_train import arithmetic_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-import distributed
-import optim
+from plumbing import distributed
+from plumbing import optim
 import train
-from evaluation import evaluate
+from plumbing.evaluate import evaluate
 from rules import PRESETS, choose_rules, supports
 from sample import fill, generate, judge_rows
 from suites.speed import cached_ar, plain_ancestral, recipe

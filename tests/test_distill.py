@@ -10,7 +10,7 @@ from conftest import ROOT, load_script, write_checkpoint
 from test_commands import CPU, read_samples, refused
 
 import configurator
-from checkpoint import load_checkpoint
+from plumbing.checkpoint import load_checkpoint
 
 TINY = ['--teacher_steps=3', '--max_iters=6', '--batch_size=4', '--log_interval=3', *CPU]
 
@@ -21,7 +21,7 @@ def distilled(tmp_path_factory):
     out = tmp_path_factory.mktemp('distilled')
     path = write_checkpoint(str(out / 'a' / 'ckpt_joint.pt'), training_type='joint', causal_ratio=0.5)
     before = open(path, 'rb').read()
-    run = subprocess.run([sys.executable, 'distill.py', f'--init_from={path}', f'--out_dir={out}', *TINY], cwd=ROOT,
+    run = subprocess.run([sys.executable, 'tools/distill.py', f'--init_from={path}', f'--out_dir={out}', *TINY], cwd=ROOT,
                          capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert open(path, 'rb').read() == before
@@ -47,7 +47,7 @@ def test_a_student_is_a_checkpoint_that_samples(distilled, run, tmp_path):
 def test_the_student_learns_what_the_teacher_says(tmp_path, monkeypatch):
     """A teacher that says 7 everywhere: what is asked for at the masks are 7s, and the student says them more often."""
     path = write_checkpoint(str(tmp_path / 'ckpt.pt'), training_type='unmasking')
-    module, asked = load_script('distill'), []
+    module, asked = load_script('tools/distill'), []
     configurator.configure(vars(module), [f'--init_from={path}', f'--out_dir={tmp_path}/out', '--learning_rate=0.01',
                                           '--ema_decay=0.5', *TINY, '--max_iters=15'])
 

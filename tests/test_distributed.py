@@ -20,8 +20,8 @@ from conftest import ARITHMETIC, ROOT, default_config, tiny_gpt
 from test_train import MIXED, TINY, assert_close, assert_same, assert_same_run, gradients, log_of, read, seeded, start
 
 import corruption
-import distributed
-from checks import check_settings
+from plumbing import distributed
+from plumbing.checks import check_settings
 from configurator import UserError
 from data import loader
 from train import PARTS, training_step

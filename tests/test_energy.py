@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import ARITHMETIC, ROOT, all_sequences, chi_square, default_config, load_script, tiny_gpt, write_checkpoint
 from test_sample import Oracle, distance, empty, product_law, random_law, remasked_share, seeded, within_noise
 
-from checkpoint import load_checkpoint
+from plumbing.checkpoint import load_checkpoint
 from configurator import UserError
 from model import GPT
 from rules import best_rules, choose_by_energy, choose_rules, text_of
@@ -223,7 +223,7 @@ def test_every_pass_is_counted_and_the_seed_decides(rules):
 def test_who_has_no_head_is_told_how_to_get_one():
     config = default_config(training_type='joint', causal_ratio=0.3)
     for name, how in (('remask=critic', dict(remask='critic')), ('guide', dict(guide=2)), ('best_of', dict(best_of=2))):
-        with pytest.raises(UserError, match=f'{name} needs .* energy head.* python energy.py --init_from='):
+        with pytest.raises(UserError, match=f'{name} needs .* energy head.* python tools/energy.py --init_from='):
             choose_rules(config, **how)
         chosen = choose_rules({**config, 'energy_head': 2}, **how)
         assert how.items() <= chosen.items() and (chosen['remask'] == 'causal') == (name == 'best_of')
@@ -233,7 +233,7 @@ def test_who_has_no_head_is_told_how_to_get_one():
         choose_rules({**config, 'energy_head': 2}, judge=True, remask='critic')
     assert choose_rules({**config, 'energy_head': 2}, task='repair', remask='critic')['remask_threshold'] == 0.8
     model = tiny_gpt(5, 6)
-    with pytest.raises(UserError, match='python energy.py'):
+    with pytest.raises(UserError, match='python tools/energy.py'):
         generate_diffusion(model, torch.full((1, 6), 5), torch.zeros(1, 6).bool(), remask='critic')
     for rules in (dict(remask='causal'), dict(draft='causal')):
         with pytest.raises(UserError, match='guide chooses among whole completions'):
@@ -244,7 +244,7 @@ def test_who_has_no_head_is_told_how_to_get_one():
 
 
 def test_a_batch_says_what_is_clean_and_what_is_wrong():
-    energy, model = load_script('energy'), headed(18, 64)
+    energy, model = load_script('tools/energy'), headed(18, 64)
     clean = torch.full((24, 64), 17)
     for row, n in zip(clean, range(5, 53, 2)):
         row[:n + 2] = torch.cat((torch.tensor([15]), torch.randint(15, (n,), generator=seeded(n)), torch.tensor([16])))
@@ -264,7 +264,7 @@ def test_a_batch_says_what_is_clean_and_what_is_wrong():
 
 def test_what_is_measured(monkeypatch):
     """An energy that knows the length of the text: it tells short samples from long rows, and says which kind they are."""
-    energy, model = load_script('energy'), headed(18, 64)
+    energy, model = load_script('tools/energy'), headed(18, 64)
     monkeypatch.setattr(GPT, 'energy', lambda self, ids, real: -real.sum(1).float())
 
     def row(text):
@@ -291,7 +291,7 @@ def trained(tmp_path_factory):
     checkpoint = torch.load(path, weights_only=True)
     checkpoint['ema'] = {name: weight + 0.01 for name, weight in checkpoint['model'].items()}
     torch.save({**checkpoint, 'optimizers': [], 'rng': {}}, path)
-    run = subprocess.run([sys.executable, 'energy.py', f'--init_from={path}', f'--out_dir={out}', *TINY], cwd=ROOT,
+    run = subprocess.run([sys.executable, 'tools/energy.py', f'--init_from={path}', f'--out_dir={out}', *TINY], cwd=ROOT,
                          capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return path, str(out / 'ckpt_energy.pt'), run.stdout

@@ -16,11 +16,11 @@ import torch
 from conftest import ARITHMETIC, ROOT, default_config, tiny_gpt, write_checkpoint
 from test_train import PLAIN, assert_same, newest, read, start
 
-import canvas
-import checkpoint as files
+from plumbing import text as canvas
+from plumbing import checkpoint as files
 import configurator
 import train
-from checkpoint import append_line, load_checkpoint, lock, save_checkpoint, unlock
+from plumbing.checkpoint import append_line, load_checkpoint, lock, save_checkpoint, unlock
 from configurator import UserError
 from data.loader import load_data
 from suites import faults

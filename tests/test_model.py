@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from conftest import all_sequences, chi_square, default_config, tiny_gpt
 
 import model as model_module
-from checkpoint import check_same_model, identity, load_checkpoint, model_args, save_checkpoint
+from plumbing.checkpoint import check_same_model, identity, load_checkpoint, model_args, save_checkpoint
 from configurator import UserError
-from device import bf16_is_fast, configure_compute
-from evaluation import causal_nll, nelbo
+from plumbing.device import bf16_is_fast, configure_compute
+from plumbing.evaluate import causal_nll, nelbo
 from model import GPT, Block, Drafter, GPTConfig, ShortConv, norm, places, random_subset, stratified_k
 
 

@@ -15,7 +15,7 @@ from test_sample import (Oracle, distance, empty, filtered_law, product_law, ran
 
 import sample
 from configurator import UserError
-from evaluation import causal_nll
+from plumbing.evaluate import causal_nll
 from rules import COMMIT_RULES, displaced, doubted, masks_left, remdm_rate, share_at, spare_lengths
 from sample import generate_diffusion, left_of
 

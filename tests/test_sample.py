@@ -17,7 +17,7 @@ from conftest import ARITHMETIC, all_sequences, chi_square, default_config, load
 import sample
 from configurator import UserError
 from rules import best_rules, close_rows, commit_order, draw, filtered, first_of, p_mask, p_wrong, propose, supports
-from canvas import decode, encode, start_canvas
+from plumbing.text import decode, encode, start_canvas
 from sample import fill, find_checkpoint, generate, generate_diffusion, load_merged, write_atomically
 
 

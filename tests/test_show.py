@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ARITHMETIC, tiny_gpt
 
-import show
+from plumbing import show
 from configurator import UserError
 
 BOS, EOS, PAD, MASK = ARITHMETIC['bos'], ARITHMETIC['eos'], ARITHMETIC['pad'], ARITHMETIC['vocab_size']

@@ -10,7 +10,7 @@ from test_commands import bench_settings
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from canvas import until_end
+from plumbing.text import until_end
 from configurator import UserError
 from model import GPT, places
 from sample import fill

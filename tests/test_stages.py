@@ -13,9 +13,9 @@ from conftest import default_config, tiny_gpt
 from test_train import TINY, assert_same_run, newest, read, start
 
 import model as model_module
-import optim
+from plumbing import optim
 import train
-from checkpoint import GROWS, load_checkpoint, save_checkpoint
+from plumbing.checkpoint import GROWS, load_checkpoint, save_checkpoint
 from configurator import UserError
 from model import GPT, GPTConfig, Block, Mixer, attention_bias, graph_edges, norm, rotary_table, rotate
 from suites import diagnose

@@ -14,14 +14,14 @@ from test_sample import seeded
 from test_show import Page
 
 import sample
-from canvas import holes, spans, task_canvas
-from checkpoint import load_checkpoint
+from plumbing.text import holes, spans, task_canvas
+from plumbing.checkpoint import load_checkpoint
 from configurator import UserError
 from corruption import mixed_noise
-from evaluation import causal_nll
+from plumbing.evaluate import causal_nll
 from rules import COMMIT_RULES, PRESETS, REMASK_RULES, REWRITE, TASKS, choose_rules
 from sample import judge_rows
-from show import marks
+from plumbing.show import marks
 from suites import common, samplers, tasks
 
 BOS, EOS, PAD, MASK = 15, 16, 17, 18

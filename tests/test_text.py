@@ -14,7 +14,7 @@ from test_train import log_of, newest, read, start
 
 from configurator import UserError
 from data import loader
-from evaluation import causal_nll, known_words, longest_copy, text_statistics, token_statistics, training_text, words_of
+from plumbing.evaluate import causal_nll, known_words, longest_copy, text_statistics, token_statistics, training_text, words_of
 from suites import runs, text
 
 T, V = 12, 4

@@ -20,13 +20,13 @@ from test_corruption import MASK, T, V, WRONG, clean_rows, corrupted, seeded
 
 import configurator
 import train
-from checkpoint import load_checkpoint
+from plumbing.checkpoint import load_checkpoint
 from configurator import UserError
 from corruption import corrupt, extent, own_guesses
 from data import loader
 from data.loader import load_data, random_rows, spread_rows
 from model import GPT, GPTConfig
-from evaluation import causal_nll, evaluate, nelbo, per_token, roc_auc
+from plumbing.evaluate import causal_nll, evaluate, nelbo, per_token, roc_auc
 from train import (checkpoint_name, draft_loss, loss, lr_scale, make_optimizers, ramp, start_log, steer, training_step)
 
 # -----------------------------------------------------------------------------

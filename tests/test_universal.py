@@ -10,8 +10,8 @@ from test_commands import bench_settings
 from test_sample import seeded
 
 import sample
-from canvas import encode, start_canvas
-from checkpoint import load_checkpoint
+from plumbing.text import encode, start_canvas
+from plumbing.checkpoint import load_checkpoint
 from configurator import UserError
 from data import loader
 from rules import choose_rules
@@ -40,9 +40,9 @@ def trainings(monkeypatch):
         if how['status'] == 0:
             parts = {name: any(f'--{name}' in word for word in command) for name in ('noise_condition', 'self_condition')}
             path = os.path.join(folder, runs.WRITTEN.get(script, 'ckpt_denoising.pt'))
-            write_checkpoint(path, tiny_gpt(18, 64, n_recur=1, energy_head=script == 'energy.py', **parts),
+            write_checkpoint(path, tiny_gpt(18, 64, n_recur=1, energy_head=script == 'tools/energy.py', **parts),
                              training_type='denoising', remask_target='original', causal_ratio=0.3, max_iters=how['max_iters'])
-            if script == 'energy.py':
+            if script == 'tools/energy.py':
                 checkpoint = torch.load(path)
                 torch.save({**checkpoint, 'config': {**checkpoint['config'], 'energy_head': True}}, path)
         return how['status']
@@ -73,7 +73,7 @@ def test_other_arguments_are_another_run(s, trainings):
     """train_args, the arguments, what a config file says, and the run that it starts from; not a comment."""
     _, commands = trainings
     first = runs.trained(s, universal.RUNS, 'energy')
-    assert [command[0] for command in commands] == ['train.py', 'energy.py']
+    assert [command[0] for command in commands] == ['train.py', 'tools/energy.py']
     assert commands[1][1] == f"--init_from={runs.trained(s, universal.RUNS, 'ours')}" and len(commands) == 2
     s.train_args = '--max_iters=20 --eval_samples=0'
     assert runs.trained(s, universal.RUNS, 'energy') != first

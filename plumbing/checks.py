@@ -2,8 +2,8 @@
 What is checked before a run touches anything: settings that make no sense, do not go together or do not fit the data.
 """
 
-import distributed
-from canvas import encode
+from plumbing import distributed
+from plumbing.text import encode
 from configurator import UserError
 from corruption import KINDS, NOISE, parse_mixture
 

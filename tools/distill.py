@@ -1,7 +1,7 @@
 """
 Consistency distillation: a student that reaches in a few passes where its teacher needs many.
 
-    python distill.py --init_from=ckpt                     500 steps from the newest checkpoint under out_dir
+    python tools/distill.py --init_from=ckpt                     500 steps from the newest checkpoint under out_dir
     python sample.py --init_from=out/ckpt_distilled.pt --steps=4
 
 The student starts as a copy of the teacher. Rows are masked as in training, the teacher completes them with its sampler in
@@ -10,24 +10,27 @@ Gulcehre 2024, SDTT, but with drawn tokens in the place of averaged probabilitie
 what can be gained is that every single one is surer; how sure is up to the teacher's sampler.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import configurator
 
 configurator.help_first(globals())           # --help shall not wait for torch
 # ruff: noqa: E402 (so the imports come after it)
 
 import copy
-import os
 import time
 
 import torch
 
-from canvas import load_task
-from checkpoint import load_checkpoint, make_folder, save_checkpoint
+from plumbing.text import load_task
+from plumbing.checkpoint import load_checkpoint, make_folder, save_checkpoint
 from configurator import UserError
 from corruption import corrupt, modelled
 from data.loader import data_of, random_rows
-from device import configure_compute
-from optim import make_optimizers
+from plumbing.device import configure_compute
+from plumbing.optim import make_optimizers
 from rules import PRESETS, choose_rules, supports
 from sample import find_checkpoint, generate, generate_diffusion
 from train import loss

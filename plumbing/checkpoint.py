@@ -13,7 +13,7 @@ from dataclasses import asdict, fields
 
 import torch
 
-import distributed
+from plumbing import distributed
 from configurator import UserError, expected
 from data.loader import other_data, read_meta
 from model import GPT, GPTConfig

@@ -12,7 +12,7 @@ import re
 import torch
 import torch.nn.functional as F
 
-from canvas import decode, encode, until_end
+from plumbing.text import decode, encode, until_end
 from corruption import corrupt, modelled, own_guesses
 from data.loader import spread_rows
 from model import places, random_subset, stratified_k

@@ -3,7 +3,7 @@
 import json
 import os
 
-from checkpoint import atomically, write_atomically
+from plumbing.checkpoint import atomically, write_atomically
 
 
 def read_log(path):

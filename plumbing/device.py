@@ -1,5 +1,5 @@
 """
-What to compute on, in which dtype, by which attention: all choices by device and shape, by what was measured (EXPERIMENTS.md).
+What to compute on, in which dtype, by which attention: all choices by device and shape, by what was measured (docs/log.md).
 """
 
 import ctypes
@@ -38,7 +38,7 @@ def bf16_is_fast(kind):
 
 def configure_compute(model, device, dtype='auto', attention='auto', compile=False):
     """
-    Moves the model to the device and chooses dtype and attention; 'auto' follows what was measured (EXPERIMENTS.md).
+    Moves the model to the device and chooses dtype and attention; 'auto' follows what was measured (docs/log.md).
 
     Returns (model, a line that says what was chosen and why). Raises UserError for a device or dtype that is not there.
     """

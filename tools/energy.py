@@ -1,7 +1,7 @@
 """
 Give a trained network an energy head: a number for every text that says how little it looks like the data.
 
-    python energy.py --init_from=ckpt                                    1000 steps from the newest checkpoint under out_dir
+    python tools/energy.py --init_from=ckpt                                    1000 steps from the newest checkpoint under out_dir
     python sample.py --init_from=out/ckpt_energy.pt --best_of=4          of 4 samples the one of the lowest energy
     python sample.py --init_from=out/ckpt_energy.pt --guide=4 --steps=8  a choice among 4 at every step, by exp(-energy)
     python sample.py --init_from=out/ckpt_energy.pt --remask=critic      re-mask what the head calls wrong
@@ -14,24 +14,27 @@ makes up for what the sampler got wrong. Noise alone, as in the seed, makes a de
 hold none.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import configurator
 
 configurator.help_first(globals())           # --help shall not wait for torch
 # ruff: noqa: E402 (so the imports come after it)
 
-import os
 import time
 
 import torch
 import torch.nn.functional as F
 
-from canvas import load_task, rows_of
-from checkpoint import load_checkpoint, save_checkpoint
+from plumbing.text import load_task, rows_of
+from plumbing.checkpoint import load_checkpoint, save_checkpoint
 from configurator import UserError
 from corruption import NOISE, corrupt, mixed_noise, modelled, noise_level, own_guesses, parse_mixture
 from data.loader import data_of, random_rows, spread_rows
-from device import configure_compute
-from evaluation import roc_auc
+from plumbing.device import configure_compute
+from plumbing.evaluate import roc_auc
 from model import GPT, GPTConfig, places
 from rules import choose_rules, draw, filtered, supports, text_of
 from sample import find_checkpoint, generate

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-import distributed
+from plumbing import distributed
 
 
 class Muon(torch.optim.Muon):

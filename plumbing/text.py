@@ -146,7 +146,7 @@ def task_canvas(task, model, meta, text, hole=None, mask=None):
 @functools.lru_cache
 def load_task(dataset):
     """The module data/<dataset>/task.py, which knows right from wrong there, or None."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'data', dataset, 'task.py')
+    path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'data', dataset, 'task.py')
     if not os.path.exists(path):
         return None
     spec = importlib.util.spec_from_file_location(f'{dataset}_task', path)
