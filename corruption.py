@@ -11,9 +11,9 @@ import torch
 
 from plumbing import distributed
 from configurator import UserError
-from model import places, random_subset, stratified_k
+from plumbing.rows import places, random_subset, stratified_k
 from plumbing.pieces import at_once
-from rules import draw, filtered
+from model import draw, filtered
 
 KINDS = ('own', 'random', 'fragment', 'sticky', 'noise')    # of wrong tokens, see corrupt
 NOISE = ('mask', 'replace', 'swap', 'delete', 'insert')     # what mixed_noise may do to a token

@@ -16,8 +16,6 @@ import torch
 from plumbing import distributed
 from configurator import UserError, expected
 from data.loader import other_data, read_meta
-from model import GPT, GPTConfig
-from rules import supports
 
 # -----------------------------------------------------------------------------
 # files
@@ -251,14 +249,14 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def load_checkpoint(path, device='cpu', ema=True):
+def load_checkpoint(path, network, sizes, device='cpu', ema=True):
     """
     Reads a checkpoint: (model in eval mode, the checkpoint as a dict).
 
     ema: take the averaged weights where the checkpoint has them. Raises UserError, naming the file and what is wrong with it.
     """
-    checkpoint = read_checkpoint(path, device)
-    known = {field.name: field.default for field in fields(GPTConfig)}
+    checkpoint = modernised(read_checkpoint(path, device))
+    known = {field.name: field.default for field in fields(sizes)}
     odd = sorted(set(checkpoint['model_args']) - set(known), key=str)
     if odd:
         raise UserError(f"{path}: made by another version of model.py, which has the field '{odd[0]}'")
@@ -266,7 +264,7 @@ def load_checkpoint(path, device='cpu', ema=True):
     check_args(path, args, known, checkpoint['meta'])
     weights = checkpoint['ema'] if ema and checkpoint.get('ema') else checkpoint['model']
     try:
-        model = GPT(GPTConfig(**args)).to(device)
+        model = network(sizes(**args)).to(device)
     except Exception as error:                                                 # check_config's, or too much memory
         raise UserError(f'{path}: its model_args make no network: {first_line(error)}') from error
     check_weights(path, weights, model.state_dict())
@@ -277,7 +275,7 @@ def load_checkpoint(path, device='cpu', ema=True):
 def check_args(path, args, known, meta):
     """Raises UserError if the model_args of a file are no numbers, or the vocabulary in its meta is not the network's."""
     for name, default in known.items():
-        if not isinstance(args[name], (int, float) if isinstance(default, float) else int):
+        if not isinstance(args[name], (int, float) if isinstance(default, float) else type(default)):
             raise UserError(f'{path}: damaged: {name} is {args[name]!r}, not {expected(type(default))}')
     itos, size = meta['itos'], meta['vocab_size']
     fits = isinstance(size, int) and size == args['vocab_size']
@@ -321,6 +319,47 @@ def identity(checkpoint):
 def model_args(config):
     """A GPTConfig as the plain dict that a checkpoint holds."""
     return asdict(config)
+
+
+# what the settings and fields of earlier versions are in parts=, and the tensors of their parts today
+OLD_PARTS = dict(graph_window='graph', shortcuts='shortcuts', short_conv='short_conv', self_condition='previous', mu_blocks='mu',
+                 bigram_rows='bigrams', noise_condition='level', time_dim='level')
+OLD_TENSORS = (('.aloof', '.parts.graph.off_graph_penalty'), ('.shortcuts', '.parts.shortcuts.weight'),
+               ('.conv.weight', '.parts.short_conv.weight'), ('previous.weight', 'parts.previous.proj.weight'),
+               ('mixer.', 'parts.mu.'), ('bigrams.', 'parts.bigrams.'), ('level.weight', 'parts.level.mlp.0.weight'),
+               ('level.', 'parts.level.mlp.'))
+
+
+def modernised(checkpoint):
+    """A checkpoint of an earlier version as one of this version; the fields of its parts become the field parts."""
+    for key in ('model_args', 'config'):
+        old = checkpoint[key]
+        if 'parts' in old or not set(OLD_PARTS) & set(old):
+            continue
+        words = {}
+        for name, part in OLD_PARTS.items():
+            value = old.pop(name, 0)
+            if value:
+                words[part] = part if value is True else f'{part}:{value}'
+        topk = old.pop('graph_topk', 4)
+        if 'graph' in words:
+            words['graph'] += f':{topk}'
+        old['parts'] = ','.join(words.values())
+    for key in ('model', 'ema'):
+        weights = checkpoint.get(key)
+        if isinstance(weights, dict):
+            checkpoint[key] = {new_name(name): tensor for name, tensor in weights.items()}
+    return checkpoint
+
+
+def new_name(name):
+    """The name today of a tensor of an earlier version."""
+    if not isinstance(name, str) or 'parts.' in name:
+        return name
+    for old, new in OLD_TENSORS:
+        if name.startswith(old) or (old[0] == '.' and name.endswith(old) and name.startswith('blocks.')):
+            return name.replace(old, new)
+    return name
 
 
 # -----------------------------------------------------------------------------
@@ -430,3 +469,40 @@ def load_guesser(path, args, meta):
         raise UserError(f"guess_from={path} cannot unmask (training_type={checkpoint['config']['training_type']}), "
                         f'so it has no guesses')
     return guesser
+
+
+def find_checkpoint(name, out_dir):
+    """'ckpt': the newest ckpt_*.pt under out_dir; otherwise the name is a path. Raises UserError if there is none."""
+    if name != 'ckpt':
+        return name
+    found = glob.glob(os.path.join(out_dir, '**', 'ckpt_*.pt'), recursive=True)
+    if not found:
+        raise UserError(f'no checkpoint under {out_dir}; train one first: python train.py config/remask_all.py')
+    return max(found, key=os.path.getmtime)
+
+
+def load_merged(load, supports, path, other_path, weight):
+    """
+    Two checkpoints of one architecture, weights interpolated: (model, checkpoint), weight 0 being the first (the plan's
+    merging). The result counts as trained for what either was. Raises UserError, naming the field in which they differ.
+    """
+    (model, checkpoint), (other, other_checkpoint) = load(path), load(other_path)
+    check_same_model(path, identity(checkpoint), other_path, identity(other_checkpoint))
+    with torch.no_grad():
+        mine, theirs = model.state_dict(), other.state_dict()
+        torch._foreach_lerp_(list(mine.values()), [theirs[name] for name in mine], weight)
+    config, other_config = checkpoint['config'], other_checkpoint['config']
+    unmasks, causal, detects = (a or b for a, b in zip(supports(config), supports(other_config)))
+    kind = ('joint' if detects else 'unmasking') if unmasks else 'remasking' if detects else 'causal'
+    judge = config if supports(config)[2] else other_config
+    checkpoint['config'] = {**config, 'training_type': kind, 'causal_ratio': float(causal),
+                            'remasking_loss_type': judge['remasking_loss_type'],
+                            'allow_abstain': config.get('allow_abstain') and other_config.get('allow_abstain')}
+    return model, checkpoint
+
+
+def check_folder(path):
+    """Raises UserError if a file cannot be written to this path (None: nothing is to be written) for want of a folder."""
+    folder = os.path.dirname(path or '')
+    if folder and not os.path.isdir(folder):
+        raise UserError(f'{path}: there is no folder {folder}')

@@ -19,7 +19,6 @@ import torch.distributed as dist
 
 import configurator
 from configurator import UserError
-from model import GPT
 
 
 def launched():
@@ -253,7 +252,7 @@ def whole_model(model):
     if rank():
         return None
     with torch.random.fork_rng(devices=[]):
-        copy = GPT(model.config)
+        copy = type(model)(model.config)
     copy.load_state_dict(weights)
     copy.compute_dtype, copy.plain_attention = model.compute_dtype, model.plain_attention
     return copy.to(model.wte.weight.device)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from plumbing.text import decode, encode, until_end
 from corruption import corrupt, modelled, own_guesses
 from data.loader import spread_rows
-from model import places, random_subset, stratified_k
-from rules import p_wrong
+from plumbing.rows import places, random_subset, stratified_k
+
 
 
 @torch.no_grad()
@@ -224,3 +224,7 @@ def evaluation_line(step, result):
     if 'auc' in result:
         words.append(f"own errors found: AUC {result['auc']:.3f}, put right {result['refilled']:.0%}")
     return f"step {step}  validation: " + ('  '.join(words) or 'nothing to measure for this training type')
+
+
+def p_wrong(model, hidden, ids):
+    return 1 - model.logits(hidden).softmax(-1).gather(-1, ids[..., None])[..., 0]

@@ -15,7 +15,7 @@ import torch
 
 from plumbing.checkpoint import write_atomically
 from configurator import UserError
-from rules import p_wrong
+from plumbing.evaluate import p_wrong
 
 # what a position can be in a frame (its first letter is its name in the page), and how the terminal shows it
 STYLES = dict(kept='', changed='magenta', new='green bold', remasked='red reverse', mask='dim', fixed='bold cyan')

@@ -1,0 +1,1 @@
+from plumbing.checkpoint import atomically, check_folder, write_atomically  # noqa

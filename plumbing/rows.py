@@ -1,0 +1,72 @@
+"""
+Some positions of many rows, (B, T) bool: which, how many, and where they lie.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+def places(where):
+    """The places of the True positions of where (B, T) in the flattened batch: (N,). A GPU is waited for to count them."""
+    return where.flatten().nonzero()[:, 0]
+
+
+def spread(where, values):
+    """values (N,), one for every True position of where (R, T) -> (R, T), 0 elsewhere."""
+    return torch.zeros(where.shape, dtype=values.dtype, device=values.device).masked_scatter(where, values)
+
+
+def stratified_k(n, generator=None):
+    """
+    How many positions to mask in each row: k (B,) uniform on 1..n, stratified over the batch.
+
+    n (B,): number of positions of each row that may be masked (>= 1). Every single k is uniform on 1..n; together
+    they cover the range evenly, which takes most of the variance out of the NELBO (LLaDA's evaluation does the same).
+    """
+    B = n.size(0)
+    strata = torch.randperm(B, generator=generator, device=n.device)
+    u = (strata + torch.rand(B, generator=generator, device=n.device)) / B    # in [0, 1), but float32 may round up
+    return (1 + (u * n).long()).minimum(n)
+
+
+def random_subset(candidates, k, generator=None):
+    """Of the True positions of candidates (B, T), k (B,) in each row at random: bool (B, T)."""
+    noise = torch.rand(candidates.shape, generator=generator, device=candidates.device)
+    order = noise.masked_fill(~candidates, 2.0).argsort(dim=1)
+    chosen = torch.zeros_like(candidates)
+    rank = torch.arange(candidates.size(1), device=candidates.device).expand_as(order)
+    return chosen.scatter(1, order, rank < k[:, None]) & candidates
+
+
+class Ends(NamedTuple):
+    """The special ids of a dataset, None where it has none."""
+    end: int = None
+    pad: int = None
+    forbid: tuple = ()       # ids that are never drawn left of what is given: nothing but an end may end a text
+
+    @classmethod
+    def of(cls, meta):
+        """The special ids that the meta.json of a dataset names."""
+        return cls(meta['eos'], meta['pad'], tuple(meta[name] for name in ('bos', 'eos', 'pad') if meta[name] is not None))
+
+
+def close_rows(x, masked, mask, ends):
+    """ids x (R, T): of the positions that were masked, those right of an end token become padding, if no hole is left of it."""
+    if ends.end is None:
+        return x
+    decided = (x == mask).cumsum(1) == 0
+    is_end = ((x == ends.end) & decided).long()
+    return x.masked_fill(masked & (is_end.cumsum(1) > is_end), ends.pad)
+
+
+def left_of(fixed):
+    """Which positions have a fixed one to their right: fixed (B, T) bool -> (B, T)."""
+    return fixed.flip(1).cummax(1).values.flip(1)
+
+
+def first_of(score, where, count):
+    """Of the True positions of where (R, T) the count (R,) with the highest score (R, T), ties from the left: bool (R, T)."""
+    score = score.clamp(min=-1e30).masked_fill(~where, float('-inf'))
+    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return where & (rank < count[:, None])
