@@ -13,7 +13,7 @@ from plumbing import distributed
 from configurator import UserError
 from plumbing.rows import places, random_subset, stratified_k
 from plumbing.pieces import at_once
-from model import draw, filtered
+from plumbing.draw import draw, filtered
 
 KINDS = ('own', 'random', 'fragment', 'sticky', 'noise')    # of wrong tokens, see corrupt
 NOISE = ('mask', 'replace', 'swap', 'delete', 'insert')     # what mixed_noise may do to a token

@@ -9,7 +9,7 @@ The network of nanoRemask: one transformer, two attentions, a vocabulary of V + 
 - rotary positions, QK-norm, ReLU^2, norms without parameters, no biases, a tied head
 - bfloat16 where the device is fast at it; the parameters stay float32 while the network learns
 
-Optional parts, all off by default, are in parts/layers.py. How a token is drawn from the logits stands at the end.
+Optional parts, off by default, are in parts/layers.py.
 """
 
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ class Pass:
     """What the blocks share in one pass over a batch."""
     causal: bool
     plain: bool                        # plain_attention, or PyTorch's fused kernel
-    segment: torch.Tensor = None       # (B, T) the number of the text that a position belongs to, where texts share a row
+    segment: torch.Tensor = None       # (B, T) which text of its row a position belongs to; None: all to one
     cache: object = None               # keys and values of earlier passes, see parts/cache.py
     at: torch.Tensor = None            # (B, W) with a cache: the positions that are computed
     told: dict = None                  # what the parts of the network are told
@@ -73,7 +73,7 @@ class Linear(nn.Linear):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (Su et al. 2021): x (..., T, hs), cos and sin (T, hs) or (B, 1, T, hs) from rotary_table."""
+    """Rotary positions (Su et al. 2021): x (..., T, hs), with cos and sin (T, hs) or (B, 1, T, hs)."""
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
@@ -86,15 +86,15 @@ def rotary_table(T, hs):
 
 
 def plain_attention(q, k, v, bias):
-    """softmax(q k' + bias) v. On a CPU, at short T, its backward is several times faster than the fused kernel's."""
+    """softmax(q k' + bias) v. On a CPU, at short T, its backward is much faster than the fused kernel's."""
     scores = q @ k.transpose(-2, -1)                                # (B, nh, T, S): T queries, S keys
     return (scores if bias is None else scores + bias).softmax(-1) @ v
 
 
 def attention_bias(T, causal, segment, dtype, device):
-    """What is added to the scores, -inf where a position may not look: (T, T), or (B, 1, T, T) with segment (B, T)."""
+    """Added to the scores, -inf where a position may not look: (T, T), or (B, 1, T, T) with a segment."""
     bias = torch.full((T, T), float('-inf') if causal else 0.0, dtype=dtype, device=device).triu(1)
-    if segment is not None:                                         # texts that share a row do not see one another
+    if segment is not None:             # texts that share a row do not see one another
         bias = bias.masked_fill((segment[:, :, None] != segment[:, None])[:, None], float('-inf'))
     return bias
 
@@ -115,30 +115,31 @@ class Block(nn.Module):
     def attention(self, x, p):
         """x (B, T, C) -> what the heads found (B, T, C), before it is projected."""
         B, T, C = x.size()
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
-        q, k = rotate(norm(qkv[:2]), p.cos, p.sin)                  # one call for both: (B, nh, T, hs) each
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        qkv = qkv.permute(2, 0, 3, 1, 4)                        # (3, B, nh, T, hs)
+        q, k = rotate(norm(qkv[:2]), p.cos, p.sin)              # (B, nh, T, hs) each
         v = qkv[2]
         bias = p.bias
         for part in self.parts.values():
             v = part.values(v, p)
             bias = part.bias(bias, p)
         if p.cache is not None:
-            k, v = p.cache.put(p.layer, k, v)                       # (B, nh, S, hs) each
+            k, v = p.cache.put(p.layer, k, v)                   # (B, nh, S, hs) each
 
-        if p.plain and T > 1:                                       # for one query the fused kernel is faster
+        if p.plain and T > 1:                                   # for one query the fused kernel is faster
             y = plain_attention(q, k, v, bias)
         else:
             is_causal = p.causal and bias is None
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=is_causal, scale=1.0)
-        return y.transpose(1, 2).reshape(B, T, C)                   # (B, nh, T, hs) -> (B, T, C)
+        return y.transpose(1, 2).reshape(B, T, C)               # (B, nh, T, hs) -> (B, T, C)
 
     def forward(self, x, p, only=None):
         """x (B, T, C) -> (B, T, C); with only (N,), places in the flattened batch, (N, C)."""
         for part in self.parts.values():
             x = part.before(x, p)
         found = self.attention(norm(x), p)
-        if only is not None:                                        # after attention a position needs no others
-            x = x.flatten(0, 1).index_select(0, only)               # (N, C)
+        if only is not None:                                    # after attention a position needs no others
+            x = x.flatten(0, 1).index_select(0, only)           # (N, C)
             found = found.flatten(0, 1).index_select(0, only)
         x = x + self.dropout(self.attn_proj(found))
         return x + self.dropout(self.proj(squared_relu(self.fc(norm(x)))))
@@ -148,67 +149,69 @@ class GPT(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        from parts import energy, layers, speculate                 # here, because they build on this file
+        from parts import energy, layers, speculate             # here, because they build on this file
         check_config(config)
         self.config = config
         self.mask_token_id = config.vocab_size
         self.wrong_token_id = config.vocab_size + 1
 
-        rows = -(-(config.vocab_size + 2) // 64) * 64               # padded for the hardware, never seen outside
+        rows = -(-(config.vocab_size + 2) // 64) * 64           # padded for the hardware, never seen outside
         self.wte = nn.Embedding(rows, config.n_embd)
         nn.init.normal_(self.wte.weight, std=0.02)
-        self.causal_embd = nn.Parameter(torch.zeros(config.n_embd))    # tells the network which of its two jobs it is doing
+        self.causal_embd = nn.Parameter(torch.zeros(config.n_embd))  # added to every token of a causal pass
         self.blocks = nn.ModuleList(
             Block(config, layers.build(config, layers.IN_A_BLOCK)) for _ in range(config.n_layer))
 
-        # heads and parts draw their weights aside: the rest starts from the same numbers with and without them
+        # heads and parts draw their weights aside: the rest starts with the same numbers either way
         with torch.random.fork_rng(devices=[]):
             self.drafter = speculate.Drafter(config.n_embd) if config.draft_head else None
             self.critic = energy.Critic(config.n_embd, config.energy_head) if config.energy_head else None
             self.parts = layers.build(config, layers.IN_THE_NETWORK)
 
-        self.register_buffer('mask_logit_bias', torch.zeros(()))    # set by the controller of parts/abstain.py
+        self.register_buffer('mask_logit_bias', torch.zeros(()))    # see parts/abstain.py
         cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
         no_special = torch.zeros(config.vocab_size + 2)
         no_special[-2:] = float('-inf')
-        self.register_buffer('cos', cos, persistent=False)          # (block_size, hs)
+        self.register_buffer('cos', cos, persistent=False)      # (block_size, hs)
         self.register_buffer('sin', sin, persistent=False)
-        self.register_buffer('no_special', no_special, persistent=False)     # see logits
+        self.register_buffer('no_special', no_special, persistent=False)    # (V+2,) see logits
 
-        self.head = None                                            # see freeze
-        self.compute_dtype = torch.float32                          # these three: see plumbing/device.py
+        self.head = None                                        # see freeze
+        self.compute_dtype = torch.float32                      # these three: see plumbing/device.py
         self.plain_attention = False
         self.most_logits = 2 ** 23
 
     @classmethod
     def load(cls, path, device='cpu', ema=True):
-        """A checkpoint as (network in eval mode, all else in it as a dict), see plumbing.checkpoint.load_checkpoint."""
+        """A checkpoint: (the network in eval mode, the checkpoint as a dict), see plumbing/checkpoint.py."""
         return load_checkpoint(path, cls, GPTConfig, device, ema)
 
     def forward(self, idx, causal=False, segment=None, cache=None, at=None, only=None, **told):
         """
         ids (B, T) -> hidden states (B, T, C), where hidden[:, i] predicts position i.
 
-        causal: False: every position sees the whole canvas. True: position i sees idx[:, :i], position 0 a start symbol.
-        segment (B, T): the number of the text that each position belongs to; each text is as if it were alone.
-        cache: with causal, see parts/cache.py. at (B, W): only these positions are computed, (B, W, C), and all
-            positions left of them are in the cache; None: all are computed, and the cache is filled.
-        only (N,): places in the flattened batch; the result is (N, C), and half of the last block is spared elsewhere.
+        causal: position i sees idx[:, :i] only, position 0 a start symbol; else all see the whole canvas.
+        segment (B, T): which text of its row a position belongs to; each text is as if it were alone.
+        cache: with causal, see parts/cache.py; at (B, W): only these positions are computed, (B, W, C), and
+            what is left of them is in the cache; None: all are computed, and fill the cache.
+        only (N,): places in the flattened batch; the result is (N, C), and half of the last block is spared.
         told: what optional parts are told, see parts/layers.py: level (B, 1) or (B, T), previous (B, T).
         """
         if causal:
-            idx = beside(idx, 1, self.mask_token_id, segment)       # position i predicts idx[i], so it must not see it
+            idx = beside(idx, 1, self.mask_token_id, segment)   # position i predicts idx[i], unseen
         if cache is not None:
-            at = cache.begin(idx, at)                               # (B, W)
+            at = cache.begin(idx, at)                           # (B, W)
         p = Pass(causal, self.plain_attention, segment, cache, at, told)
 
         added = self.causal_embd if causal else 0
         for part in self.parts.values():
             added = added + part.added(self, idx, p)
         p.embedded = self.embed(idx if at is None else idx.gather(1, at))
-        x = norm(p.embedded + added).to(self.compute_dtype)         # (B, T, C)
+        x = norm(p.embedded + added).to(self.compute_dtype)     # (B, T, C)
 
-        where = slice(idx.size(1)) if at is None else at[:, None].clamp(max=len(self.cos) - 1)        # (B, 1, W)
+        where = slice(idx.size(1))
+        if at is not None:
+            where = at[:, None].clamp(max=len(self.cos) - 1)    # (B, 1, W)
         p.cos = self.cos[where].to(x.dtype)
         p.sin = self.sin[where].to(x.dtype)
         if cache is not None:
@@ -216,7 +219,8 @@ class GPT(nn.Module):
         elif segment is not None or (causal and self.plain_attention):
             p.bias = attention_bias(idx.size(1), causal, segment, x.dtype, x.device)
 
-        if only is not None:                                        # padded: a CPU prepares its products anew for each size
+        # the places are padded, because a CPU prepares its products anew for each size
+        if only is not None:
             N = len(only)
             only = F.pad(only, (0, min(-(-N // 128) * 128, idx.numel()) - N))
         blocks = [*self.blocks] * self.config.n_recur
@@ -226,12 +230,12 @@ class GPT(nn.Module):
         return norm(x if only is None else x[:N])
 
     def embed(self, idx):
-        """ids (B, T) -> embeddings (B, T, C). What a part makes of them is worked out for each word if those are fewer."""
-        few = len(self.wte.weight) < idx.numel()
-        embedded = self.wte.weight if few and self.parts else self.wte(idx)
+        """ids (B, T) -> embeddings (B, T, C). Parts work on the whole table if it has fewer rows."""
+        few = len(self.parts) > 0 and len(self.wte.weight) < idx.numel()
+        embedded = self.wte.weight if few else self.wte(idx)
         for part in self.parts.values():
             embedded = part.embed(embedded)
-        return F.embedding(idx, embedded) if few and self.parts else embedded
+        return F.embedding(idx, embedded) if few else embedded
 
     def logits(self, hidden, real_only=False, words=None):
         """
@@ -246,18 +250,18 @@ class GPT(nn.Module):
             words = self.head if frozen else self.wte.weight
         logits = F.linear(hidden, words.to(hidden.dtype))[..., :V + 2].float()
         special = self.no_special if real_only else F.pad(self.mask_logit_bias.view(1), (V, 1))
-        return logits.add_(special)                                 # in place: the vocabulary may be large
+        return logits.add_(special)                             # in place: the vocabulary may be large
 
     def freeze(self):
         """
-        Casts the matrices of a network that learns no more to the dtype it computes in, and returns the network.
+        Casts the matrices of a network that learns no more to the dtype it computes in; returns the network.
 
-        It changes no result and spares a tenth to a fifth of the time of sampling. Call it when device and dtype are chosen.
+        It changes no result and spares a tenth to a fifth of sampling time. Choose device and dtype before.
         """
         for module in filter(None, (self.blocks, self.drafter)):
             for weight in module.parameters():
                 weight.data = weight.data.to(self.compute_dtype)
-        self.head = self.wte.weight.detach().to(self.compute_dtype)    # embeddings are added up in float32
+        self.head = self.wte.weight.detach().to(self.compute_dtype)     # embeddings are added up in float32
         return self
 
     def num_params(self):
@@ -272,49 +276,7 @@ def check_config(config):
         if getattr(config, name) < 1:
             raise UserError(f'{name} must be at least 1, got {getattr(config, name)}')
     if config.n_embd % (2 * config.n_head):
-        raise UserError(f'n_embd must be a multiple of 2 * n_head (rotary positions pair the channels of a head), '
+        raise UserError(f'n_embd must be a multiple of 2 * n_head (rotary positions pair the channels), '
                         f'got n_embd={config.n_embd}, n_head={config.n_head}')
     if not 0 <= config.dropout < 1:
         raise UserError(f'dropout must be in [0, 1), got {config.dropout}')
-
-
-# -----------------------------------------------------------------------------
-# how a token is drawn
-
-LARGE = 4096     # words; a vocabulary beyond this is drawn from by one random number a token
-
-
-def fine(device):
-    """The dtype in which confidences are compared and orders drawn: float64, or float32 on MPS, which has no finer one."""
-    return torch.float32 if device.type == 'mps' else torch.float64
-
-
-def filtered(logits, temperature=1.0, top_k=None, top_p=None):
-    """logits (N, V+2), [MASK] and [WRONG] at -inf already -> probabilities (N, V+2) to draw from; each row sums to 1."""
-    if temperature == 0:
-        return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
-    if temperature != 1:
-        logits = logits / temperature
-    if top_k is not None and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float('-inf'))
-    probs = logits.softmax(-1)
-    if top_p is not None and top_p < 1:
-        ordered, index = probs.sort(dim=-1, descending=True)
-        ordered = ordered * (ordered.cumsum(-1) - ordered < top_p)  # the token that crosses top_p stays in
-        probs = torch.zeros_like(probs).scatter(-1, index, ordered)
-        probs = probs / probs.sum(-1, keepdim=True)
-    return probs
-
-
-def draw(probs, generator=None):
-    """One token for each row: probs (..., V+2) -> ids (...)."""
-    flat = probs.reshape(-1, probs.size(-1))
-    if flat.size(0) == 0:
-        return torch.zeros(probs.shape[:-1], dtype=torch.long, device=probs.device)
-
-    # multinomial takes a random number for each word, which on a CPU takes longer than all the rest
-    if flat.size(1) > LARGE:
-        total = flat.cumsum(1, dtype=fine(probs.device))            # in float32 the rarest words would never come
-        u = 1 - torch.rand(len(flat), 1, generator=generator, device=probs.device, dtype=total.dtype)     # in (0, 1]
-        return torch.searchsorted(total, u * total[:, -1:]).view(probs.shape[:-1])
-    return torch.multinomial(flat, 1, generator=generator).view(probs.shape[:-1])

@@ -1,5 +1,6 @@
 """
-The keys and values of the causal pass, kept for the next pass: what stands left of a position never changes them.
+The keys and values of the causal pass, kept for the next pass: what stands left of a position never changes
+them.
 """
 
 import torch
@@ -10,8 +11,8 @@ class Cache:
     """
     What the blocks keep of B rows.
 
-    kept (L, 2, B, nh, S, hs): the keys and values of the S first positions, for every application of a block; with
-    short_conv (L, 3, ...), the third is what the convolution reads.
+    kept (L, 2, B, nh, S, hs): the keys and values of the S first positions, for every application of a block;
+    with short_conv (L, 3, ...), the third is what the convolution reads.
     """
 
     def __init__(self, kept):
@@ -19,9 +20,12 @@ class Cache:
 
     @classmethod
     def empty(cls, model, B, S=0):
-        """A cache for the causal pass over B rows, with places for S positions. None if the network cannot use one."""
+        """
+        A cache for the causal pass over B rows, with places for S positions. None if the network cannot use
+        one.
+        """
         config = model.config
-        if 'graph' in config.parts:                                 # a graph compares embeddings, which no cache keeps
+        if 'graph' in config.parts:  # a graph compares embeddings, which no cache keeps
             return None
         heads = config.n_head
         size = 3 if 'short_conv' in config.parts else 2
@@ -29,7 +33,10 @@ class Cache:
         return cls(torch.zeros(shape, dtype=model.compute_dtype, device=model.wte.weight.device))
 
     def make_room(self, S):
-        """Adds places for S positions or a few more. Attention goes over all of them, so there should not be many."""
+        """
+        Adds places for S positions or a few more. Attention goes over all of them, so there should not be
+        many.
+        """
         more = S - self.kept.size(4)
         if more > 0:
             self.kept = F.pad(self.kept, (0, 0, 0, -(-more // 16) * 16))
@@ -40,7 +47,9 @@ class Cache:
             self.kept = self.kept.index_select(2, rows)
 
     def begin(self, idx, at):
-        """A pass over idx (B, T) begins that computes the positions at (B, W), None: all of them. Returns at."""
+        """
+        A pass over idx (B, T) begins that computes the positions at (B, W), None: all of them. Returns at.
+        """
         if at is None:
             at = torch.arange(idx.size(1), device=idx.device).expand(len(idx), -1)
         self.at = at
@@ -55,18 +64,25 @@ class Cache:
         return torch.zeros(behind.shape, dtype=dtype, device=behind.device).masked_fill(behind, float('-inf'))
 
     def put(self, layer, k, v):
-        """Keeps the keys and values (B, nh, W, hs) of the new positions, and returns all of them, (B, nh, S, hs) each."""
+        """
+        Keeps the keys and values (B, nh, W, hs) of the new positions, and returns all of them, (B, nh, S, hs)
+        each.
+        """
         kept = self.kept[layer, :2]                                 # (2, B, nh, S, hs)
         new = torch.stack((k, v)).flatten(1, 3)                     # (2, B * nh * W, hs)
         kept.view(2, -1, k.size(-1)).index_copy_(1, self.slots, new)
         return kept[0], kept[1]
 
     def convolve(self, layer, x, y, weight, offsets):
-        """x + the weighted sum of the states y (B, W, C) left of each position, some of them from earlier passes."""
+        """
+        x + the weighted sum of the states y (B, W, C) left of each position, some of them from earlier
+        passes.
+        """
         kept = self.kept[layer, 2]                                  # (B, nh, S, hs)
         heads = y.unflatten(-1, kept.shape[1::2]).transpose(1, 2)   # (B, nh, W, hs)
         states = kept.view(-1, kept.size(-1)).index_copy_(0, self.slots, heads.flatten(0, 2))
         for d, w in zip(offsets, weight):
-            left = states[(self.slots - d).clamp(min=0)].view_as(heads).transpose(1, 2).flatten(2)   # (B, W, C)
+            # (B, W, C)
+            left = states[(self.slots - d).clamp(min=0)].view_as(heads).transpose(1, 2).flatten(2)
             x = torch.addcmul(x, left * (self.at >= d)[..., None], w)
         return x

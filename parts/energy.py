@@ -1,9 +1,10 @@
 """
 The energy of a text: a number that says how little it looks like the data, and what a sampler does with it.
 
-The network is frozen; a small head on its passes learns to tell texts from the network's own samples (tools/energy.py).
-exp(-energy) is, up to a factor, how much likelier a text is in the data than among those samples (noise contrastive
-estimation; Xu et al. 2024), so weighing samples by it makes up for what the sampler got wrong.
+The network is frozen; a small head on its passes learns to tell texts from the network's own samples
+(tools/energy.py). exp(-energy) is, up to a factor, how much likelier a text is in the data than among those
+samples (noise contrastive estimation; Xu et al. 2024), so weighing samples by it makes up for what the
+sampler got wrong.
 """
 
 import torch
@@ -11,15 +12,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
-from model import Linear, draw
+from model import Linear
+from plumbing.draw import draw
 
 
 class Critic(nn.Module):
     """
-    The energy head: it reads one pass of the network over a text, the bidirectional one, or two, with the causal one.
+    The energy head: it reads one pass of the network over a text, the bidirectional one, or two, with the
+    causal one.
 
-    Every token gets a score, the logit of being wrong. The energy of a text is the log-sum-exp of the scores of its tokens,
-    since one wrong token is enough.
+    Every token gets a score, the logit of being wrong. The energy of a text is the log-sum-exp of the scores
+    of its tokens, since one wrong token is enough.
     """
 
     def __init__(self, C, passes, hidden=64):
@@ -38,9 +41,9 @@ def token_energy(model, ids, real):
     """
     How wrong is each token of whole texts? The logit of being wrong, float32 (B, T), -inf where no text is.
 
-    ids (B, T) without masks; real (B, T) bool: which positions are text. Of each pass the critic is shown the hidden state
-    and the log-probability of the token that stands there. The critic learns from it, the network does not.
-    Raises UserError if the network has no energy head.
+    ids (B, T) without masks; real (B, T) bool: which positions are text. Of each pass the critic is shown the
+    hidden state and the log-probability of the token that stands there. The critic learns from it, the
+    network does not. Raises UserError if the network has no energy head.
     """
     if model.critic is None:
         raise UserError('this network has no energy head: '
@@ -50,7 +53,7 @@ def token_energy(model, ids, real):
         for causal in (False, True)[:model.config.energy_head]:
             hidden = model(ids, causal=causal)[real].float()                   # (N, C)
             logp = model.logits(hidden, real_only=True).log_softmax(-1).gather(1, ids[real][:, None])
-            features += [hidden, logp.clamp(-20, 0) / 5]                       # the states have scale 1, so these get it too
+            features += [hidden, logp.clamp(-20, 0) / 5]  # the states have scale 1, so these get it too
     score = model.critic(torch.cat(features, -1))                              # (N,)
     return torch.full(ids.shape, float('-inf'), device=ids.device).masked_scatter(real, score)
 
@@ -62,7 +65,8 @@ def energy(model, ids, real):
 
 def text_of(x, ends):
     """
-    Whole canvases x (R, T) as texts: (ids (R, T), with padding behind the first end token, which positions are text).
+    Whole canvases x (R, T) as texts: (ids (R, T), with padding behind the first end token, which positions
+    are text).
 
     ends: the special ids of the dataset, see sample.Ends. A start symbol at the first position is no text.
     """
@@ -75,7 +79,9 @@ def text_of(x, ends):
 
 
 def choose_by_energy(energies, generator, greedy=False):
-    """Of the n texts of each row one, with probability proportional to exp(-energy): energies (R, n) -> (R,)."""
+    """
+    Of the n texts of each row one, with probability proportional to exp(-energy): energies (R, n) -> (R,).
+    """
     return energies.argmin(1) if greedy else draw((-energies).softmax(-1), generator)
 
 
@@ -98,12 +104,13 @@ def guided(look):
 
 def best_samples(samples, canvases, num):
     """
-    Of several candidates for each of num canvases the one of the lowest energy, of the length that was drawn first.
+    Of several candidates for each of num canvases the one of the lowest energy, of the length that was drawn
+    first.
 
-    samples: dicts with an energy, the first num of them followed by as many candidates for the same canvases, again and
-    again; canvases: their starting canvases, lists of ids. Each of the first num is replaced by the best candidate for
-    an equal canvas and of its own length that is not taken yet. (More can be wrong in a long text, so candidates that
-    compete over all lengths get shorter.)
+    samples: dicts with an energy, the first num of them followed by as many candidates for the same canvases,
+    again and again; canvases: their starting canvases, lists of ids. Each of the first num is replaced by the
+    best candidate for an equal canvas and of its own length that is not taken yet. (More can be wrong in a
+    long text, so candidates that compete over all lengths get shorter.)
     """
     kinds = [(tuple(canvas), len(sample['tokens'])) for sample, canvas in zip(samples, canvases)]
     candidates = {}
@@ -111,3 +118,10 @@ def best_samples(samples, canvases, num):
         candidates.setdefault(kinds[i], []).append(samples[i])                 # the best last
     spent = [sum(sample['nfe'] for sample in samples[i::num]) for i in range(num)]
     return [dict(candidates[kind].pop(), nfe=passes) for kind, passes in zip(kinds, spent)]
+
+
+def critic(look):
+    """The doubt (R, T): the probability by which the head calls a token wrong in the completed canvas."""
+    look.passes += look.run.model.config.energy_head
+    scores = token_energy(look.run.model, *text_of(look.completed(), look.run.ends))
+    return scores.sigmoid().to(look.noise.dtype)

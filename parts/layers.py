@@ -1,8 +1,9 @@
 """
 Optional parts of the network, chosen by one setting: parts='short_conv:2,shortcuts,bigrams:8192,level:32'.
 
-Each part starts as the identity, so a trained network can get one later, and costs nothing where it is off. A part is a
-class with the joints that it uses, see Part, and one entry in IN_A_BLOCK or IN_THE_NETWORK. docs/extending.md adds one.
+Each part starts as the identity, so a trained network can get one later, and costs nothing where it is off. A
+part is a class with the joints that it uses, see Part, and one entry in IN_A_BLOCK or IN_THE_NETWORK.
+docs/extending.md adds one.
 """
 
 import math
@@ -16,14 +17,20 @@ from plumbing.kernels import Taps, beside
 
 
 class Part(nn.Module):
-    """The joints at which a part may act. p is what the blocks share in one pass, model.Pass; config is a GPTConfig."""
+    """
+    The joints at which a part may act. p is what the blocks share in one pass, model.Pass; config is a
+    GPTConfig.
+    """
 
     def embed(self, embedded):
         """Embeddings (..., C) -> (..., C), a function of the token alone."""
         return embedded
 
     def added(self, network, idx, p):
-        """What is added to the embeddings of the ids idx (B, T), broadcast to (B, T, C), or (B, W, C) with a cache."""
+        """
+        What is added to the embeddings of the ids idx (B, T), broadcast to (B, T, C), or (B, W, C) with a
+        cache.
+        """
         return 0
 
     def before(self, x, p):
@@ -41,14 +48,16 @@ class Part(nn.Module):
 
 class ShortConv(Part):
     """
-    A block first adds to each position its n neighbours to the left and, in the bidirectional mode, to the right.
+    A block first adds to each position its n neighbours to the left and, in the bidirectional mode, to the
+    right.
 
     Each neighbour has one weight for each channel. Primer (So et al. 2021), Canon layers (Allen-Zhu 2025).
     """
 
     def __init__(self, config, n=2):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(2 * n, 1, config.n_embd))   # n to the left, n to the right, the nearest first
+        # n to the left, n to the right, the nearest first
+        self.weight = nn.Parameter(torch.zeros(2 * n, 1, config.n_embd))
 
     def before(self, x, p):
         n = len(self.weight) // 2
@@ -70,7 +79,8 @@ class Shortcuts(Part):
 
     def __init__(self, config):
         super().__init__()
-        self.weight = nn.Parameter(torch.tensor([1.0, 0.0, 1.0, 0.0]))     # of x, the embedding, the values, the first values
+        # of x, the embedding, the values, the first values
+        self.weight = nn.Parameter(torch.tensor([1.0, 0.0, 1.0, 0.0]))
 
     def mixed(self, x, p, name, own, other):
         if name not in p.first:
@@ -87,7 +97,8 @@ class Shortcuts(Part):
 
 class Graph(Part):
     """
-    Graph attention: every head learns how much less it looks at positions that are not neighbours, see graph_edges.
+    Graph attention: every head learns how much less it looks at positions that are not neighbours, see
+    graph_edges.
 
     A penalty of 0 is full attention, a large one is the graph alone.
     """
@@ -112,10 +123,10 @@ def graph_edges(embedded, window, topk, causal, segment):
     """
     Which positions are neighbours of which: bool (B, T, T), from the embeddings (B, T, C) of the canvas.
 
-    Neighbours are at most window positions away, or a power of two away (shortcuts through the row), or among the topk
-    most similar of the rest; of equals (all masks are) the nearest comes first, the left one before the right one.
-    Only what a position may look at is compared: in the causal mode a token to the right would give the answer away.
-    The length of the row has no say either, since rows are cut and packed.
+    Neighbours are at most window positions away, or a power of two away (shortcuts through the row), or among
+    the topk most similar of the rest; of equals (all masks are) the nearest comes first, the left one before
+    the right one. Only what a position may look at is compared: in the causal mode a token to the right would
+    give the answer away. The length of the row has no say either, since rows are cut and packed.
     """
     T = embedded.size(1)
     position = torch.arange(T, device=embedded.device)
@@ -124,11 +135,11 @@ def graph_edges(embedded, window, topk, causal, segment):
     edges = (distance <= window) | ((distance & (distance - 1)) == 0)
 
     similar = norm(embedded.detach().float())
-    similar = similar @ similar.mT / similar.size(-1) - 1e-5 * (distance + to_the_right / 2)             # (B, T, T)
+    similar = similar @ similar.mT / similar.size(-1) - 1e-5 * (distance + to_the_right / 2)  # (B, T, T)
     closed = edges | to_the_right if causal else edges
     if segment is not None:
         closed = closed | (segment[:, :, None] != segment[:, None])
-    nearest = similar.masked_fill(closed, float('-inf')).topk(min(topk, T), -1)                         # (B, T, topk)
+    nearest = similar.masked_fill(closed, float('-inf')).topk(min(topk, T), -1)  # (B, T, topk)
     return edges.repeat(len(embedded), 1, 1).scatter(-1, nearest.indices, True)
 
 
@@ -145,7 +156,7 @@ class Mixer(Part):
         self.proj = Linear(C // n, C // n, zero=True)
 
     def embed(self, embedded):
-        q, k, v = self.qkv(norm(embedded.unflatten(-1, (self.n, -1)))).chunk(3, -1)                     # (..., n, C/n) each
+        q, k, v = self.qkv(norm(embedded.unflatten(-1, (self.n, -1)))).chunk(3, -1)  # (..., n, C/n) each
         mixed = (q @ k.mT * q.size(-1) ** -0.5).softmax(-1) @ v
         return embedded + self.proj(mixed).flatten(-2)
 
@@ -154,9 +165,9 @@ class Bigrams(Part):
     """
     Embeddings of pairs of tokens, looked up instead of computed.
 
-    One table is for a token and its left neighbour. In the bidirectional mode another is for the left and right
-    neighbours of a position, which says a lot about a mask. With fewer rows than pairs some pairs share one. After
-    modded-nanogpt's bigram hash embeddings (2026), which have the left neighbour.
+    One table is for a token and its left neighbour. In the bidirectional mode another is for the left and
+    right neighbours of a position, which says a lot about a mask. With fewer rows than pairs some pairs share
+    one. After modded-nanogpt's bigram hash embeddings (2026), which have the left neighbour.
     """
 
     def __init__(self, config, rows=8192):
@@ -169,7 +180,7 @@ class Bigrams(Part):
         nn.init.zeros_(self.around.weight)
 
     def added(self, network, idx, p):
-        outside = self.tokens - 1                                    # [WRONG], which no token that is read ever is
+        outside = self.tokens - 1  # [WRONG], which no token that is read ever is
         left = beside(idx, 1, outside, p.segment)                    # (B, T)
         found = self.looked_up(self.left, left, idx, p.at)
         if p.causal:
@@ -184,7 +195,8 @@ class Bigrams(Part):
 
 class Level(Part):
     """
-    The network is told the share of noise in its canvas: by default the share of [MASK]. The causal mode is told nothing.
+    The network is told the share of noise in its canvas: by default the share of [MASK]. The causal mode is
+    told nothing.
 
     told: level (B, 1) or (B, T). An MLP of that width reads it; width 0 is one linear layer.
     """
@@ -203,12 +215,14 @@ class Level(Part):
         level = p.told.get('level')
         if level is None:
             level = (idx == network.mask_token_id).float().mean(1, keepdim=True)
-        return self.mlp((level[..., None] * math.pi * torch.arange(32, device=idx.device)).cos())       # (B, 1 or T, C)
+        # (B, 1 or T, C)
+        return self.mlp((level[..., None] * math.pi * torch.arange(32, device=idx.device)).cos())
 
 
 class Previous(Part):
     """
-    The network is shown what it predicted in an earlier pass (Chen et al. 2022, Analog Bits). The causal mode is not.
+    The network is shown what it predicted in an earlier pass (Chen et al. 2022, Analog Bits). The causal mode
+    is not.
 
     told: previous (B, T), ids, the mask token where nothing was predicted.
     """
@@ -232,13 +246,17 @@ IN_THE_NETWORK = dict(previous=Previous, mu=Mixer, bigrams=Bigrams, level=Level)
 
 
 def parse_parts(text):
-    """'short_conv:2,shortcuts' -> {'short_conv': (2,), 'shortcuts': ()}. Raises UserError for what is no part."""
+    """
+    'short_conv:2,shortcuts' -> {'short_conv': (2,), 'shortcuts': ()}. Raises UserError for what is no part.
+    """
     chosen = {}
     known = {**IN_A_BLOCK, **IN_THE_NETWORK}
     for word in filter(None, (word.strip() for word in text.split(','))):
         name, *numbers = word.split(':')
-        if name not in known or name in chosen or not all(number.isdecimal() and int(number) for number in numbers):
-            raise UserError(f"parts knows {', '.join(known)}, each once, with a number as in short_conv:2; got '{text}'")
+        above_zero = all(number.isdecimal() and int(number) for number in numbers)
+        if name not in known or name in chosen or not above_zero:
+            raise UserError(f"parts knows {', '.join(known)}, each once, "
+                            f"with numbers as in short_conv:2; got '{text}'")
         chosen[name] = tuple(map(int, numbers))
     return chosen
 
@@ -247,6 +265,7 @@ def build(config, kinds):
     """The chosen parts of those kinds, a ModuleDict in the order of the kinds."""
     chosen = parse_parts(config.parts)
     try:
-        return nn.ModuleDict({name: kind(config, *chosen[name]) for name, kind in kinds.items() if name in chosen})
+        parts = {name: kind(config, *chosen[name]) for name, kind in kinds.items() if name in chosen}
     except TypeError:
         raise UserError(f"parts='{config.parts}' gives a part more numbers than it takes") from None
+    return nn.ModuleDict(parts)

@@ -43,11 +43,13 @@ PRESETS = dict(
     universal=dict(ar_prefix=3, commit='confidence', schedule='cosine', steps=20, remask='none'),
 )
 
-# repair changes as little as it can: what is doubted more than that, each position once, the surest token first
+# repair changes as little as it can: what is doubted more than that, each position once, the surest token
+# first
 TASKS = dict(generate={}, infill={}, edit={}, score={},
              repair=dict(commit='threshold', remask='wrong', remask_threshold=0.8, temperature=0.0))
 
-# a network that has seen noise mends a text in one pass: it writes the likeliest token wherever it would rather replace one
+# a network that has seen noise mends a text in one pass: it writes the likeliest token wherever it would
+# rather replace one
 REWRITE = dict(commit='random', remask='wrong', remask_threshold=0.5, rewrite=True, steps=1, temperature=0.0)
 
 
@@ -60,18 +62,20 @@ def unknown(what, name, known):
 
 def choose_rules(config, *, preset=None, task='generate', inside=False, judge=False, **chosen):
     """
-    The rules for a checkpoint: what was chosen (not None), else the preset's, else the task's, else the best it supports.
+    The rules for a checkpoint: what was chosen (not None), else the preset's, else the task's, else the best
+    it supports.
 
-    config: the training settings of the checkpoint; inside: whether a hole has text right of it; judge: whether a second
-    checkpoint finds the wrong tokens; chosen: fields of sample.How. Raises UserError for what does not fit.
+    config: the training settings of the checkpoint; inside: whether a hole has text right of it; judge:
+    whether a second checkpoint finds the wrong tokens; chosen: fields of sample.How. Raises UserError for
+    what does not fit.
     """
     if preset is not None and preset not in PRESETS:
         raise unknown('preset', preset, PRESETS)
     chosen = {name: value for name, value in chosen.items() if value is not None}
     usual = TASKS[task]
-    if task == 'repair' and preset is None and saw_noise(config) and not judge and chosen.get('rewrite', True):
-        if not {'commit', 'remask', 'guide'} & set(chosen):
-            usual = REWRITE
+    rewrites = chosen.get('rewrite', True) and not {'commit', 'remask', 'guide'} & set(chosen)
+    if task == 'repair' and preset is None and saw_noise(config) and not judge and rewrites:
+        usual = REWRITE
     rules = {**usual, **PRESETS.get(preset, {}), **chosen}
     if 'remask_schedule' in chosen and 'remask_threshold' not in chosen:
         rules.pop('remask_threshold', None)
@@ -83,9 +87,10 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
         if name in rules:
             check_energy_head(config, name)
     if rules.get('remask_rate', 0) > 1 and rules.get('remask') != 'p2':
-        raise UserError(f"remask_rate is a probability, in 0..1 (only p2's is not), got {rules['remask_rate']}")
+        raise UserError(f"remask_rate is a probability, in 0..1 (only p2's is not), "
+                        f"got {rules['remask_rate']}")
 
-    inside = inside or 'guide' in rules                                        # the causal pass has no steps to guide
+    inside = inside or 'guide' in rules  # the causal pass has no steps to guide
     named = {name: rules.get(name) for name in ('commit', 'remask', 'ar_prefix')}
     return {**rules, **best_rules(config, inside, judge=judge, **named)}
 
@@ -107,7 +112,8 @@ def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=
     check_trained(config, commit, remask, ar_prefix, judge)
 
     if remask is None:
-        speculative = kind != 'causal' and can.causal and not lengths_given and commit is None and not ar_prefix
+        other_rules = commit is not None or ar_prefix
+        speculative = can.causal and kind != 'causal' and not lengths_given and not other_rules
         # whoever saw wrong tokens only calls every token wrong
         doubts = judge or (can.detects and config['remasking_loss_type'] == 'all_positions')
         remask = 'causal' if speculative else 'wrong' if doubts else 'none'
@@ -131,17 +137,19 @@ def check_trained(config, commit, remask, ar_prefix, judge):
         check_energy_head(config, 'remask=critic')
     if remask in ('wrong', 'p2') and not (can.detects or judge):
         hint = ', or give a remasking one as --remask_from=PATH' if remask == 'wrong' else ''
-        raise UserError('this checkpoint was not trained to find wrong tokens: train with training_type joint' + hint)
+        raise UserError('this checkpoint was not trained to find wrong tokens: '
+                        'train with training_type joint' + hint)
 
 
 def check_causal(config, commit, remask, ar_prefix, lengths_given):
     """Raises UserError for rules that a network with nothing but a causal mode cannot follow."""
     if commit or remask not in (None, 'none'):
-        raise UserError('this causal checkpoint cannot fill a hole: it samples left to right (no --commit, --remask, '
-                        '--remask_from)')
+        raise UserError('this causal checkpoint cannot fill a hole: it samples left to right '
+                        '(no --commit, --remask, --remask_from)')
     if lengths_given or (ar_prefix is not None and ar_prefix < config['block_size']):
-        raise UserError('this causal checkpoint writes from left to right to the end: it can neither fill a hole with text '
-                        'right of it, nor be given a length, nor leave anything to other rules (no --ar_prefix)')
+        raise UserError('this causal checkpoint writes from left to right to the end: it can neither fill a hole '
+                        'with text right of it, nor be given a length, nor leave anything to other rules '
+                        '(no --ar_prefix)')
 
 
 def check_energy_head(config, name):
@@ -156,10 +164,11 @@ def check_energy_head(config, name):
 
 # the settings of sample.py with a range: name -> (lowest, highest), None: no limit
 RANGES = dict(
-    num_samples=(1, None), batch_size=(1, None), steps=(1, None), length=(1, None), top_k=(1, None), top_p=(0, 1),
-    temperature=(0, None), ar_prefix=(0, None), choice_temperature=(0, None), remask_rate=(0, None),
-    remask_random_ratio=(0, 1), remask_patience=(0, None), remask_threshold=(0, None), commit_threshold=(0, None),
-    block_length=(1, None), guide=(1, None), best_of=(1, None), correct_share=(0, 1), merge_weight=(0, 1))
+    num_samples=(1, None), batch_size=(1, None), steps=(1, None), length=(1, None), top_k=(1, None),
+    top_p=(0, 1), temperature=(0, None), ar_prefix=(0, None), choice_temperature=(0, None),
+    remask_rate=(0, None), remask_random_ratio=(0, 1), remask_patience=(0, None), remask_threshold=(0, None),
+    commit_threshold=(0, None), block_length=(1, None), guide=(1, None), best_of=(1, None),
+    correct_share=(0, 1), merge_weight=(0, 1))
 
 
 def check_sampling(settings, how):
@@ -180,7 +189,8 @@ def check_sampling(settings, how):
     if schedule and (len(schedule) != 2 or not all(0 <= share <= 1 for share in schedule)):
         raise UserError(f'remask_schedule expects two shares in 0..1, for example 0.3,0.05; got {schedule}')
     if schedule and how.remask_threshold is not None:
-        raise UserError('remask_schedule and remask_threshold both say how much is re-masked: give one of them')
+        raise UserError('remask_schedule and remask_threshold both say how much is re-masked: '
+                        'give one of them')
     check_task(settings)
 
     export = settings['export']
@@ -200,7 +210,8 @@ def check_task(settings):
         hint = f', did you mean {near[0]}?' if near else ''
         raise UserError(f"task expects one of {', '.join(TASKS)}; got '{task}'{hint}")
     if task == 'generate' and (text is not None or file or mask):
-        raise UserError('text, file and mask are for --task=infill, repair, edit or score; generate takes --prompt')
+        raise UserError('text, file and mask are for --task=infill, repair, edit or score; '
+                        'generate takes --prompt')
     if task == 'score' and (settings['animate'] or settings['html']):
         raise UserError('score writes nothing, so there is nothing to watch: '
                         '--animate and --html are for the other tasks')
@@ -215,7 +226,9 @@ def check_task(settings):
 
 
 def check_rules(how, canvas, fixed, mask, judge, commits, remasks):
-    """Raises UserError where a rule of How does not exist, or does not fit the others or canvas, fixed (B, T)."""
+    """
+    Raises UserError where a rule of How does not exist, or does not fit the others or canvas, fixed (B, T).
+    """
     known = dict(commit=[*commits], remask=['none', *remasks, 'causal'], remdm=['cap', 'rescale'],
                  schedule=['linear', 'cosine'])
     for name, names in known.items():
@@ -226,8 +239,8 @@ def check_rules(how, canvas, fixed, mask, judge, commits, remasks):
         raise UserError('a fixed position holds a mask: it would never be filled')
     if how.remask == 'causal':
         if (masked.cummax(1).values & ~masked).any():
-            raise UserError('the causal pass cannot see what is right of a hole: with a fixed suffix or a given length '
-                            'use --remask=wrong, random or none and --ar_prefix=0')
+            raise UserError('the causal pass cannot see what is right of a hole: with a fixed suffix or a given '
+                            'length use --remask=wrong, random or none and --ar_prefix=0')
         if how.guide:
             raise UserError('guide chooses among whole completions, which causal sampling does not have: '
                             'use --remask=none, wrong or critic')
@@ -235,18 +248,22 @@ def check_rules(how, canvas, fixed, mask, judge, commits, remasks):
     if how.remask not in correcting and not (how.remask_threshold is None and how.remask_schedule is None):
         raise UserError(f"remask_threshold and remask_schedule are for --remask={', '.join(correcting)}, "
                         f'not for {how.remask}')
-    if how.rewrite and (how.remask not in ('random', 'wrong', 'confidence') or how.commit != 'random' or judge or how.guide):
+    rewrites = how.commit == 'random' and how.remask in ('random', 'wrong', 'confidence')
+    if how.rewrite and (not rewrites or judge or how.guide):
         raise UserError('rewrite goes with --commit=random and --remask=wrong, random or confidence, '
                         'without a second network or guide')
     check_not_greedy(how, masked)
 
 
 def check_not_greedy(how, masked):
-    """Raises UserError if the surest token always comes first and nothing is given: all samples would be one."""
+    """
+    Raises UserError if the surest token always comes first and nothing is given: all samples would be one.
+    """
     by_sureness = how.commit not in ('random', 'priority')
-    greedy = how.temperature == 0 or how.top_k == 1 or (how.commit == 'confidence' and how.choice_temperature == 0)
-    empty = masked.sum(1) >= masked.size(1) - 1                                # nothing is given but the start symbol
+    no_noise = how.commit == 'confidence' and how.choice_temperature == 0
+    greedy = how.temperature == 0 or how.top_k == 1 or no_noise
+    empty = masked.sum(1) >= masked.size(1) - 1  # nothing is given but the start symbol
     if by_sureness and greedy and empty.sum() > 1:
         noise = '--temperature=1' + (' and --choice_temperature=4.5' if how.commit == 'confidence' else '')
-        raise UserError(f'commit={how.commit} without noise writes one sample again and again from an empty canvas: '
-                        f'use {noise}, or another commit rule')
+        raise UserError(f'commit={how.commit} without noise writes one sample again and again from an empty '
+                        f'canvas: use {noise}, or another commit rule')

@@ -1,5 +1,6 @@
 """
-What sample.py does before and after it samples: networks, canvases, and what is shown. s is always its settings.
+What sample.py does before and after it samples: networks, canvases, and what is shown. s is always its
+settings.
 """
 
 import json
@@ -30,14 +31,15 @@ def load_networks(s, load, supports):
     judge = None
     if s.remask_from:
         judge, other = load(s.remask_from)
-        check_same_model(path, identity(checkpoint), s.remask_from, identity(other), ('vocab_size', 'block_size', 'itos'))
+        check_same_model(path, identity(checkpoint), s.remask_from, identity(other),
+                         ('vocab_size', 'block_size', 'itos'))
         if not supports(other['config']).detects:
             raise UserError(f'{s.remask_from} was not trained to find wrong tokens '
                             f"(training_type={other['config']['training_type']})")
         configure_compute(judge, s.device, s.dtype, s.attention, s.compile)
     model, choices = configure_compute(model, s.device, s.dtype, s.attention, s.compile)
     print(f'{model.num_params():,} parameters, {choices}')
-    if not s.export:                                                           # what is exported stays as it was trained
+    if not s.export:  # what is exported stays as it was trained
         for network in filter(None, (model, judge)):
             network.freeze()
     return model, checkpoint, judge
@@ -57,8 +59,8 @@ def canvases(s, model, meta):
     texts = given_texts(s)
     pairs = [task_canvas(s.task, model, meta, line, s.hole, s.mask) for line in texts]
     if len({canvas.size(1) for canvas, _ in pairs}) > 1:
-        raise UserError(f"{meta['name']} has no end token, so texts of different lengths cannot share a canvas: "
-                        f'give texts of one length, or one at a time')
+        raise UserError(f"{meta['name']} has no end token, so texts of different lengths cannot share a "
+                        'canvas: give texts of one length, or one at a time')
     each = s.num_samples or 1
     canvas, fixed = (torch.cat(rows).repeat_interleave(each, 0) for rows in zip(*pairs))
     return [line for line in texts for _ in range(each)], canvas, fixed
@@ -69,15 +71,20 @@ def given_samples(s, model, meta):
     return [given_sample(model, meta, line) for line in given_texts(s)]
 
 
-def show_samples(s, model, judge, checkpoint, can, samples, texts=None, canvas=None, fixed=None, rules=None, seconds=0):
-    """Prints the samples, plays them, writes the page and the file: whatever was asked for."""
-    meta = checkpoint['meta']
+def show_samples(s, model, judge, meta, can, samples, texts=None, canvas=None, *written):
+    """
+    Prints the samples, plays them, writes the page and the file: whatever was asked for.
+
+    can: the checkpoint's parts.presets.Abilities; texts: what was given, None: nothing; canvas (B, T): where sampling
+    started; written: what is fixed (B, T), the rules in words and the seconds that it took, if anything was written.
+    """
     if s.task == 'repair':
         for sample, before in zip(samples, canvas):
             marks = show.marks(before, sample['trace'].cpu(), model.mask_token_id)
             sample['marks'] = marks[:len(sample['tokens'])]
     if s.score or s.task == 'score':
-        judge_samples(model, meta, can, samples, model.config.block_size if canvas is None else canvas.size(1))
+        width = model.config.block_size if canvas is None else canvas.size(1)
+        judge_samples(model, meta, can, samples, width)
 
     scorer = load_task(meta['name'])
     verdict = scorer and scorer.verdict
@@ -85,14 +92,13 @@ def show_samples(s, model, judge, checkpoint, can, samples, texts=None, canvas=N
         print(show.report(sample, meta, verdict, texts and texts[i]))
     if len(samples) > 50:
         print(f'... and {len(samples) - 50} more' + ('' if s.save else ' (--save=FILE.jsonl keeps them all)'))
-    mean_nfe = sum(sample['nfe'] for sample in samples) / len(samples)
-    if s.task != 'score':
-        print(f'{len(samples)} samples, {mean_nfe:.1f} passes each (NFE), {len(samples) / seconds:.1f} samples/s')
-
-    if s.animate or s.html:
-        shown_rules = ', '.join(f'{name}={value}' for name, value in rules.items())
-        show.watch(judge or (model if can.detects else None), meta, fixed, samples, verdict, s.task,
-                   f'{shown_rules}; {mean_nfe:.0f} passes a sample', s.animate, s.html, writer=model if judge else None)
+    if written:
+        fixed, rules, seconds = written
+        nfe = sum(sample['nfe'] for sample in samples) / len(samples)
+        print(f'{len(samples)} samples, {nfe:.1f} passes each (NFE), {len(samples) / seconds:.1f} samples/s')
+        if s.animate or s.html:
+            show.watch(judge or (model if can.detects else None), meta, fixed, samples, verdict, s.task,
+                       f'{rules}; {nfe:.0f} passes a sample', s.animate, s.html, writer=model if judge else None)
     if s.save:
         lines = [{key: value for key, value in sample.items() if key != 'trace'} for sample in samples]
         write_atomically(s.save, ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines))

@@ -21,12 +21,18 @@ class SquaredReLU(torch.autograd.Function):
 
 
 def squared_relu(h):
-    """relu(h)^2 (So et al. 2021). It works in place where no gradient is wanted: a sampler's pass is a fifth faster."""
+    """
+    relu(h)^2 (So et al. 2021). It works in place where no gradient is wanted: a sampler's pass is a fifth
+    faster.
+    """
     return SquaredReLU.apply(h) if torch.is_grad_enabled() else F.relu(h).square_()
 
 
 def beside(idx, d, nothing, segment=None):
-    """ids (B, T) -> the ids d places to their left (d < 0: to their right); nothing past the end of the row or segment."""
+    """
+    ids (B, T) -> the ids d places to their left (d < 0: to their right); nothing past the end of the row or
+    segment.
+    """
     there = F.pad(idx, (d, -d), value=nothing)
     if segment is None:
         return there
@@ -34,17 +40,23 @@ def beside(idx, d, nothing, segment=None):
 
 
 def neighbours(d):
-    """Two slices of a row: the positions with a neighbour d places to their left (d < 0: to their right), and those neighbours."""
+    """
+    Two slices of a row: the positions with a neighbour d places to their left (d < 0: to their right), and
+    those neighbours.
+    """
     return (slice(d, None), slice(-d)) if d > 0 else (slice(d), slice(-d, None))
 
 
 def taps(x, weight, offsets, segment):
     """
-    The sum over the offsets d of w_d x[:, t - d], for x (B, T, C) and weight (n, C), a row for each offset: (B, T, C).
+    The sum over the offsets d of w_d x[:, t - d], for x (B, T, C) and weight (n, C), a row for each offset:
+    (B, T, C).
 
-    Nothing comes from outside the row, or outside the segment (B, T) that t belongs to; None: the row is one segment.
+    Nothing comes from outside the row, or outside the segment (B, T) that t belongs to; None: the row is one
+    segment.
     """
-    # a grouped convolution on x as it lies in memory; below 32 channels it may never return (8 neighbours, 16 channels, bf16)
+    # a grouped convolution on x as it lies in memory; below 32 channels it may never return (8 neighbours, 16
+    # channels, bf16)
     if segment is None and x.size(-1) >= 32:
         n = max(map(abs, offsets))
         kernel = weight.new_zeros(x.size(-1), 1, 1, 2 * n + 1)
@@ -75,7 +87,8 @@ class Taps(torch.autograd.Function):
         y, weight = ctx.saved_tensors
         segment = ctx.segment
 
-        # the gradient of a weight is a sum over rows and positions, done by what is fastest at it: a product with ones
+        # the gradient of a weight is a sum over rows and positions, done by what is fastest at it: a product
+        # with ones
         grad_weight = []
         for here, there in map(neighbours, ctx.offsets):
             product = grad[:, here] * y[:, there]                    # (B, T - |d|, C)

@@ -8,7 +8,10 @@ import torch
 
 
 def places(where):
-    """The places of the True positions of where (B, T) in the flattened batch: (N,). A GPU is waited for to count them."""
+    """
+    The places of the True positions of where (B, T) in the flattened batch: (N,). A GPU is waited for to
+    count them.
+    """
     return where.flatten().nonzero()[:, 0]
 
 
@@ -21,12 +24,14 @@ def stratified_k(n, generator=None):
     """
     How many positions to mask in each row: k (B,) uniform on 1..n, stratified over the batch.
 
-    n (B,): number of positions of each row that may be masked (>= 1). Every single k is uniform on 1..n; together
-    they cover the range evenly, which takes most of the variance out of the NELBO (LLaDA's evaluation does the same).
+    n (B,): number of positions of each row that may be masked (>= 1). Every single k is uniform on 1..n;
+    together they cover the range evenly, which takes most of the variance out of the NELBO (LLaDA's
+    evaluation does the same).
     """
     B = n.size(0)
     strata = torch.randperm(B, generator=generator, device=n.device)
-    u = (strata + torch.rand(B, generator=generator, device=n.device)) / B    # in [0, 1), but float32 may round up
+    # in [0, 1), but float32 may round up
+    u = (strata + torch.rand(B, generator=generator, device=n.device)) / B
     return (1 + (u * n).long()).minimum(n)
 
 
@@ -43,16 +48,20 @@ class Ends(NamedTuple):
     """The special ids of a dataset, None where it has none."""
     end: int = None
     pad: int = None
-    forbid: tuple = ()       # ids that are never drawn left of what is given: nothing but an end may end a text
+    forbid: tuple = ()  # ids that are never drawn left of what is given: nothing but an end may end a text
 
     @classmethod
     def of(cls, meta):
         """The special ids that the meta.json of a dataset names."""
-        return cls(meta['eos'], meta['pad'], tuple(meta[name] for name in ('bos', 'eos', 'pad') if meta[name] is not None))
+        special = [meta[name] for name in ('bos', 'eos', 'pad')]
+        return cls(meta['eos'], meta['pad'], tuple(i for i in special if i is not None))
 
 
 def close_rows(x, masked, mask, ends):
-    """ids x (R, T): of the positions that were masked, those right of an end token become padding, if no hole is left of it."""
+    """
+    ids x (R, T): of the positions that were masked, those right of an end token become padding, if no hole is
+    left of it.
+    """
     if ends.end is None:
         return x
     decided = (x == mask).cumsum(1) == 0
@@ -66,7 +75,10 @@ def left_of(fixed):
 
 
 def first_of(score, where, count):
-    """Of the True positions of where (R, T) the count (R,) with the highest score (R, T), ties from the left: bool (R, T)."""
+    """
+    Of the True positions of where (R, T) the count (R,) with the highest score (R, T), ties from the left:
+    bool (R, T).
+    """
     score = score.clamp(min=-1e30).masked_fill(~where, float('-inf'))
     rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return where & (rank < count[:, None])

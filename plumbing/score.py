@@ -11,7 +11,8 @@ from plumbing.text import modelled, rows_of, task_canvas, until_end
 def given_sample(model, meta, text):
     """A text as a sample to judge: a dict as sample.fill makes them."""
     canvas, _ = task_canvas('score', model, meta, text)
-    return dict(text=text, tokens=until_end(meta, canvas[0].tolist()), nfe=0, finished=meta['eos'] is not None)
+    tokens = until_end(meta, canvas[0].tolist())
+    return dict(text=text, tokens=tokens, nfe=0, finished=meta['eos'] is not None)
 
 
 @torch.no_grad()
@@ -19,8 +20,9 @@ def judge_rows(model, meta, canvas, can, estimates=32, seed=0):
     """
     What a checkpoint thinks of whole texts, canvas (B, T): a list of B dicts with what it was trained for.
 
-    nelbo and causal_nll are in nats a token (padding is paid for and not counted), p_wrong is a list of T. nelbo is the mean of
-    that many estimates, k stratified over them. can: the checkpoint's parts.presets.Abilities.
+    nelbo and causal_nll are in nats a token (padding is paid for and not counted), p_wrong is a list of T.
+    nelbo is the mean of that many estimates, k stratified over them. can: the checkpoint's
+    parts.presets.Abilities.
     """
     device = next(model.parameters()).device
     results = []
@@ -41,7 +43,10 @@ def judge_rows(model, meta, canvas, can, estimates=32, seed=0):
 
 
 def judge_samples(model, meta, can, samples, width):
-    """Adds to every sample what judge_rows says of it, on a canvas of that width, or as long as it is where nothing is padded."""
+    """
+    Adds to every sample what judge_rows says of it, on a canvas of that width, or as long as it is where
+    nothing is padded.
+    """
     for sample in samples:
         row = rows_of([sample], meta, len(sample['tokens']) if meta['pad'] is None else width)
         judged, = judge_rows(model, meta, row, can)

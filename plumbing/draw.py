@@ -1,0 +1,45 @@
+"""
+How a token is drawn.
+"""
+
+import torch
+import torch.nn.functional as F
+
+LARGE = 4096     # words
+
+
+def fine(device):
+    """The dtype in which confidences are compared: float64, but float32 on MPS, which has no finer one."""
+    return torch.float32 if device.type == 'mps' else torch.float64
+
+
+def filtered(logits, temperature=1.0, top_k=None, top_p=None):
+    """logits (N, V+2), [MASK] and [WRONG] at -inf already -> probabilities (N, V+2) to draw from."""
+    if temperature == 0:
+        return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
+    if temperature != 1:
+        logits = logits / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float('-inf'))
+    probs = logits.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ordered, index = probs.sort(dim=-1, descending=True)
+        ordered = ordered * (ordered.cumsum(-1) - ordered < top_p)      # the token that crosses top_p stays
+        probs = torch.zeros_like(probs).scatter(-1, index, ordered)
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
+
+def draw(probs, generator=None):
+    """One token for each row: probs (..., V+2) -> ids (...)."""
+    flat = probs.reshape(-1, probs.size(-1))
+    if flat.size(0) == 0:
+        return torch.zeros(probs.shape[:-1], dtype=torch.long, device=probs.device)
+
+    # multinomial takes a random number for each word, which on a CPU takes longer than all the rest;
+    # the sum is in float64, because in float32 the rarest words would never come
+    if flat.size(1) > LARGE:
+        total = flat.cumsum(1, dtype=fine(probs.device))
+        u = 1 - torch.rand(len(flat), 1, generator=generator, device=probs.device, dtype=total.dtype)
+        return torch.searchsorted(total, u * total[:, -1:]).view(probs.shape[:-1])
+    return torch.multinomial(flat, 1, generator=generator).view(probs.shape[:-1])
