@@ -78,18 +78,18 @@ class How:
     schedule: str = None       # linear: equally many tokens a step | cosine: few early, many late
     block_length: int = None   # commit blocks of that many tokens from left to right (semi-autoregressive)
     choice_temperature: float = None   # commit=confidence: noise in the order, annealed to 0; usually 4.5
-    commit_threshold: float = 0.9      # commit=threshold: candidates at least this probable
-    priority: str = '()=+*'    # commit=priority: candidates of these characters first
+    commit_threshold: float = None     # commit=threshold: candidates at least this probable; usually 0.9
+    priority: str = None       # commit=priority: candidates of these characters first; usually ()=+*
     ar_prefix: int = None      # tokens drawn left to right by the causal pass first; a causal checkpoint: all
     # which visible tokens are re-masked
     remask: str = None         # none | random | wrong | critic | confidence | remdm | p2 | causal
     remask_rate: float = None  # times the doubt: how likely a token is re-masked; usually 1, or 0.3
-    remask_random_ratio: float = 0.0   # 0: re-mask by doubt alone, 1: at random alone
+    remask_random_ratio: float = None  # 0: re-mask by doubt alone, the usual; 1: at random alone
     remask_patience: float = None      # less doubt while little is visible; usually 1 in text without end
     remask_threshold: float = None     # re-mask what is doubted more than this, each position once
     remask_schedule: tuple = None      # re-mask a share, from the first to the second number: 0.3,0.05
     rewrite: bool = None       # draw what is doubted anew at once; usual in repair, if trained on noise
-    remdm: str = 'cap'         # remask=remdm: cap | rescale
+    remdm: str = None          # remask=remdm: cap | rescale; usually cap
     correct_share: float = None        # share of the steps that only re-mask and refill; usually 0.25
     # what the energy head is asked, in a checkpoint that has one (tools/energy.py)
     guide: int = None          # draw that many completions a step; the lower its energy, the likelier one
@@ -105,8 +105,9 @@ class How:
 
 
 how = How()      # what the command line says
-USUAL = dict(commit='random', schedule='linear', choice_temperature=4.5, remask='none', remask_patience=0.0,
-             rewrite=False, correct_share=0.25, temperature=1.0)
+USUAL = dict(commit='random', schedule='linear', choice_temperature=4.5, commit_threshold=0.9, priority=(),
+             remask='none', remask_random_ratio=0.0, remask_patience=0.0, rewrite=False, remdm='cap',
+             correct_share=0.25, temperature=1.0)
 RATES = dict(random=0.3, remdm=0.3)    # remask_rate of the others is 1
 
 
@@ -119,8 +120,8 @@ def generate_diffusion(model, canvas, fixed, *, ends=Ends(), closed=None, remask
     """
     Fills a canvas by any sampler; rules are fields of How. For all else, and what is returned, see denoise.
 
-    The canvas decides the task: all masked (generate), all but the holes fixed (infill, edit), visible but not
-    fixed (repair). Raises UserError for rules that do not fit together or do not fit the canvas.
+    The canvas decides the task: all masked (generate), all but the holes fixed (infill, edit), visible but
+    not fixed (repair). Raises UserError for rules that do not fit together or do not fit the canvas.
     """
     how = How(**{**USUAL, **{name: value for name, value in rules.items() if value is not None}})
     check_rules(how, canvas, fixed, model.mask_token_id, remask_model, COMMIT, [*DOUBT, *OTHER_RULES])
@@ -192,7 +193,7 @@ def in_blocks(look, score):
 
 
 def how_many(look, again):
-    """How many masked positions (R,) are committed if again (R, T) are re-masked. The last step leaves none."""
+    """How many masked positions (R,) are committed if again (R, T) are re-masked; the last step: all."""
     count = look.masked.sum(1)
     if look.last:
         return count
@@ -294,8 +295,8 @@ def by_doubt(look, doubt):
     Which visible positions (R, T) are re-masked by their doubt (R, T): each with probability rate * doubt.
 
     With remask_threshold those whose doubt exceeds it, each once; with remask_schedule a share, the most
-    doubted first. With remask_patience doubt ^ (visible share ^ -patience) counts: while little is visible nearly
-    all is doubted, and what is re-masked together is drawn again together: noise, which is doubted again.
+    doubted first. With remask_patience doubt ^ (visible share ^ -patience) counts: while little is visible
+    nearly all is doubted, and what is re-masked together is drawn again together: noise, doubted again.
     """
     how, run = look.how, look.run
     at_random = 1.0 if how.remask == 'random' else how.remask_random_ratio
@@ -358,14 +359,14 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
     Runs a sampler on canvas, fixed (B, T) in batches.
 
     meta: the dataset's, from a checkpoint; ar_prefix, best_of: see How; rules: what generate_diffusion takes.
-    Returns a list of B dicts: text, tokens (ids from the first position to the end), nfe (all passes that were
-    spent on the sample), finished; with trace also trace (S, T), the row's canvases.
+    Returns a list of B dicts: text, tokens (ids from the first position to the end), nfe (all passes spent on
+    the sample), finished; with trace also trace (S, T), the row's canvases.
     """
     device = next(model.parameters()).device
     rules = {'remask_patience': float(meta['eos'] is None), **rules}    # by measurement, see docs/log.md
     rules.update(ends=Ends.of(meta), generator=torch.Generator(device).manual_seed(seed), trace=trace)
-    if isinstance(rules.get('priority'), str):
-        rules['priority'] = encode(meta, rules['priority']) if rules.get('commit') == 'priority' else ()
+    if rules.get('commit') == 'priority' and isinstance(rules.get('priority', '()=+*'), str):
+        rules['priority'] = encode(meta, rules.get('priority', '()=+*'))
     canvas = canvas.repeat(best_of or 1, 1)
     fixed = fixed.repeat(best_of or 1, 1)
     num = len(canvas)
@@ -416,7 +417,7 @@ def main():
     masked = canvas == model.mask_token_id
     inside = s.task == 'repair' or bool((masked.cummax(1).values & ~masked).any())    # text right of a hole
     rules = choose_rules(config, preset=s.preset, task=s.task, inside=inside, judge=judge is not None,
-                         **{**vars(how), 'priority': None if how.commit != 'priority' else how.priority})
+                         **vars(how))
     said = ', '.join(f'{name}={value}' for name, value in rules.items())
     print(said)
 

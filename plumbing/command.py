@@ -75,8 +75,8 @@ def show_samples(s, model, judge, meta, can, samples, texts=None, canvas=None, *
     """
     Prints the samples, plays them, writes the page and the file: whatever was asked for.
 
-    can: the checkpoint's parts.presets.Abilities; texts: what was given, None: nothing; canvas (B, T): where sampling
-    started; written: what is fixed (B, T), the rules in words and the seconds that it took, if anything was written.
+    can: the checkpoint's parts.presets.Abilities; texts: what was given, None: nothing; canvas (B, T): where
+    sampling started; written: what is fixed (B, T), the rules in words and the seconds it took, if it wrote.
     """
     if s.task == 'repair':
         for sample, before in zip(samples, canvas):
@@ -97,8 +97,9 @@ def show_samples(s, model, judge, meta, can, samples, texts=None, canvas=None, *
         nfe = sum(sample['nfe'] for sample in samples) / len(samples)
         print(f'{len(samples)} samples, {nfe:.1f} passes each (NFE), {len(samples) / seconds:.1f} samples/s')
         if s.animate or s.html:
-            show.watch(judge or (model if can.detects else None), meta, fixed, samples, verdict, s.task,
-                       f'{rules}; {nfe:.0f} passes a sample', s.animate, s.html, writer=model if judge else None)
+            finds = judge or (model if can.detects else None)
+            show.watch(finds, meta, fixed, samples, verdict, s.task, f'{rules}; {nfe:.0f} passes a sample',
+                       s.animate, s.html, writer=model if judge else None)
     if s.save:
         lines = [{key: value for key, value in sample.items() if key != 'trace'} for sample in samples]
         write_atomically(s.save, ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines))
