@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from configurator import UserError
+from plumbing.rows import places, random_subset, stratified_k  # noqa: F401 (for those who import them from here)
 
 # -----------------------------------------------------------------------------
 # the network
@@ -540,11 +541,6 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
 
 
-def places(where):
-    """The places of the True positions of where (B, T) in the flattened batch: (N,). A GPU is waited for to count them."""
-    return where.flatten().nonzero()[:, 0]
-
-
 def room_for(cache, T):
     """A cache with places for T positions or a few more: attention goes over all of them, so there shall not be many."""
     more = T - cache.size(4)
@@ -572,25 +568,3 @@ def check_config(config):
 
 # -----------------------------------------------------------------------------
 # masks
-
-
-def stratified_k(n, generator=None):
-    """
-    How many positions to mask in each row: k (B,) uniform on 1..n, stratified over the batch.
-
-    n (B,): number of positions of each row that may be masked (>= 1). Every single k is uniform on 1..n; together
-    they cover the range evenly, which takes most of the variance out of the NELBO (LLaDA's evaluation does the same).
-    """
-    B = n.size(0)
-    strata = torch.randperm(B, generator=generator, device=n.device)
-    u = (strata + torch.rand(B, generator=generator, device=n.device)) / B    # in [0, 1), but float32 may round up
-    return (1 + (u * n).long()).minimum(n)
-
-
-def random_subset(candidates, k, generator=None):
-    """Of the True positions of candidates (B, T), k (B,) in each row at random: bool (B, T)."""
-    noise = torch.rand(candidates.shape, generator=generator, device=candidates.device)
-    order = noise.masked_fill(~candidates, 2.0).argsort(dim=1)
-    chosen = torch.zeros_like(candidates)
-    rank = torch.arange(candidates.size(1), device=candidates.device).expand_as(order)
-    return chosen.scatter(1, order, rank < k[:, None]) & candidates

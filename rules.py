@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from configurator import UserError
 from model import norm, places, random_subset
+from plumbing.evaluate import p_wrong  # noqa: F401 (for those who import it from here)
 
 COMMIT_RULES = ('random', 'confidence', 'margin', 'entropy', 'threshold', 'abstain', 'priority', 'left_to_right')
 REMASK_RULES = ('none', 'random', 'wrong', 'critic', 'confidence', 'remdm', 'p2', 'causal')
@@ -187,16 +188,6 @@ def p_mask(model, hidden, where):
 
 # -----------------------------------------------------------------------------
 # which visible positions are doubted
-
-
-def p_wrong(model, hidden, ids):
-    """
-    p(WRONG), the probability that the token which stands at a position is not the right one: 1 - p(that token).
-
-    hidden (..., C), ids (...) -> (...). A network that learned the target [WRONG] gives what it takes from the right token
-    to [WRONG] (the two differ by 0.01 on average); one that learned the original gives it to the other tokens.
-    """
-    return 1 - model.logits(hidden).softmax(-1).gather(-1, ids[..., None])[..., 0]
 
 
 def spare_lengths(doubt, x, where, end_id, pad_id):
