@@ -1,7 +1,4 @@
-"""
-The configurator: which globals are settings, what files and overrides may do to them, and what a mistake
-says.
-"""
+"""The configurator: what is a setting, what files and overrides may do to it, and what a mistake says."""
 
 import importlib.util
 import os
