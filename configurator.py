@@ -10,7 +10,10 @@ $ python train.py config/unmask.py --max_iters=500 --compile
 $ python train.py --help
 
 A config file is Python that assigns some of the settings. Files apply first, in order, then the --key=value
-overrides, in order. A name that is no setting, or a value of the wrong type, is an error: a typo must not train.
+overrides, in order. A name that is no setting, or a value of the wrong type, is an error.
+
+A dataclass among the settings with an instance right behind it (class How, how = How()) holds settings too:
+its annotated fields, which are set as attributes of that instance.
 """
 
 import ast
@@ -23,11 +26,12 @@ import sys
 import tokenize
 import traceback
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 TYPES = {t.__name__: t for t in (int, float, bool, str, tuple, list)}  # what a setting can be
-WORDS = {'true': True, 'false': False, 'none': None, 'nan': math.nan, 'inf': math.inf}  # beyond Python's literals
+# what a word of the command line may be beyond Python's literals
+WORDS = {'true': True, 'false': False, 'none': None, 'nan': math.nan, 'inf': math.inf}
 
 
 class UserError(ValueError):
@@ -40,19 +44,19 @@ class Setting(NamedTuple):
     type: object  # None: any
     comment: str
     section: list  # the comment lines that head its group
+    holder: str  # the global whose attribute it is; None: it is a global itself
 
 
 def settings(path):
-    """name -> Setting, for every global with a literal value above the script's first def or class"""
+    """name -> Setting, for every literal global or field above the script's first def or other class"""
     source = Path(path).read_bytes()
-    comments, headings = read_comments(source)
+    comments = read_comments(source)
     found, section, end = {}, [], 0
-    for node in ast.parse(source).body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            break
-        section = [headings[line] for line in range(end + 1, node.lineno) if line in headings] or section
+    for node, holder in statements(ast.parse(source).body):
+        above = [comments[line] for line in range(end + 1, node.lineno) if line in comments]
+        section = [text for column, text in above if column in (0, node.col_offset)] or section
         end = node.end_lineno
-        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+        if not isinstance(node, ast.AnnAssign if holder else (ast.Assign, ast.AnnAssign)):
             continue
         target, *more = getattr(node, 'targets', None) or [node.target]
         name, annotation = getattr(target, 'id', '_'), getattr(node, 'annotation', None)
@@ -60,28 +64,42 @@ def settings(path):
             default = ast.literal_eval(node.value)
         except (ValueError, TypeError):
             continue  # computed, so not for the user to set
-        if more or not name.islower() or name.startswith('_') or type(default) not in (type(None), *TYPES.values()):
-            continue
-        kind = TYPES.get(getattr(annotation, 'id', None)) or (None if default is None else type(default))
-        found[name] = Setting(name, default, kind, comments.get(end, ''), section)
+        plain = default is None or type(default) in TYPES.values()
+        if plain and name.islower() and not (more or name.startswith('_')):
+            kind = TYPES.get(getattr(annotation, 'id', None)) or (None if default is None else type(default))
+            found[name] = Setting(name, default, kind, comments.get(end, (0, ''))[1], section, holder)
     return found
 
 
+def statements(body):
+    """(statement, the holder of a setting made there), from a dataclass with an instance those of its body"""
+    for node, behind in itertools.zip_longest(body, body[1:]):
+        made = ast.unparse(behind.value) if isinstance(behind, ast.Assign) else ''
+        decorators = ' '.join(map(ast.unparse, getattr(node, 'decorator_list', ())))
+        if 'dataclass' in decorators and made == f'{node.name}()':
+            yield from ((field, behind.targets[0].id) for field in node.body)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            return
+        else:
+            yield node, None
+
+
 def read_comments(source):
-    """line -> text of the comments behind code, and of those that start a line; rules (# ---) are left out"""
-    comments, headings = {}, {}
+    """line -> (column, text) of its comment; rules (# ---) are left out"""
+    comments = {}
     for token in tokenize.tokenize(io.BytesIO(source).readline):
-        (line, column), text = token.start, token.string.lstrip('#').strip()
+        text = token.string.lstrip('#').strip()
         if token.type == tokenize.COMMENT and text.strip('-='):
-            (headings if column == 0 else comments)[line] = text
-    return comments, headings
+            comments[token.start[0]] = token.start[1], text
+    return comments
 
 
 def lookup(known, name, dashes=''):
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name, known, 1, 0.5)
-    raise UserError(f'unknown key {dashes}{name}; ' + (f'did you mean {dashes}{near[0]}?' if near else 'see --help'))
+    hint = f'did you mean {dashes}{near[0]}?' if near else 'see --help'
+    raise UserError(f'unknown key {dashes}{name}; {hint}')
 
 
 def expected(kind):
@@ -152,17 +170,18 @@ def execute(file, values):
         raise UserError(f'{file}: no such config file{hint}')
     try:
         exec(compile(path.read_bytes(), file, 'exec'), namespace)
-    except Exception as error:  # say which of the file's own lines led to it; a syntax error carries its line itself
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        line = lines[-1] if lines else getattr(error, 'lineno', '?')
-        raise UserError(f'{file}, line {line}: {type(error).__name__}: {error}') from error
+    except Exception as error:
+        # say which of the file's own lines led to it; a syntax error carries its line itself
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [getattr(error, 'lineno', '?')] + [frame.lineno for frame in frames if frame.filename == file]
+        raise UserError(f'{file}, line {lines[-1]}: {type(error).__name__}: {error}') from error
     return namespace
 
 
 def apply_file(file, values, known):
     for name, value in execute(file, values).items():
-        helper = isinstance(value, ModuleType) or callable(value)  # what the file imports or defines for its own use
-        if name.startswith('_') or (helper and name not in known):
+        # what the file imports or defines for its own use is no setting
+        if name.startswith('_') or (name not in known and (isinstance(value, ModuleType) or callable(value))):
             continue
         try:
             setting = lookup(known, name)
@@ -177,7 +196,8 @@ def print_help(scope, known):
         print(scope['__doc__'].strip().split('\n\n')[0] + '\n')
     print(f'usage: python {os.path.basename(scope["__file__"])} [config/file.py ...] [--key=value ...]')
     flags = {name: f'--{name}={setting.default!r}' for name, setting in known.items()}
-    width = min(max(map(len, flags.values()), default=0), 40)  # one long default must not push all comments away
+    # one long default must not push all comments away
+    width = min(max(map(len, flags.values()), default=0), 40)
     for section, group in itertools.groupby(known.values(), lambda setting: setting.section):
         print('', *(f'# {line}' for line in section), sep='\n')
         for setting in group:
@@ -185,19 +205,30 @@ def print_help(scope, known):
 
 
 def help_first(scope):
-    """the first line of a script, for its slow imports to come behind it: if it was called for help, print that and exit"""
+    """prints the help and exits, if a script was called for it: to be called above slow imports"""
     if scope['__name__'] == '__main__' and {'--help', '-h'} & set(sys.argv[1:]):
         print_help(scope, settings(scope['__file__']))
         raise SystemExit(0)
 
 
+def home(scope, setting):
+    """the namespace that a setting lives in: the script's globals (scope), or the attributes of its holder"""
+    return vars(scope[setting.holder]) if setting.holder else scope
+
+
+def current(scope, known=None):
+    """name -> the value that each setting of a script has now"""
+    known = known or settings(scope['__file__'])
+    return {name: home(scope, setting).get(name, setting.default) for name, setting in known.items()}
+
+
 def configure(scope, argv):
-    """set the script's globals (scope) from the words of the command line; returns the values of all its settings"""
+    """sets the settings of a script from the words of the command line; returns the values of all of them"""
     known = settings(scope['__file__'])
     if '--help' in argv or '-h' in argv:
         print_help(scope, known)
         raise SystemExit(0)
-    values = {name: scope.get(name, setting.default) for name, setting in known.items()}
+    values = current(scope, known)
     files, overrides = parse(argv, known)
     for file in files:
         apply_file(file, values, known)
@@ -205,16 +236,24 @@ def configure(scope, argv):
     for name, value in overrides:
         print(f'override: {name} = {value!r}')
         values[name] = value
-    scope.update(values)  # last, so that an error leaves the script as it was
+    for name, setting in known.items():  # last, so that an error leaves the script as it was
+        home(scope, setting)[name] = values[name]
     return values
+
+
+def namespace(scope):
+    """the values of the script's settings that are globals, as one object"""
+    known = settings(scope['__file__'])
+    return SimpleNamespace(**{name: scope[name] for name, setting in known.items() if not setting.holder})
 
 
 def run(scope):
     """the last line of a script: configure it from the command line and call its main()"""
     script = os.path.basename(scope['__file__'])
+    # what a terminal or a log file cannot show must not stop a run
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='replace')  # what a terminal or a log file cannot show must not stop a run
+            stream.reconfigure(errors='replace')
     try:
         configure(scope, sys.argv[1:])
         scope['main']()

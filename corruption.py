@@ -14,6 +14,7 @@ from configurator import UserError
 from plumbing.rows import places, random_subset, stratified_k
 from plumbing.pieces import at_once
 from plumbing.draw import draw, filtered
+from plumbing.text import modelled  # noqa: F401 (for those who import it from here)
 
 KINDS = ('own', 'random', 'fragment', 'sticky', 'noise')    # of wrong tokens, see corrupt
 NOISE = ('mask', 'replace', 'swap', 'delete', 'insert')     # what mixed_noise may do to a token
@@ -232,12 +233,6 @@ def mixed_noise(x0, real, sigma, mix, mask_token_id, pad_id, generator):
     return canvas[:, :T]
 
 
-def modelled(x0, meta):
-    """Which positions of x0 (B, T) are modelled: (free: all but the start symbol, real: those without the padding)."""
-    free = torch.ones_like(x0, dtype=torch.bool) if meta['bos'] is None else x0 != meta['bos']
-    return free, free if meta['pad'] is None else free & (x0 != meta['pad'])
-
-
 def parse_mixture(name, text, known):
     """'own' or 'own:0.7,random:0.3' -> (('own', 0.7), ('random', 0.3)). Raises UserError, naming the setting."""
     try:
@@ -248,3 +243,11 @@ def parse_mixture(name, text, known):
         if kind not in known or not 0 <= share < math.inf or not sum(share for _, share in mixture):
             raise UserError(f"{name} knows {', '.join(known)}, with shares >= 0; got '{text}'")
     return mixture
+
+
+def own_errors(model, x0, free, real, generator):
+    """Rows x0 (B, T) in which some tokens are the network's own guesses and others [MASK]: ids (B, T), see corrupt."""
+    input, _, _ = corrupt(x0, free, real, training_type='joint', remask_ratio=1.0, generator=generator,
+                          mask_token_id=model.mask_token_id, wrong_token_id=model.wrong_token_id,
+                          guess=own_guesses(model, generator))
+    return input

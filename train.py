@@ -34,11 +34,12 @@ from plumbing.checkpoint import (append_line, check_overwrite, check_unlocked, c
                         make_checkpoint, make_folder, model_args, random_states_of_ranks, restore, save_checkpoint, unlock)
 from plumbing.checks import check_fits, check_settings
 from configurator import UserError
-from corruption import KINDS, NOISE, corrupt, extent, modelled, own_guesses, pack, parse_mixture
+from corruption import KINDS, NOISE, corrupt, extent, modelled, own_errors, own_guesses, pack, parse_mixture
 from plumbing.log import draw_curves, start_log
 from data.loader import load_data, random_rows, spread_rows
 from plumbing.device import configure_compute
-from plumbing.evaluate import compare_text, evaluate, evaluation_line, usual_text
+from plumbing.evaluate import evaluate, evaluation_line
+from plumbing.textstats import compare_text, usual_text
 from model import GPT, GPTConfig, norm, places
 from plumbing.optim import average, lr_scale, make_optimizers, update
 from plumbing.pieces import in_pieces
@@ -562,7 +563,7 @@ def train():
             with distributed.together():                                       # rank 0 evaluates, the others wait
                 if due and rank == 0:
                     result = evaluate(shown, val, meta, causal=causal, bidirectional=can_unmask,
-                                      detects=detects and (can_unmask or guesser is not None), guesser=guesser, seed=seed)
+                                      own_errors=own_errors if detects and can_unmask else None, seed=seed)
                     print(evaluation_line(step, result))
                     result.update(show_samples(shown, meta, config, eval_samples if step or eval_only else 0, usual))
             if eval_only:

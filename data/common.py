@@ -14,7 +14,8 @@ import urllib.request
 
 import numpy as np
 
-sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # a prepare.py may know no more than this folder
+# a prepare.py may know no more than this folder
+sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from configurator import UserError  # noqa: E402
 
 SPLITS = ('train', 'val')
@@ -35,7 +36,7 @@ def library(name):
 
 def read_source(what, url, sha256, input=None):
     """
-    The bytes of a source that never changes, from the file input or else from the web, checked to be exactly that.
+    The bytes of a source that never changes, from the file input or else from the web, checked to be that.
 
     what: its name in messages. Raises UserError if it cannot be had, or is something else.
     """
@@ -60,38 +61,43 @@ def read_source(what, url, sha256, input=None):
 
 def load_corpus(name, patterns, hub, input=None):
     """
-    A corpus through Hugging Face's datasets: for each split in patterns a Dataset with a column 'text', as a list.
+    A corpus through Hugging Face's datasets: a list with a Dataset, whose column is 'text', for each split.
 
-    name: where it is on the hub; hub: more that load_dataset takes there. input: a folder with copies of the hub's .parquet
-    files, or with .txt files, a row a line; patterns: {split: glob pattern of its files, without the ending}. Raises UserError.
+    name: where it is on the hub; hub: more that load_dataset takes there. input: a folder with copies of the
+    hub's .parquet files, or with .txt files, a row a line. patterns: {split: glob pattern of its files,
+    without the ending}. Raises UserError.
     """
     datasets = library('datasets')
-    kind, how = name, hub
+    kind, how, branch = name, hub, 'main'
     if input is not None:
-        for kind, ending in (('parquet', 'parquet'), ('text', 'txt')):
-            files = {split: sorted(glob.glob(os.path.join(glob.escape(input), f'{pattern}.{ending}')))
-                     for split, pattern in patterns.items()}
-            if all(files.values()):
-                break
-        else:
-            raise UserError(f"{input} does not hold the text: expected {' and '.join(f'{p}.txt' for p in patterns.values())}, "
-                            'or the same with .parquet')
+        kind, files = find_files(input, patterns)
         how = dict(data_files=files)
-    branch = 'main'
     try:
         try:
             return datasets.load_dataset(kind, split=list(patterns), **how)
         except RuntimeError as error:
             if 'Dataset scripts' not in str(error):
                 raise
-            branch = 'refs/convert/parquet'                                    # where the hub keeps what the script once made
+            branch = 'refs/convert/parquet'  # where the hub keeps what the script once made
             return datasets.load_dataset(kind, split=list(patterns), revision=branch, **how)
     except Exception as error:  # whatever its readers and the network may raise
         reason = str(error.__cause__ or error).splitlines()[0]
         if input is not None:
             raise UserError(f'cannot read the files in {input}: {reason}') from error
-        raise UserError(f'cannot load {name} ({reason}): fetch the .parquet files of https://huggingface.co/datasets/{name}'
-                        f"/tree/{branch.replace('/', '%2F')}/{hub.get('name', '')} by hand and pass --input=FOLDER") from error
+        page = f"{name}/tree/{branch.replace('/', '%2F')}/{hub.get('name', '')}"
+        raise UserError(f'cannot load {name} ({reason}): fetch the .parquet files of '
+                        f'https://huggingface.co/datasets/{page} by hand and pass --input=FOLDER') from error
+
+
+def find_files(folder, patterns):
+    """(the format for load_dataset, {split: its files in the folder}) of patterns, see load_corpus."""
+    for kind, ending in (('parquet', 'parquet'), ('text', 'txt')):
+        files = {split: sorted(glob.glob(os.path.join(glob.escape(folder), f'{pattern}.{ending}')))
+                 for split, pattern in patterns.items()}
+        if all(files.values()):
+            return kind, files
+    names = ' and '.join(f'{pattern}.txt' for pattern in patterns.values())
+    raise UserError(f'{folder} does not hold the text: expected {names}, or the same with .parquet')
 
 # -----------------------------------------------------------------------------
 # tokens
@@ -99,13 +105,14 @@ def load_corpus(name, patterns, hub, input=None):
 
 @functools.lru_cache
 def gpt2():
-    """GPT-2's byte-pair encoding, 50257 tokens of which the last is <|endoftext|>. Raises UserError if it cannot be had."""
+    """GPT-2's byte-pair encoding, 50257 tokens, the last one <|endoftext|>. Raises UserError."""
     tiktoken = library('tiktoken')
     try:
         return tiktoken.get_encoding('gpt2')
     except (OSError, ValueError) as error:  # no network; a damaged download
         raise UserError(f"tiktoken cannot load GPT-2's vocabulary ({error}): where there is a network run "
-                        'TIKTOKEN_CACHE_DIR=FOLDER python -c "import tiktoken; tiktoken.get_encoding(\'gpt2\')", '
+                        'TIKTOKEN_CACHE_DIR=FOLDER python -c '
+                        '"import tiktoken; tiktoken.get_encoding(\'gpt2\')", '
                         'and here set TIKTOKEN_CACHE_DIR to a copy of that FOLDER') from error
 
 
@@ -114,7 +121,8 @@ def encode_gpt2(text, desc):
     # no token reaches from a visible character into a line break behind it, so cutting there changes nothing
     pieces = re.findall(rf'(?s).{{{PIECE}}}.*?(?<=\S)(?=\n)|.+', text)
     encoding, ids = gpt2(), [np.zeros(0, np.uint16)]
-    with library('tqdm').tqdm(total=len(text), desc=desc, unit=' characters', unit_scale=True, disable=len(pieces) < 2) as bar:
+    with library('tqdm').tqdm(total=len(text), desc=desc, unit=' characters', unit_scale=True,
+                              disable=len(pieces) < 2) as bar:
         for piece in pieces:
             ids.append(np.array(encoding.encode_ordinary(piece), dtype=np.uint16))
             bar.update(len(piece))
@@ -122,11 +130,11 @@ def encode_gpt2(text, desc):
 
 
 def encode_chars(texts):
-    """texts -> (the characters in them, sorted; each text's ids among these, (N,) uint16). Raises UserError for too many."""
+    """texts -> (their characters, sorted; the ids of each text, (N,) uint16). Raises UserError."""
     itos = sorted(set().union(*texts))
     if len(itos) > 2**16 - 2:
-        raise UserError(f'{len(itos):,} different characters are more than uint16 can count beside [MASK] and [WRONG] '
-                        f'({2**16 - 2:,}): use --tokenizer=gpt2')
+        raise UserError(f'{len(itos):,} different characters are more than uint16 can count beside [MASK] '
+                        f'and [WRONG] ({2**16 - 2:,}): use --tokenizer=gpt2')
     table = np.zeros(0x110000, dtype=np.uint16)  # of all code points
     table[[ord(c) for c in itos]] = np.arange(len(itos))
     return itos, [table[np.frombuffer(text.encode('utf-32-le'), dtype='<u4')] for text in texts]
@@ -136,16 +144,18 @@ def encode_chars(texts):
 
 
 def text_meta(name, tokenizer, itos=None, seed=None):
-    """The meta.json of a stream of text, but for what the writer adds. itos: the characters; None for tokenizer 'gpt2'."""
+    """The meta.json of a stream of text, as far as it is known. itos: the characters, None for 'gpt2'."""
     # no end token: the text runs on, and <|endoftext|> between two documents is a token like any other
-    return {'name': name, 'format': 'stream', 'block_size': None, 'vocab_size': 50257 if itos is None else len(itos),
+    vocab_size = 50257 if itos is None else len(itos)
+    return {'name': name, 'format': 'stream', 'block_size': None, 'vocab_size': vocab_size,
             'tokenizer': tokenizer, 'itos': itos, 'bos': None, 'eos': None, 'pad': None, 'seed': seed}
 
 
 def write_text(out_dir, name, train, val, tokenizer):
     """
-    Encode two texts with the tokenizer 'char' or 'gpt2', write them into out_dir, say what they are; returns the meta.
-    Raises UserError if a split is too short for one row of training.
+    Encodes two texts with the tokenizer 'char' or 'gpt2', writes them into out_dir, says what they are.
+
+    Returns the meta. Raises UserError if a split is too short for one row of training.
     """
     if tokenizer == 'char':
         itos, ids = encode_chars((train, val))
@@ -154,7 +164,8 @@ def write_text(out_dir, name, train, val, tokenizer):
         itos, ids = None, [encode_gpt2(text, split) for split, text in zip(SPLITS, (train, val))]
     for split, part in zip(SPLITS, ids):
         if len(part) < SHORTEST:
-            raise UserError(f'the text is too short: {split} has {len(part)} tokens and needs {SHORTEST}, more than one row')
+            raise UserError(f'the text is too short: {split} has {len(part)} tokens and needs {SHORTEST}, '
+                            f'more than one row')
     meta = write_dataset(out_dir, *ids, text_meta(name, tokenizer, itos))
     report(out_dir, meta)
     return meta
@@ -179,11 +190,11 @@ def write_dataset(out_dir, train_ids, val_ids, meta):
 @contextlib.contextmanager
 def dataset_writer(out_dir, meta):
     """
-    with dataset_writer(out_dir, meta) as add: add('train', ids) and add('val', ids), as often as there are ids.
+    with dataset_writer(out_dir, meta) as add: add('train', ids) and add('val', ids), as often as needed.
 
-    Writes token ids of any shape as little-endian uint16, and meta.json with their counts and sha256, which meta gets too.
-    A folder that holds a meta.json holds the whole dataset it describes. Raises ValueError for ids that are not in 0..V-1, and
-    UserError if there can be no such folder.
+    Writes token ids of any shape as little-endian uint16, and meta.json with their counts and sha256, which
+    meta gets too. A folder that holds a meta.json holds the whole dataset it describes. Raises ValueError for
+    ids that are not in 0..V-1, and UserError if there can be no such folder.
     """
     names = [f'{split}.bin' for split in SPLITS] + ['meta.json']  # the last is the last to be renamed
     path = {name: os.path.join(out_dir, name) for name in names}
@@ -218,7 +229,7 @@ def dataset_writer(out_dir, meta):
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())
-        # an older meta.json goes before the first .bin changes, so that it never describes a mixture of old and new
+        # an older meta.json goes before the first .bin changes: it must not describe a mixture of old and new
         if os.path.exists(path['meta.json']):
             os.remove(path['meta.json'])
         for name in names:

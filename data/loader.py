@@ -14,61 +14,79 @@ from configurator import UserError
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def has_one_of(folder, *names):
-    """Whether one of these files is in the folder."""
-    return any(os.path.exists(os.path.join(folder, name)) for name in names)
+def is_dataset(name):
+    """Whether data/<name> is a dataset, or a script that makes one."""
+    return any(os.path.exists(os.path.join(HERE, name, file)) for file in ('prepare.py', 'meta.json'))
 
 
 def how_to_make(dataset):
-    """The command that makes a dataset. Without a prepare.py of its own it is a user's text, made by that of data/text."""
-    if dataset == 'text' or not has_one_of(os.path.join(HERE, dataset), 'prepare.py'):
-        return 'python data/text/prepare.py --input=PATH' + ('' if dataset == 'text' else f' --out=data/{dataset}')
-    return f'python data/{dataset}/prepare.py'
+    """The command that makes a dataset: its own prepare.py, or for a user's text the one of data/text."""
+    if dataset != 'text' and os.path.exists(os.path.join(HERE, dataset, 'prepare.py')):
+        return f'python data/{dataset}/prepare.py'
+    out = '' if dataset == 'text' else f' --out=data/{dataset}'
+    return f'python data/text/prepare.py --input=PATH{out}'
 
 
 def load_data(dataset, coarse=''):
     """
-    The dataset as (meta, {'train': ids, 'val': ids}), int64 (N, T) for rows, uint16 (N,) for a stream of text.
+    The dataset: (meta, {'train': ids, 'val': ids}), int64 (N, T) for rows, uint16 (N,) for a stream of text.
 
-    A dataset that is not there yet is made by its prepare.py. coarse: characters that all become the first of them. Raises
-    UserError with what to do if that fails.
+    A dataset that is not there yet is made by its prepare.py; if that fails, UserError says what to do.
+    coarse: characters that all become the first of them.
     """
     dataset = os.path.normpath(dataset)
-    name = os.path.basename(dataset)
-    if name != dataset:                                              # a checkpoint remembers the name alone
-        hint = (f'did you mean {name}?' if has_one_of(os.path.join(HERE, name), 'prepare.py', 'meta.json') else
-                f'a folder from elsewhere can be linked there: ln -s {os.path.abspath(dataset)} data/')
-        raise UserError(f'dataset expects the name of a folder in data/, got {dataset}; {hint}')
+    check_name(dataset)
     folder = os.path.join(HERE, dataset)
-    script = os.path.join(folder, 'prepare.py')
-    if not has_one_of(folder, 'prepare.py', 'meta.json'):
-        known = sorted(name for name in os.listdir(HERE) if has_one_of(os.path.join(HERE, name), 'prepare.py', 'meta.json'))
-        near = difflib.get_close_matches(dataset, known, 1)
-        raise UserError(f"there is no data/{dataset}/prepare.py; {f'did you mean {near[0]}' if near else f'known: {known}'}?")
     if not os.path.exists(os.path.join(folder, 'meta.json')):
         print(f'preparing the dataset: python data/{dataset}/prepare.py', flush=True)
-        if subprocess.run([sys.executable, script]).returncode:
+        if subprocess.run([sys.executable, os.path.join(folder, 'prepare.py')]).returncode:
             raise UserError(f'the dataset {dataset} is not there; make it with {how_to_make(dataset)}')
     try:
-        with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
-            meta = json.load(file)
-        data = {split: np.memmap(os.path.join(folder, f'{split}.bin'), dtype=np.uint16, mode='r') for split in ('train', 'val')}
-        for split, ids in data.items():
-            if len(ids) != meta[f'{split}_tokens']:
-                raise ValueError(f"{split}.bin has {len(ids)} tokens, meta.json says {meta[f'{split}_tokens']}")
-        if meta['format'] == 'rows':
-            data = {split: torch.from_numpy(ids.astype(np.int64)).view(-1, meta['block_size']) for split, ids in data.items()}
+        meta, data = read_dataset(folder)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f'the dataset in data/{dataset} is damaged ({error}); make it again: '
                         f'{how_to_make(dataset)}') from error
-    return {**meta, 'dataset': dataset}, {split: made_coarse(ids, meta, coarse) for split, ids in data.items()}
+    data = {split: made_coarse(ids, meta, coarse) for split, ids in data.items()}
+    return {**meta, 'dataset': dataset}, data
+
+
+def check_name(dataset):
+    """Raises UserError if this is not the name of a dataset in data/."""
+    name = os.path.basename(dataset)
+    if name != dataset:  # a checkpoint remembers the name alone
+        hint = f'a folder from elsewhere can be linked there: ln -s {os.path.abspath(dataset)} data/'
+        if is_dataset(name):
+            hint = f'did you mean {name}?'
+        raise UserError(f'dataset expects the name of a folder in data/, got {dataset}; {hint}')
+    if not is_dataset(dataset):
+        known = sorted(filter(is_dataset, os.listdir(HERE)))
+        near = difflib.get_close_matches(dataset, known, 1)
+        hint = f'did you mean {near[0]}' if near else f'known: {known}'
+        raise UserError(f'there is no data/{dataset}/prepare.py; {hint}?')
+
+
+def read_dataset(folder):
+    """The files of a dataset, see load_data. Raises ValueError and others if they are damaged."""
+    with open(os.path.join(folder, 'meta.json'), encoding='utf-8') as file:
+        meta = json.load(file)
+    data = {}
+    for split in ('train', 'val'):
+        ids = np.memmap(os.path.join(folder, f'{split}.bin'), dtype=np.uint16, mode='r')
+        expected = meta[f'{split}_tokens']
+        if len(ids) != expected:
+            raise ValueError(f'{split}.bin has {len(ids)} tokens, meta.json says {expected}')
+        if meta['format'] == 'rows':
+            ids = torch.from_numpy(ids.astype(np.int64)).view(-1, meta['block_size'])
+        data[split] = ids
+    return meta, data
 
 
 def made_coarse(ids, meta, coarse):
-    """The ids of a split with the first of the characters coarse for all of them. Raises UserError for what is no character."""
+    """The ids of a split with the first of the characters coarse for all of them. Raises UserError."""
     odd = [c for c in coarse if c not in (meta['itos'] or ())]
     if odd:
-        raise UserError(f"coarse={coarse} expects characters of {meta['name']}, and {odd[0]!r} is none of its tokens")
+        raise UserError(f"coarse={coarse} expects characters of {meta['name']}, and {odd[0]!r} is not among "
+                        f'its tokens')
     if not coarse:
         return ids
     first, *others = (meta['itos'].index(c) for c in coarse)
@@ -78,7 +96,7 @@ def made_coarse(ids, meta, coarse):
 
 
 def read_meta(dataset):
-    """The meta.json of data/<dataset>, None if it is not there or damaged: load_data makes the one and refuses the other."""
+    """The meta.json of data/<dataset>; None if it is not there or damaged, which load_data sees to."""
     try:
         with open(os.path.join(HERE, dataset, 'meta.json'), encoding='utf-8') as file:
             meta = json.load(file)
@@ -88,40 +106,44 @@ def read_meta(dataset):
 
 
 def other_data(meta, now):
-    """Whether the meta of a checkpoint is of other files than now, that of a dataset. A meta without sha256 is of any."""
+    """Whether the meta of a checkpoint is of other files than the meta now. One without sha256 fits all."""
     return meta.get('sha256') not in (None, now.get('sha256'))
 
 
 def data_of(meta, config):
     """
-    load_data for the meta and the config in a checkpoint: what it was trained on. Its name says what kind of text that is.
+    What a checkpoint was trained on: load_data for its meta and config.
 
-    Raises UserError if the folder of that name holds something else by now: ids would mean other tokens, and val be train.
+    Raises UserError if the folder of that name holds something else by now: ids would mean other tokens.
     """
     dataset = meta.get('dataset', meta['name'])
     now, data = load_data(dataset, config.get('coarse', ''))
     if other_data(meta, now):
-        raise UserError(f'data/{dataset} holds other data than what the checkpoint was trained on; make that again as it was: '
-                        f'{how_to_make(dataset)}')
+        raise UserError(f'data/{dataset} holds other data than what the checkpoint was trained on; make that '
+                        f'again as it was: {how_to_make(dataset)}')
     return now, data
 
 
 def rows_at(ids, index, block_size):
-    """Rows of a dataset (see load_data): ids, index (B,) -> x0 (B, T). For a stream the index is a first position."""
+    """Rows of load_data's ids: index (B,), for a stream the first positions -> x0 (B, T)."""
     if isinstance(ids, torch.Tensor):
         return ids[index]
     window = index[:, None].numpy() + np.arange(block_size)
     return torch.from_numpy(ids[window].astype(np.int64))
 
 
+def num_places(ids, block_size):
+    """How many rows rows_at could take."""
+    return len(ids) if isinstance(ids, torch.Tensor) else len(ids) - block_size + 1
+
+
 def random_rows(ids, num, block_size, generator):
     """num rows at random places of the dataset: x0 (num, T)."""
-    high = len(ids) if isinstance(ids, torch.Tensor) else len(ids) - block_size + 1
-    return rows_at(ids, torch.randint(high, (num,), generator=generator), block_size)
+    return rows_at(ids, torch.randint(num_places(ids, block_size), (num,), generator=generator), block_size)
 
 
 def spread_rows(ids, num, block_size):
     """At most num rows spread evenly over the dataset, the same every time: x0 (num, T). For evaluation."""
-    high = len(ids) if isinstance(ids, torch.Tensor) else len(ids) - block_size + 1
+    high = num_places(ids, block_size)
     num = min(num, high if isinstance(ids, torch.Tensor) else len(ids) // block_size)
     return rows_at(ids, torch.arange(num) * (high - 1) // max(1, num - 1), block_size)

@@ -1,6 +1,4 @@
-"""
-Text in, text out: how the words and the tasks of the command line become canvases, and canvases texts again.
-"""
+"""Text in, text out: words and tasks of the command line become canvases, and canvases become texts again."""
 
 import functools
 import importlib.util
@@ -13,7 +11,7 @@ from data.common import gpt2
 
 
 def encode(meta, text):
-    """text -> list of ids. Raises UserError for a character outside the dataset's vocabulary, and if tiktoken is missing."""
+    """text -> list of ids. Raises UserError for a character that the dataset does not have."""
     if meta['tokenizer'] == 'gpt2':
         return gpt2().encode_ordinary(text)
     stoi = {s: i for i, s in enumerate(meta['itos'])}
@@ -21,7 +19,8 @@ def encode(meta, text):
     if unknown:
         known = ''.join(s for s in meta['itos'] if len(s) == 1)
         more = f' and {len(known) - 200:,} more' if len(known) > 200 else ''
-        raise UserError(f"{unknown[0]!r} in {text!r} is not in the vocabulary of {meta['name']}: {known[:200]!r}{more}")
+        raise UserError(f"{unknown[0]!r} in {text!r} is not in the vocabulary of {meta['name']}: "
+                        f'{known[:200]!r}{more}')
     return [stoi[c] for c in text]
 
 
@@ -29,11 +28,12 @@ def decode(meta, ids):
     """
     ids, from the first position on -> (text up to the end token, whether there is one).
 
-    No id may be [MASK] or [WRONG]. Padding in a text that has no end is '·', one sign as every token is, so that lengths are true.
-    Bytes that are no UTF-8, which GPT-2's tokens can make up, become '\\ufffd'.
+    No id may be [MASK] or [WRONG]. Padding in a text without end is '·', one sign for one token, so that
+    lengths are true. Bytes that are no UTF-8, which GPT-2's tokens can make up, become '\\ufffd'.
     """
+    # one token of padding is enough to see that there is no end
     ids = [i for i in ids if i != meta['bos']]
-    while ids[-2:] == [meta['pad']] * 2:                                       # one is enough to see that there is no end
+    while ids[-2:] == [meta['pad']] * 2:
         ids.pop()
     finished = meta['eos'] is not None and meta['eos'] in ids
     if finished:
@@ -49,30 +49,38 @@ def until_end(meta, ids):
 
 
 def rows_of(samples, meta, T):
-    """The tokens of samples, dicts as sample.fill returns them, as rows with padding behind the end: (B, T)."""
+    """The tokens of samples, dicts as sample.fill returns them, as rows (B, T) with padding behind them."""
     pad = 0 if meta['pad'] is None else meta['pad']
     return torch.tensor([sample['tokens'] + [pad] * (T - len(sample['tokens'])) for sample in samples])
+
+
+def modelled(x0, meta):
+    """Masks of x0 (B, T): (free, all positions but the start symbol; real, those without padding)."""
+    free = torch.ones_like(x0, dtype=torch.bool) if meta['bos'] is None else x0 != meta['bos']
+    return free, free if meta['pad'] is None else free & (x0 != meta['pad'])
 
 
 def text_canvas(model, meta, texts, ends):
     """
     Texts on a canvas: (canvas (B, T) ids, fixed (B, T) bool). Every mask in them is open, all else is fixed.
 
-    texts: B lists of ids, model.mask_token_id for a token that is to be found. ends: whether the text ends there, and the
-    end token and the padding behind it are fixed too; otherwise what is behind it is open, as far as the canvas goes.
-    (A dataset without end token has no way to end early: there, texts that end must be equally long.)
-    Raises UserError if a text does not fit.
+    texts: B lists of ids, model.mask_token_id for a token that is to be found. ends: whether each text ends
+    there, and the end token and the padding behind it are fixed too; otherwise the rest of the canvas is
+    open. (Without end token, texts that end must be equally long.) Raises UserError if a text does not fit.
     """
     bos = [] if meta['bos'] is None else [meta['bos']]
     room = model.config.block_size - len(bos) - (meta['eos'] is not None)
     longest = max(map(len, texts))
     if longest > room:
-        raise UserError(f'a text of {longest} tokens does not fit: block_size {model.config.block_size} leaves room for {room}')
+        raise UserError(f'a text of {longest} tokens does not fit: block_size {model.config.block_size} '
+                        f'leaves room for {room}')
     T = len(bos) + longest if ends and meta['eos'] is None else model.config.block_size
     canvas = torch.full((len(texts), T), model.mask_token_id)
     for row, ids in zip(canvas, texts):
-        end = [] if not ends or meta['eos'] is None else [meta['eos']] + [meta['pad']] * (T - len(bos) - len(ids) - 1)
-        row[:len(bos) + len(ids) + len(end)] = torch.tensor([*bos, *ids, *end], dtype=torch.long)
+        filled = [*bos, *ids]
+        if ends and meta['eos'] is not None:
+            filled += [meta['eos']] + [meta['pad']] * (T - len(filled) - 1)
+        row[:len(filled)] = torch.tensor(filled, dtype=torch.long)
     return canvas, canvas != model.mask_token_id
 
 
@@ -80,24 +88,25 @@ def start_canvas(model, meta, num, prompt=(), lengths=None):
     """
     An empty canvas for num samples: (canvas (B, T) ids, fixed (B, T) bool).
 
-    prompt: ids that every sample starts with. lengths: tokens in each sample (B,), None: the model's own decision
-    (for a dataset without end token the canvas is as long as the longest length). Raises UserError if it does not fit.
+    prompt: ids that every sample starts with. lengths: tokens in each sample (B,), None: the model decides
+    (without an end token the canvas is as long as the longest length). Raises UserError if it does not fit.
     """
     if lengths is None:
         return text_canvas(model, meta, [list(prompt)] * num, ends=False)
     if lengths.min() < max(1, len(prompt)):
         raise UserError(f'a length of {int(lengths.min())} is too short'
                         + (f': the prompt has {len(prompt)} tokens' if prompt else ''))
-    n = lengths.tolist() if meta['eos'] is not None else [int(lengths.max())] * num
-    return text_canvas(model, meta, [[*prompt] + [model.mask_token_id] * (k - len(prompt)) for k in n], ends=True)
+    lengths = lengths.tolist() if meta['eos'] is not None else [int(lengths.max())] * num
+    texts = [[*prompt] + [model.mask_token_id] * (n - len(prompt)) for n in lengths]
+    return text_canvas(model, meta, texts, ends=True)
 
 
 def holes(meta, text, hole, mask_token_id):
     """
     A text with holes -> (ids, mask_token_id for each hole, whether the text ends where it is written).
 
-    A hole at the very end is open: it stands for as many tokens as the model wants. Raises UserError for a hole that could
-    be text, and for a text without one.
+    A hole at the very end is open: it stands for as many tokens as the model wants. Raises UserError for a
+    hole that could be text, and for a text without one.
     """
     if all(c in (meta['itos'] or ()) for c in hole):
         raise UserError(f"hole expects a text that is not in the vocabulary of {meta['name']}, got {hole!r}")
@@ -110,7 +119,7 @@ def holes(meta, text, hole, mask_token_id):
 
 
 def spans(text, n):
-    """'3:5,8:9' -> [3, 4, 8], positions in a text of n tokens. Raises UserError for what is no span, or empty, or double."""
+    """'3:5,8:9' -> [3, 4, 8], positions in a text of n tokens. Raises UserError for what is no such text."""
     found = []
     for part in (text or '').split(','):
         first, colon, last = part.partition(':')
@@ -118,8 +127,8 @@ def spans(text, n):
             raise UserError(f"mask expects spans like 3:5 or 3:5,8:9, counted from 0; got '{text}'")
         at = range(int(first), int(last))
         if not at or at[-1] >= n:
-            raise UserError(f'mask: the span {part.strip()} is '
-                            f"{'empty' if not at else f'outside the text, which has {n} tokens'}")
+            why = 'empty' if not at else f'outside the text, which has {n} tokens'
+            raise UserError(f'mask: the span {part.strip()} is {why}')
         if set(at) & set(found):
             raise UserError(f"mask: the spans of '{text}' overlap")
         found += at
@@ -138,15 +147,16 @@ def task_canvas(task, model, meta, text, hole=None, mask=None):
         for i in spans(mask, len(ids)):
             ids[i] = model.mask_token_id
     canvas, fixed = text_canvas(model, meta, [ids], ends=True)
-    if task == 'repair':                                                       # nothing is trusted but the start symbol
-        fixed = canvas == meta['bos'] if meta['bos'] is not None else torch.zeros_like(fixed)
+    if task == 'repair':  # nothing is trusted but the start symbol
+        fixed = ~modelled(canvas, meta)[0]
     return canvas, fixed
 
 
 @functools.lru_cache
 def load_task(dataset):
     """The module data/<dataset>/task.py, which knows right from wrong there, or None."""
-    path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'data', dataset, 'task.py')
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = os.path.join(root, 'data', dataset, 'task.py')
     if not os.path.exists(path):
         return None
     spec = importlib.util.spec_from_file_location(f'{dataset}_task', path)

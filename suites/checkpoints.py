@@ -13,6 +13,7 @@ from plumbing.checkpoint import load_checkpoint
 from configurator import UserError
 from data.loader import data_of, spread_rows
 from plumbing.device import configure_compute
+from corruption import own_errors
 from plumbing.evaluate import evaluate
 from rules import supports
 from sample import generate
@@ -58,7 +59,8 @@ def checkpoint_scores(s, path, other=None):
         configure_compute(writer, s.device, s.dtype, s.attention, s.compile)
     writes = can_unmask or writer is not model
     val = spread_rows(data_of(meta, config)[1]['val'], s.eval_rows, model.config.block_size)
-    validation = evaluate(model, val, meta, causal=causal, bidirectional=can_unmask, detects=detects and writes, guesser=writer)
+    validation = evaluate(model, val, meta, causal=causal, bidirectional=can_unmask,
+                          own_errors=own_errors if detects and can_unmask else None)
     rules = {'remask=none': dict(remask='none')} if writes else {}
     if writes and detects:
         rules['remask=wrong'] = dict(remask='wrong', remask_rate=s.remask_rate, remask_model=None if writer is model else model)

@@ -114,7 +114,7 @@ def row_of(s, network, name, data, variant, k, legs):
     meta, config, T = checkpoint['meta'], checkpoint['config'], model.config.block_size
     val, (can_unmask, causal, _) = data_of(meta, config)[1]['val'], supports(config)
     row = dict(name=name, data=data, variant=variant, seed=k, parameters=model.num_params(), causal_nll=None, samples={})
-    row.update(evaluate(model, spread_rows(val, len(val), T), meta, causal=causal, bidirectional=can_unmask, detects=False,
+    row.update(evaluate(model, spread_rows(val, len(val), T), meta, causal=causal, bidirectional=can_unmask,
                         draws=DRAWS, batch_size=s.batch_size, seed=s.seed))
     if data == 'arithmetic':
         once, (task, known) = SimpleNamespace(**{**vars(s), 'num_seeds': 1}), training_strings(s, meta)

@@ -4,7 +4,7 @@ Text: one network that writes both ways beside networks that write left to right
 likelihood  nats a token of the whole validation split, in windows of block_size: the bound of the diffusion mode (NELBO) and the
             NLL of the causal mode. Neither sees anything in front of a window
 samples     num_seeds x num_samples texts of block_size tokens, written from nothing: what the judge, a separate causal network,
-            thinks of them (nats a token), and how varied they are (see evaluation.text_statistics, all of which depends on the
+            thinks of them (nats a token), and how varied they are (see textstats.text_statistics, all of which depends on the
             number of texts). Low nats alone are no merit: the line of real text says how many there should be
 infill      a gap in the middle of windows of the validation split; restored: the share of its tokens that are what they were
 repair      such windows with a tenth of their tokens replaced by other ones; restored: the share of these that were put right,
@@ -26,7 +26,8 @@ from plumbing.text import decode
 from configurator import UserError
 from corruption import another_token
 from data.loader import data_of, load_data, random_rows, rows_at, spread_rows
-from plumbing.evaluate import causal_nll, evaluate, per_token, text_statistics, training_text
+from plumbing.evaluate import causal_nll, evaluate, per_token
+from plumbing.textstats import text_statistics, training_text
 from model import random_subset
 from rules import choose_rules, supports
 from sample import fill, generate
@@ -98,7 +99,7 @@ def likelihood_rows(s, network, name, run, how):
     can_unmask, causal, _ = supports(config)
     row = dict(name=name, run=run, n=len(windows), parameters=model.num_params(), minutes=None, tokens_per_second=None,
                **dict.fromkeys(('nelbo', 'nelbo_se', 'causal_nll', 'causal_nll_se')))
-    row.update(evaluate(model, windows, checkpoint['meta'], causal=causal, bidirectional=can_unmask, detects=False, draws=DRAWS,
+    row.update(evaluate(model, windows, checkpoint['meta'], causal=causal, bidirectional=can_unmask, draws=DRAWS,
                         batch_size=s.batch_size, seed=s.seed))
     if 'seconds' in checkpoint:
         seen = checkpoint['iter_num'] * config['batch_size'] * config['gradient_accumulation_steps'] * T

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from plumbing.text import decode, encode, rows_of, start_canvas, task_canvas
-from corruption import NOISE, mixed_noise, modelled, parse_mixture
+from corruption import NOISE, mixed_noise, modelled, own_errors, parse_mixture
 from data.loader import data_of, load_data, spread_rows
 from plumbing.evaluate import causal_nll, evaluate, roc_auc
 from rules import PRESETS, choose_rules, p_wrong, supports, text_of
@@ -151,7 +151,7 @@ def repair_and_edit(s, network, name, run, how):
     clean = spread_rows(val, s.num_samples, model.config.block_size)
     row = dict(name=name, run=run, **dict.fromkeys(('nelbo', 'nelbo_se', 'causal_nll', 'causal_nll_se', 'auc', 'auc_se')))
     row.update(evaluate(model, spread_rows(val, s.eval_rows, model.config.block_size), meta, causal=causal,
-                        bidirectional=can_unmask, detects=detects, seed=s.seed))
+                        bidirectional=can_unmask, own_errors=own_errors if detects else None, seed=s.seed))
     row['edit'] = edit_row(s, model, meta, task, clean)
     row['repair'] = repair_rows(s, model, meta, config, clean)
     tqdm.write(f"{name}: edits valid {cell(row['edit'], 'valid')}, " + ', '.join(

@@ -236,7 +236,7 @@ def test_bench_compares_runs(run, trained, tmp_path):
         assert row['sampler'] in ('', 'remask=causal') or 0 < row['nfe'] <= 3
     val, nelbos = loader.spread_rows(loader.load_data('arithmetic')[1]['val'], 6, 64), []
     for path in (paths[0], paths[2]):
-        result = train.evaluate(load_checkpoint(path)[0], val, ARITHMETIC, causal=False, bidirectional=True, detects=False)
+        result = train.evaluate(load_checkpoint(path)[0], val, ARITHMETIC, causal=False, bidirectional=True)
         nelbos.append(result['nelbo'])
     assert rows[0]['nelbo'] == pytest.approx(sum(nelbos) / 2) and rows[0]['nelbo_se'] == pytest.approx(
         abs(nelbos[0] - nelbos[1]) / 2)

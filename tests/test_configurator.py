@@ -1,4 +1,4 @@
-"""The configurator: which globals are settings, what files and overrides may do to them, and what a mistake says."""
+"""The configurator: what is a setting, what files and overrides may do to it, and what a mistake says."""
 
 import importlib.util
 import os
@@ -52,8 +52,8 @@ def main():
 
 below = 1
 '''
-KEYS = ['out_dir', 'prompt', 'max_iters', 'lr_decay_iters', 'learning_rate', 'threshold', 'compile', 'length', 'top_p',
-        'extra', 'betas', 'sizes']
+KEYS = ['out_dir', 'prompt', 'max_iters', 'lr_decay_iters', 'learning_rate', 'threshold', 'compile', 'length',
+        'top_p', 'extra', 'betas', 'sizes']
 
 
 def load(path):
@@ -65,7 +65,9 @@ def load(path):
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """The script as a module, in a folder of its own with an empty config/, which is the working directory."""
+    """
+    The script as a module, in a folder of its own with an empty config/, which is the working directory.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'config').mkdir()
     (tmp_path / 'train.py').write_text(SCRIPT)
@@ -105,13 +107,14 @@ def test_settings_are_the_literal_lower_case_globals_above_the_first_def(script)
 
 def test_settings_know_default_type_comment_and_section(script):
     known = configurator.settings(script.__file__)
-    assert known['max_iters'] == ('max_iters', 2000, int, 'number of steps', ['optimiser'])
-    assert known['out_dir'] == ('out_dir', 'out', str, 'where checkpoints go', ['I/O'])
+    assert known['max_iters'] == ('max_iters', 2000, int, 'number of steps', ['optimiser'], None)
+    assert known['out_dir'] == ('out_dir', 'out', str, 'where checkpoints go', ['I/O'], None)
     assert known['prompt'].comment == 'text to start from # and to keep'
     assert (known['threshold'].default, known['threshold'].comment) == (-0.5, '')
     assert (known['length'].default, known['length'].type) == (None, int)
     assert (known['top_p'].type, known['extra'].type, known['compile'].type) == (float, None, bool)
-    assert (known['betas'].default, known['betas'].type, known['betas'].comment) == ((0.9, 0.95), tuple, 'of AdamW')
+    betas = known['betas']
+    assert (betas.default, betas.type, betas.comment) == ((0.9, 0.95), tuple, 'of AdamW')
 
 
 @pytest.mark.parametrize('stop', ['def f(): pass', 'class C: pass', 'async def f(): pass'])
@@ -225,7 +228,8 @@ def test_wrong_value_that_python_itself_cannot_take(error):
 
 def test_value_in_the_next_word(configure):
     values = configure('--max_iters', '5', '--threshold', '-2', '--out_dir', 'x.py', '--prompt', 'a=b')
-    assert (values['max_iters'], values['threshold'], values['out_dir'], values['prompt']) == (5, -2.0, 'x.py', 'a=b')
+    assert (values['max_iters'], values['threshold']) == (5, -2.0)
+    assert (values['out_dir'], values['prompt']) == ('x.py', 'a=b')
 
 
 @pytest.mark.parametrize('word, value', [('True', True), ('true', True), ('False', False), ('false', False)])
@@ -241,7 +245,8 @@ def test_a_bool_takes_nothing_else_from_the_next_word(configure, error):
     assert error('--compile', '0').startswith('0: config files end in .py')
 
 
-@pytest.mark.parametrize('argv', [['--max_iters'], ['--max_iters', '--compile'], ['--compile', '--max_iters']])
+@pytest.mark.parametrize('argv', [['--max_iters'], ['--max_iters', '--compile'],
+                                  ['--compile', '--max_iters']])
 def test_missing_value(error, argv):
     assert error(*argv) == '--max_iters: the value is missing, write --max_iters= and an int'
 
@@ -292,7 +297,8 @@ def test_config_files_apply_in_order_and_before_all_overrides(configure, script)
 
 
 def test_config_file_values_are_converted_like_the_command_lines(configure):
-    write('config/a.py', 'max_iters = 1e3\nlearning_rate = 1\nlength = None\nbetas = [0.5, 0.5]\nextra = {1: 2}')
+    write('config/a.py', 'max_iters = 1e3\nlearning_rate = 1\nlength = None\n'
+                         'betas = [0.5, 0.5]\nextra = {1: 2}')
     values = configure('config/a.py')
     assert type(values['max_iters']) is int and values['max_iters'] == 1000
     assert type(values['learning_rate']) is float and values['learning_rate'] == 1
@@ -389,6 +395,138 @@ usage: python train.py [config/file.py ...] [--key=value ...]
 
 
 # -----------------------------------------------------------------------------
+# settings that are the fields of a dataclass
+
+HELD = '''\
+"""Samples nothing at all."""
+from dataclasses import dataclass, field
+# input
+path = 'ckpt'              # what to sample from
+
+
+# the loop
+@dataclass
+class How:
+    """The settings of the loop."""
+    depth: int = 1         # of the network
+    # how far it goes
+    steps: int = 32        # passes
+    rate: float = 1.0      # share of the doubted
+                           # that is masked again
+    # what it draws
+    top_k: int = None      # None: all
+    words: tuple = ('a',)
+    plain = 5              # no annotation, so no field
+    table: dict = field(default_factory=dict)
+    needed: str = f'{path}'
+
+    def share(self):
+        inner: int = 3
+        return self.rate / self.steps
+
+
+how = How()
+# output
+save: str = None           # where to
+
+
+@dataclass
+class Look:
+    """No instance stands behind it."""
+    canvas: int = 1
+
+
+below = 1
+
+
+def main():
+    print(path, how.steps, how.share(), save)
+'''
+
+
+@pytest.fixture
+def held(tmp_path, monkeypatch):
+    """A script with a dataclass of settings, as a module, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'sample.py').write_text(HELD)
+    return load(tmp_path / 'sample.py')
+
+
+def test_fields_of_a_dataclass_with_an_instance_are_settings(held):
+    known = configurator.settings(held.__file__)
+    assert list(known) == ['path', 'depth', 'steps', 'rate', 'top_k', 'words', 'save']
+    assert known['steps'] == ('steps', 32, int, 'passes', ['how far it goes'], 'how')
+    assert known['rate'].comment == 'share of the doubted' and known['words'].section == ['what it draws']
+    assert (known['top_k'].type, known['top_k'].default) == (int, None)
+    assert known['save'] == ('save', None, str, 'where to', ['output'], None)
+
+
+def test_fields_are_set_on_the_instance(held, capsys):
+    before = held.how
+    before.rate = 0.5                                                # the script's own doing is kept
+    write('a.py', 'steps = 2 * steps\nwords = ["b"]\npath = "x"')
+    values = configurator.configure(vars(held), ['a.py', '--top-k=7', '--save=y'])
+    fields = dict(depth=1, steps=64, rate=0.5, top_k=7, words=('b',))
+    assert held.how is before and vars(before) == {**fields, 'table': {}, 'needed': 'ckpt'}
+    assert (held.path, held.save) == ('x', 'y') and not hasattr(held, 'steps')
+    assert values == configurator.current(vars(held)) == {'path': 'x', **fields, 'save': 'y'}
+    assert capsys.readouterr().out == "using a.py\noverride: top_k = 7\noverride: save = 'y'\n"
+
+
+@pytest.mark.parametrize('word, message', [
+    ('--steps=x', "steps expects an int, got 'x' (--steps=x)"),
+    ('--stepps=3', 'unknown key --stepps; did you mean --steps?'),
+    ('--plain=3', 'unknown key --plain; see --help'),
+    ('--canvas=3', 'unknown key --canvas; see --help'),
+    ('--inner=3', 'unknown key --inner; see --help'),
+])
+def test_mistakes_about_fields_leave_the_instance_as_it_was(held, word, message):
+    before = dict(vars(held.how))
+    with pytest.raises(UserError) as caught:
+        configurator.configure(vars(held), ['--rate=0.1', word])
+    assert str(caught.value) == message and vars(held.how) == before
+
+
+def test_help_shows_fields_in_the_order_of_the_script(held, capsys):
+    with pytest.raises(SystemExit):
+        configurator.configure(vars(held), ['--help'])
+    assert capsys.readouterr().out == '''\
+Samples nothing at all.
+
+usage: python sample.py [config/file.py ...] [--key=value ...]
+
+# input
+--path='ckpt'   what to sample from
+
+# the loop
+--depth=1       of the network
+
+# how far it goes
+--steps=32      passes
+--rate=1.0      share of the doubted
+
+# what it draws
+--top_k=None    None: all
+--words=('a',)
+
+# output
+--save=None     where to
+'''
+
+
+@pytest.mark.parametrize('body, names', [
+    ('@dataclasses.dataclass(kw_only=True)\nclass C:\n    b: int = 1\nc = C()\nd = 2', ['a', 'b', 'd']),
+    ('@dataclass\nclass C:\n    b: int = 1\nc = C(2)\nd = 2', ['a']),
+    ('@dataclass\nclass C:\n    b: int = 1\nd = 2\nc = C()', ['a']),
+    ('class C:\n    b: int = 1\nc = C()\nd = 2', ['a']),
+])
+def test_which_classes_hold_settings(tmp_path, body, names):
+    path = tmp_path / 's.py'
+    path.write_text(f'a = 1\n{body}\n')
+    assert list(configurator.settings(path)) == names
+
+
+# -----------------------------------------------------------------------------
 # run
 
 
@@ -438,7 +576,8 @@ def test_run_lets_any_other_exception_through(script, monkeypatch, exception):
 
 def test_as_a_real_script(tmp_path):
     source = SCRIPT.replace('import math', 'import math\nimport configurator')
-    (tmp_path / 'train.py').write_text(source + "\nif __name__ == '__main__':\n    configurator.run(globals())\n")
+    end = "\nif __name__ == '__main__':\n    configurator.run(globals())\n"
+    (tmp_path / 'train.py').write_text(source + end)
     (tmp_path / 'a.py').write_text('max_iters = 7')
     env = {**os.environ, 'PYTHONPATH': os.path.dirname(configurator.__file__)}
 
@@ -449,5 +588,5 @@ def test_as_a_real_script(tmp_path):
 
     assert call('a.py', '--out_dir=x') == (0, "using a.py\noverride: out_dir = 'x'\nmain sees 7 x\n", '')
     assert call('b.py') == (1, '', 'train.py: b.py: no such config file\n')
-    env['PYTHONIOENCODING'] = 'ascii'                                # what cannot be shown does not stop a run
+    env['PYTHONIOENCODING'] = 'ascii'  # what cannot be shown does not stop a run
     assert call('--out_dir=\u2713') == (0, "override: out_dir = '?'\nmain sees 2000 ?\n", '')

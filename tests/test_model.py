@@ -5,17 +5,15 @@ import os
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import all_sequences, chi_square, default_config, tiny_gpt
+from conftest import chi_square, default_config, tiny_gpt
 
 import model as model_module
 from plumbing.checkpoint import check_same_model, identity, load_checkpoint, model_args, save_checkpoint
 from configurator import UserError
 from plumbing.device import bf16_is_fast, configure_compute
-from plumbing.evaluate import causal_nll, nelbo
 from model import GPT, Block, Drafter, GPTConfig, ShortConv, norm, places, random_subset, stratified_k
 
 
@@ -514,92 +512,6 @@ def test_random_subset_is_exact_and_uniform():
     assert statistic < bound
     k = torch.tensor([0, 1, 4, 9, -3])                                 # more than there are: all; fewer than none: none
     assert random_subset(candidates[:5], k, generator).sum(1).tolist() == [0, 1, 4, 4, 0]
-
-# -----------------------------------------------------------------------------
-# likelihoods
-
-
-def any_order_nll(model, x, free):
-    """-log p of the row x, its free positions filled one at a time: one number for every order, by brute force."""
-    positions = free.nonzero()[:, 0].tolist()
-    totals = []
-    for order in itertools.permutations(positions):
-        canvas, total = x.masked_fill(free, model.mask_token_id), 0.0
-        for i in order:
-            logits = model.logits(model(canvas[None])[0, i:i + 1])[0, :model.config.vocab_size]
-            total -= logits.double().log_softmax(-1)[x[i]].item()
-            canvas[i] = x[i]
-        totals.append(total)
-    return np.array(totals)
-
-
-@torch.no_grad()
-def test_nelbo_is_the_average_over_all_orders():
-    """
-    n times the mean cross-entropy of k random masked positions, k uniform on 1..n, is the mean over all orders of the
-    sequence's own -log p, so its estimates must average to what the enumeration of the orders gives.
-    """
-    model = tiny_gpt(V=3, T=4)
-    rows = torch.tensor([[0, 2, 1, 1], [2, 2, 0, 1], [1, 0, 0, 2]])
-    free = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 0, 1]]).bool()
-    exact, orders = [], []
-    for x, f in zip(rows, free):
-        orders.append(any_order_nll(model, x, f))
-        exact.append(orders[-1].mean())
-        assert exact[-1] > -np.log(np.exp(-orders[-1]).mean()) + 1e-4    # Jensen: it is an upper bound, and a loose one
-    exact = torch.tensor(exact)
-    for B, calls, draws in ((12000, 1, 1), (6, 300, 1), (6, 300, 3)):  # unbiased for a small batch too, and with several draws
-        generator, which = seeded(3), torch.arange(B) % 3
-        estimates = torch.stack([nelbo(model, rows[which], free[which], generator, draws) for _ in range(calls)]).double()
-        for row in range(3):
-            mine = estimates[:, which == row]
-            error = (mine - exact[row]).std() / mine.numel() ** 0.5
-            assert 0.01 < mine.std() and abs(mine.mean() - exact[row]) < 4 * error < (0.3 if B > 6 else 0.6)
-
-
-@torch.no_grad()
-def test_nelbo_edges():
-    model, x = tiny_gpt(V=3, T=4), torch.tensor([[0, 2, 1, 1], [1, 1, 0, 2]])
-    free = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 0]]).bool()
-    bound = nelbo(model, x, free, seeded())
-    assert bound[0] == 0                                                  # nothing to model
-    assert bound[1] == pytest.approx(any_order_nll(model, x[1], free[1])[0], rel=1e-5)  # one position: exact
-    assert torch.equal(nelbo(model, x, ~free, seeded()), nelbo(model, x, ~free, seeded()))
-
-
-def test_stratification_lowers_the_variance():
-    model, generator = tiny_gpt(V=3, T=4), seeded(4)
-    x = torch.tensor([[0, 2, 1, 1]]).expand(16, 4)
-    free = torch.ones_like(x, dtype=torch.bool)
-    batches = torch.stack([nelbo(model, x, free, generator) for _ in range(300)])
-    assert batches.mean(1).var() < 0.9 * batches.var() / 16
-    four = torch.stack([nelbo(model, x[:1], free[:1], generator, draws=4) for _ in range(300)])
-    assert four.var() < 0.9 * batches.var() / 4                           # a row's draws are spread as well
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('given', [[], [0], [1], [0, 3]])
-def test_causal_probabilities_sum_to_one(given):
-    model = tiny_gpt(V=3, T=4, scale=6)
-    x = all_sequences(3, 4)
-    free = torch.ones_like(x, dtype=torch.bool)
-    free[:, given] = False
-    x = x[(x[:, given] == 1).all(1)]                                      # given positions hold one and the same token
-    nll = causal_nll(model, x, free[:len(x)]).double()
-    assert (-nll).exp().sum() == pytest.approx(1, abs=1e-5)
-    assert (-nll).exp().std() > 1e-3                                      # and they are not all the same
-
-
-@torch.no_grad()
-def test_causal_nll_is_the_chain_rule():
-    model, x = tiny_gpt(V=3, T=4), all_sequences(3, 4)
-    free = torch.ones_like(x, dtype=torch.bool)
-    for row in (5, 40, 77):
-        total = 0.0
-        for i in range(4):
-            prefix = F.pad(x[row:row + 1, :i], (0, 4 - i), value=0)       # what is right of i - 1 is of no account
-            total -= model.logits(model(prefix, causal=True)[0, i])[:3].log_softmax(-1)[x[row, i]].item()
-        assert causal_nll(model, x, free)[row].item() == pytest.approx(total, rel=1e-5)
 
 # -----------------------------------------------------------------------------
 # checkpoints

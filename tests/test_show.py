@@ -1,4 +1,4 @@
-"""What is shown of a denoising: the frames are true to the trace, and the page keeps to itself whatever a token's text is."""
+"""What is shown of a denoising: frames are true to the trace, and no token's text breaks out of the page."""
 
 import json
 import math
@@ -15,30 +15,28 @@ from plumbing import show
 from configurator import UserError
 
 BOS, EOS, PAD, MASK = ARITHMETIC['bos'], ARITHMETIC['eos'], ARITHMETIC['pad'], ARITHMETIC['vocab_size']
-HOSTILE = ['</script><script>alert(1)</script>', '<!--<script>', '"', "'", '\\', '&amp;', ']]>', '$data', '\u2028', '\ud800']
-
-
-def trace(*rows):
-    """One row's canvases, nobody doubted except by position: (canvases, fixed, doubts), with another row above it."""
-    ids = torch.tensor(rows)                                                            # (S, T)
-    canvases = [torch.stack((torch.full_like(row, 3), row)) for row in ids]
-    fixed = torch.zeros(2, ids.size(1), dtype=torch.bool)
-    fixed[1, 0] = True
-    doubts = torch.stack((torch.zeros(ids.shape), torch.arange(ids.size(1)).expand(ids.shape) / 8), 1)  # (S, 2, T)
-    return canvases, fixed, doubts.masked_fill(torch.stack(canvases) == MASK, math.nan)
+HOSTILE = ['</script><script>alert(1)</script>', '<!--<script>', '"', "'", '\\', '&amp;', ']]>',
+           '$data', '\u2028', '\ud800']
 
 
 def told(*rows, meta=ARITHMETIC):
-    return show.story(meta, *trace(*rows), 1, 'label')
+    """The story of a trace, whose first token is given, and whose others are doubted by their position."""
+    trace = torch.tensor(rows)                                                          # (S, T)
+    position = torch.arange(trace.size(1))
+    doubts = (position / 8).expand(trace.shape).masked_fill(trace == MASK, math.nan)
+    return show.story(meta, trace, position == 0, doubts, 'label')
 
 
 def hand_made(tokens, label='label'):
     """A story of one frame with any token texts."""
-    return dict(label=label, frames=[dict(tokens=tokens, states=['kept'] * len(tokens), doubts=[0.25] * len(tokens))])
+    n = len(tokens)
+    return dict(label=label, frames=[dict(tokens=tokens, states=['kept'] * n, doubts=[0.25] * n)])
 
 
 class Page(HTMLParser):
-    """What a browser makes of the page: its scripts, each with its attributes and its text, and all other tags."""
+    """
+    What a browser makes of the page: its scripts, each with its attributes and its text, and all other tags.
+    """
 
     def __init__(self, path):
         super().__init__()
@@ -66,25 +64,25 @@ def write(path, *stories, title='title', subtitle='subtitle'):
 
 def test_judge_steps_is_one_minus_the_probability_of_the_token_and_nan_exactly_at_masks():
     model = tiny_gpt(V=5, T=6)
-    canvases = [torch.tensor(rows) for rows in ([[5, 5, 1, 0, 2, 5], [5] * 6], [[3, 5, 1, 0, 5, 4], [0, 1, 2, 3, 4, 0]])]
-    doubts = show.judge_steps(model, canvases)
-    assert doubts.shape == (2, 2, 6) and not doubts.requires_grad
-    assert torch.equal(doubts.isnan(), torch.stack(canvases) == 5)
-    for canvas, doubt in zip(canvases, doubts):
-        probs = model.logits(model(canvas)).softmax(-1).detach()
-        for row in range(2):
-            for i, token in enumerate(canvas[row].tolist()):
-                assert token == 5 or doubt[row, i].item() == pytest.approx(1 - probs[row, i, token].item(), abs=1e-6)
+    trace = torch.tensor([[5, 5, 1, 0, 2, 5], [5] * 6, [3, 5, 1, 0, 5, 4], [0, 1, 2, 3, 4, 0]])
+    doubts = show.judge_steps(model, trace)
+    assert doubts.shape == (4, 6) and not doubts.requires_grad
+    assert torch.equal(doubts.isnan(), trace == 5)
+    probs = model.logits(model(trace)).softmax(-1).detach()
+    for step in range(4):
+        for i, token in enumerate(trace[step].tolist()):
+            expected = 1 - probs[step, i, token].item()
+            assert token == 5 or doubts[step, i].item() == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_judge_that_never_saw_a_mask_is_shown_what_the_writer_would_write():
     judge, writer = tiny_gpt(V=5, T=6, seed=1), tiny_gpt(V=5, T=6, seed=2)
     canvas = torch.tensor([[3, 5, 1, 0, 5, 4]])
     whole = torch.where(canvas == 5, writer.logits(writer(canvas), real_only=True).argmax(-1), canvas)
-    doubts, = show.judge_steps(judge, [canvas], writer)
+    doubts = show.judge_steps(judge, canvas, writer)
     assert torch.equal(doubts.isnan(), canvas == 5)
-    assert torch.equal(doubts[canvas != 5], show.judge_steps(judge, [whole])[0][canvas != 5])
-    assert not torch.equal(doubts[canvas != 5], show.judge_steps(judge, [canvas])[0][canvas != 5])
+    assert torch.equal(doubts[canvas != 5], show.judge_steps(judge, whole)[canvas != 5])
+    assert not torch.equal(doubts[canvas != 5], show.judge_steps(judge, canvas)[canvas != 5])
 
 
 def test_a_story_says_what_happened_to_every_position():
@@ -97,7 +95,7 @@ def test_a_story_says_what_happened_to_every_position():
         ['fixed', 'kept', 'new', 'mask', 'kept', 'new']]
     assert {state for frame in frames for state in frame['states']} == set(show.STATES)
     assert [''.join(frame['tokens']) for frame in frames] == ['⟨▒▒34▒', '⟨7▒▒5▒', '⟨7(▒5⟩']
-    assert frames[0]['doubts'] == [None, None, None, 3 / 8, 4 / 8, None]                # what was given is not doubted
+    assert frames[0]['doubts'] == [None, None, None, 3 / 8, 4 / 8, None]  # what was given is not doubted
     assert frames[2]['doubts'] == [None, 1 / 8, 2 / 8, None, 4 / 8, 5 / 8]
 
 
@@ -106,9 +104,11 @@ def test_the_padding_at_the_right_is_left_out_but_nothing_that_was_ever_written(
     for step, width in (([BOS, MASK, MASK, MASK, MASK, MASK], 3), ([BOS, 7, MASK, PAD, PAD, MASK], 3),
                         ([BOS, MASK, MASK, MASK, 4, MASK], 5), ([BOS, 7, EOS, PAD, PAD, 2], 6)):
         story = told([BOS] + [MASK] * 5, step, end)
-        assert [[len(column) for column in frame.values()] for frame in story['frames']] == [[width] * 3] * 3, step
+        widths = [[len(column) for column in frame.values()] for frame in story['frames']]
+        assert widths == [[width] * 3] * 3, step
     assert len(told([PAD, PAD], [PAD, PAD])['frames'][0]['tokens']) == 1
-    assert len(told([BOS, MASK, MASK], [BOS, 7, MASK])['frames'][0]['tokens']) == 3      # not finished: no padding yet
+    # not finished: no padding yet
+    assert len(told([BOS, MASK, MASK], [BOS, 7, MASK])['frames'][0]['tokens']) == 3
     assert len(told(end, end, meta={**ARITHMETIC, 'pad': None})['frames'][0]['tokens']) == 6
 
 
@@ -116,8 +116,7 @@ def test_what_cannot_be_seen_gets_a_sign(monkeypatch):
     text = dict(name='text', tokenizer='char', vocab_size=4, itos=[*'a \n\x1b'], bos=None, eos=None, pad=None)
     assert [show.printable(text, id) for id in range(5)] == ['a', '␣', '↵', '\ufffd', '▒']
     pieces = {0: b' the', 1: b'\xe2\x82', 2: b'<|endoftext|>'}
-    encoding = SimpleNamespace(decode_single_token_bytes=pieces.get)
-    monkeypatch.setitem(sys.modules, 'tiktoken', SimpleNamespace(get_encoding=lambda name: encoding))
+    monkeypatch.setattr(show, 'gpt2', lambda: SimpleNamespace(decode_single_token_bytes=pieces.get))
     bpe = dict(text, tokenizer='gpt2', vocab_size=3, eos=2)
     assert [show.printable(bpe, id) for id in range(4)] == ['␣the', '\ufffd', '⟩', '▒▒']
 
@@ -127,7 +126,7 @@ def test_the_page_holds_what_went_in(tmp_path):
     data = write(tmp_path / 'page.html', story, hand_made(['7', 'new'], 'second')).data()
     assert [story['label'] for story in data['stories']] == ['label', 'second']
     names = {state[0]: state for state in show.STATES}
-    assert len(names) == len(show.STATES)                                               # one letter tells them apart
+    assert len(names) == len(show.STATES)  # one letter tells them apart
     for (ids, states, doubts), frame in zip(data['stories'][0]['frames'], story['frames'], strict=True):
         assert [data['tokens'][id] for id in ids] == frame['tokens']
         assert [names[letter] for letter in states] == frame['states']
@@ -137,8 +136,10 @@ def test_the_page_holds_what_went_in(tmp_path):
 
 def test_the_page_needs_nothing_from_elsewhere(tmp_path):
     page = write(tmp_path / 'page.html', hand_made(['a']))
-    assert not [tag for tag, attrs in page.tags if tag in ('link', 'img', 'iframe', 'base') or {'src', 'href'} & set(attrs)]
-    assert not re.search(r'https?:|@import|url\(|innerHTML|fetch\(', (tmp_path / 'page.html').read_text(encoding='utf-8'))
+    foreign = ('link', 'img', 'iframe', 'base')
+    assert not [tag for tag, attrs in page.tags if tag in foreign or {'src', 'href'} & set(attrs)]
+    text = (tmp_path / 'page.html').read_text(encoding='utf-8')
+    assert not re.search(r'https?:|@import|url\(|innerHTML|fetch\(', text)
     assert ('meta', {'name': 'viewport', 'content': 'width=device-width, initial-scale=1'}) in page.tags
     assert [path.name for path in tmp_path.iterdir()] == ['page.html']
 
@@ -148,9 +149,10 @@ def test_no_text_can_break_out_of_the_page(tmp_path):
     stories = [hand_made(HOSTILE, label) for label in HOSTILE]
     page = write(tmp_path / 'page.html', *stories, title=HOSTILE[0], subtitle=HOSTILE[1])
     assert page.tags == harmless.tags and len(page.scripts) == 2
-    assert page.data()['tokens'] == HOSTILE and [story['label'] for story in page.data()['stories']] == HOSTILE
+    data = page.data()
+    assert data['tokens'] == HOSTILE and [story['label'] for story in data['stories']] == HOSTILE
     assert page.scripts[1] == harmless.scripts[1]
-    assert HOSTILE[0] in page.text and HOSTILE[1] in page.text                          # shown as the text that they are
+    assert HOSTILE[0] in page.text and HOSTILE[1] in page.text  # shown as the text that they are
     assert not {'<', '>', '&', '\u2028'} & set(page.scripts[0][1])
 
 
@@ -161,7 +163,8 @@ def test_a_page_that_cannot_be_written_is_the_users_error(tmp_path):
 
 def test_animate_leaves_the_last_frames_where_there_is_no_terminal(capsys):
     pytest.importorskip('rich')
-    show.animate([told([BOS, MASK, 3], [BOS, 7, MASK], [BOS, 7, EOS]), hand_made(['[red]', '7'], '7  [bold]✓')], seconds=60)
+    stories = [told([BOS, MASK, 3], [BOS, 7, MASK], [BOS, 7, EOS]), hand_made(['[red]', '7'], '7  [bold]✓')]
+    show.animate(stories, seconds=60)
     out = capsys.readouterr().out
     assert '⟨7⟩\nsample 1/2  step 2/2  label\n' in out and '[red]7\nsample 2/2  step 0/0  7  [bold]✓\n' in out
     assert '▒' not in out and '\x1b' not in out
@@ -176,7 +179,7 @@ def test_animate_plays_every_frame_in_a_terminal(monkeypatch, capsys):
     show.animate([told([BOS, MASK, 3], [BOS, 7, MASK], [BOS, 7, EOS])], seconds=0.5)
     out = capsys.readouterr().out
     assert waits == [0.5] * 3 and all(f'step {step}/2' in out for step in range(3))
-    assert '\x1b[7;31m3\x1b[0m' in out                                                  # the token that is taken back
+    assert '\x1b[7;31m3\x1b[0m' in out  # the token that is taken back
     assert '\x1b[1;32m7\x1b[0m' in out
 
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import random
 
 import numpy as np
 import pytest
@@ -14,7 +13,8 @@ from test_train import log_of, newest, read, start
 
 from configurator import UserError
 from data import loader
-from plumbing.evaluate import causal_nll, known_words, longest_copy, text_statistics, token_statistics, training_text, words_of
+from plumbing.evaluate import causal_nll
+from plumbing.textstats import token_statistics
 from suites import runs, text
 
 T, V = 12, 4
@@ -42,52 +42,6 @@ def words(tmp_path, monkeypatch):
     """A dataset of random characters; returns its splits."""
     return plant(tmp_path, monkeypatch, META, torch.multinomial(UNEVEN, 500, replacement=True,
                                                                 generator=torch.Generator().manual_seed(0)))
-
-# -----------------------------------------------------------------------------
-# statistics
-
-
-def test_token_statistics_of_small_texts():
-    found = token_statistics([[0, 0, 1, 1], [2, 2, 2, 0]])
-    counts = [3, 2, 3]
-    assert found['entropy'] == pytest.approx(-sum(n / 8 * math.log(n / 8) for n in counts))
-    assert [found[f'distinct_{n}'] for n in (1, 2, 3, 4)] == [3 / 8, 5 / 6, 1, 1]             # 22 twice; none across the two
-    assert found['longest_run'] == 3
-    one = token_statistics([[7] * 6])
-    assert one['entropy'] == 0 and one['longest_run'] == 6
-    assert [one[f'distinct_{n}'] for n in (1, 2, 3, 4)] == [1 / 6, 1 / 5, 1 / 4, 1 / 3]
-    assert token_statistics([[1, 2]])['distinct_3'] == 0                      # there are none
-
-
-def test_words_are_runs_of_letters_and_apostrophes():
-    words = words_of("O, 'tis THE king's\nÉtat-major 12th_x")
-    assert words == {'o', "'tis", 'the', "king's", 'état', 'major', 'th', 'x'}
-    assert known_words(['The  KING', "o kings' 5"], words) == 2 / 4
-    assert known_words([' . 17'], words) == 0
-
-
-def test_longest_copy_against_trying_all():
-    rng = random.Random(1)
-    for number in range(600):
-        corpus = ''.join(rng.choice('abc') for _ in range(25))
-        text = ''.join(rng.choice('abcd') for _ in range(rng.randrange(12)))
-        if number % 3 == 0:
-            text += corpus[5:5 + rng.randrange(14)] + 'd'
-        pieces = [text[i:j] for i in range(len(text)) for j in range(i + 1, len(text) + 1)]
-        assert longest_copy(text, corpus) == max([len(piece) for piece in pieces if piece in corpus], default=0), (text, corpus)
-
-
-def test_text_statistics():
-    found = text_statistics(['bad dog', 'cat-cat'], [[1, 2, 2], [3, 3, 3]], 'a cat, a dog')
-    assert found['copy_mean'] == 3.5 and found['copy_max'] == 4               # ' dog', 'cat'
-    assert found['known_words'] == 3 / 4 and found['longest_run'] == 3 and found['distinct_2'] == 3 / 4
-
-
-def test_the_text_of_a_split(words):
-    whole = ''.join(META['itos'][i] for i in words['train'])
-    assert training_text(META, words['train']) == whole and training_text(META, words['train'], most=7) == whole[:7]
-    rows = dict(META, itos=[*'ab', '.', '_'], eos=2, pad=3)
-    assert training_text(rows, torch.tensor([[0, 1, 2, 3], [1, 1, 0, 2], [0, 0, 0, 0]]), most=8) == 'ab\nbba'
 
 # -----------------------------------------------------------------------------
 # training

@@ -26,7 +26,7 @@ from corruption import corrupt, extent, own_guesses
 from data import loader
 from data.loader import load_data, random_rows, spread_rows
 from model import GPT, GPTConfig
-from plumbing.evaluate import causal_nll, evaluate, nelbo, per_token, roc_auc
+from plumbing.evaluate import nelbo
 from train import (checkpoint_name, draft_loss, loss, lr_scale, make_optimizers, ramp, start_log, steer, training_step)
 
 # -----------------------------------------------------------------------------
@@ -598,122 +598,6 @@ def test_ranks_steer_together(tmp_path):
     for rank in range(2):
         assert torch.load(tmp_path / f'control.{rank}') == pytest.approx(control)
 
-
-# -----------------------------------------------------------------------------
-# evaluation
-
-
-def test_roc_auc_against_counting_pairs():
-    generator = seeded(1)
-    for levels in (3, 1000):                                              # many ties, and hardly any
-        score = torch.randint(levels, (300,), generator=generator).float() / levels
-        label = torch.rand(300, generator=generator) < 0.2 + 0.5 * score
-        a, b = score[label][:, None], score[~label][None]
-        pairs = ((a > b).double() + 0.5 * (a == b).double()).mean().item()
-        assert 0.55 < pairs < 0.9 and roc_auc(score, label) == pytest.approx(pairs, abs=1e-9)
-    assert roc_auc(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([False, False, True])) == 1
-    assert roc_auc(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([True, False, False])) == 0
-    assert roc_auc(torch.ones(9), torch.arange(9) < 4) == 0.5
-    assert math.isnan(roc_auc(torch.ones(3), torch.ones(3).bool()))
-
-
-def test_per_token_and_its_standard_error():
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(3, 60, 500)
-    nats = tokens * (2 + 0.3 * rng.standard_normal(500)) + 3 * rng.standard_normal(500)
-    mean, error = per_token(torch.tensor(nats), torch.tensor(tokens))
-    assert mean == pytest.approx(nats.sum() / tokens.sum())
-    index = rng.integers(0, 500, (4000, 500))
-    bootstrap = (nats[index].sum(1) / tokens[index].sum(1)).std()
-    assert error == pytest.approx(bootstrap, rel=0.1)
-    assert per_token(torch.tensor([2.0, 4.0, 6.0]), torch.tensor([1, 2, 3])) == (2.0, pytest.approx(0, abs=1e-6))
-    assert per_token(torch.tensor([6.0]), torch.tensor([3])) == (2.0, None)   # one row says nothing about others
-
-
-@torch.no_grad()
-def test_evaluate_measures_what_it_says():
-    model, x0 = tiny_gpt(18, 64, n_recur=1), arithmetic_rows(20)
-    model.train()
-    result = evaluate(model, x0, ARITHMETIC, causal=True, bidirectional=True, detects=True)
-    assert not model.training
-    free, real = x0 != 15, (x0 != 15) & (x0 != 17)
-    tokens = real.sum(1)
-    bound = nelbo(model, x0, free, seeded(0))                             # padding is paid for, and is no token
-    assert (result['nelbo'], result['nelbo_se']) == pytest.approx(per_token(bound, tokens))
-    exact = causal_nll(model, x0, real)
-    assert (result['causal_nll'], result['causal_nll_se']) == pytest.approx(per_token(exact, tokens))
-    assert 0 < result['auc'] < 1 and result['nelbo_se'] > 0
-    again = evaluate(model, x0, ARITHMETIC, causal=True, bidirectional=True, detects=True)
-    assert again == result
-    assert evaluate(model, x0, ARITHMETIC, causal=False, bidirectional=False, detects=False) == {}
-    halves = evaluate(model, x0, ARITHMETIC, causal=True, bidirectional=False, detects=False, batch_size=7)
-    assert halves == pytest.approx({k: result[k] for k in ('causal_nll', 'causal_nll_se')})
-    assert result['nelbo'] != evaluate(model, x0, ARITHMETIC, causal=False, bidirectional=True, detects=False,
-                                       seed=1)['nelbo']
-
-
-def test_a_judge_is_measured_on_what_it_learned_to_judge(monkeypatch):
-    """A network that cannot unmask never saw a mask, so that it is shown none."""
-    model, writer, x0, shown = tiny_gpt(18, 64, n_recur=1), tiny_gpt(18, 64, seed=1, n_recur=1), arithmetic_rows(6), []
-    monkeypatch.setattr(model, 'forward', lambda idx, **more: shown.append(idx) or GPT.forward(model, idx, **more))
-    for unmasks in (False, True):
-        shown.clear()
-        evaluate(model, x0, ARITHMETIC, causal=False, bidirectional=unmasks, detects=True, guesser=writer)
-        assert (shown[-1] == model.mask_token_id).any() == unmasks
-
-
-def detect(model, x0, **more):
-    return evaluate(model, x0, dict(bos=None, pad=None), causal=False, bidirectional=False, detects=True, **more)
-
-
-@pytest.mark.parametrize('sign, auc', [(1, 1.0), (-1, 0.0), (0, 0.5)])
-def test_evaluate_scores_the_detection_of_own_errors(sign, auc):
-    """It guesses at random, and doubts each token but the 0, by p(WRONG)."""
-    table = torch.zeros(V + 1, V + 2)
-    table[:, MASK], table[:, WRONG], table[0, WRONG] = float('-inf'), sign, -sign
-    assert detect(Stub(table), torch.zeros(50, T, dtype=torch.long))['auc'] == auc
-
-
-@pytest.mark.parametrize('other', [False, True])
-def test_evaluate_counts_what_is_put_right(other):
-    """
-    Everything should be a 0. The judge trusts 0, 1 and 2, doubts 3, 4 and 5; its second choice for 1 and 3 is the 0, for
-    the others it is not. Whoever guesses does so at random, with a slight preference for the 0.
-    """
-    logits = torch.zeros(V + 1, V + 2)
-    for token, second in enumerate((4, 0, 3, 0, 1, 1)):
-        logits[token, token], logits[token, second] = 2.6 if token < 3 else 2.0, 1.5   # p(WRONG) 0.44 and 0.59
-    logits[MASK, 0], logits[MASK, MASK] = 0.01, -30.0
-    guesser = None
-    if other:
-        guesser = Stub(logits.clone())
-        logits[MASK, 5] = 20.0                                            # the judge would fill in another token
-    model = Stub(logits)
-    x0 = torch.zeros(60, T, dtype=torch.long)
-    result = detect(model, x0, guesser=guesser)
-    if other:
-        (draft, holes), (input,) = guesser.seen, model.seen
-    else:
-        draft, input, holes = model.seen
-    assert (draft == MASK).any() and torch.equal(holes, torch.where((input > 2) & (input < V), MASK, input))
-    wrong = input[(input != 0) & (input != MASK)]
-    assert len(set(wrong.tolist())) == 5 and len(wrong) > 100
-    assert result['fixed'] == pytest.approx(((wrong == 1) | (wrong == 3)).double().mean().item())
-    assert result['refilled'] == pytest.approx((wrong > 2).double().mean().item())
-
-
-def test_evaluate_judges_real_tokens_only():
-    """Padding among the tokens that are told from one another would make detection look easy."""
-    x0 = torch.tensor([[0, 1, 2, 5, 5, 5, 5, 5, 5, 5]]).repeat(40, 1)
-    table = torch.zeros(V + 1, V + 2)
-    table[:, WRONG] = torch.tensor([0, -1, 0, 0, 0, 9.0, 0])              # padding is what it doubts most
-    meta = dict(bos=None, pad=5)
-    model = Stub(table)
-    result = evaluate(model, x0, meta, causal=False, bidirectional=False, detects=True)
-    real = (x0 != 5) & (model.seen[1] != MASK)
-    doubt = 1 - table[model.seen[1]].softmax(-1).gather(2, model.seen[1][..., None])[..., 0]
-    assert result['auc'] == pytest.approx(roc_auc(doubt[real], (model.seen[1] != x0)[real]))
-    assert (model.seen[1] == 5)[real].any()
 
 # -----------------------------------------------------------------------------
 # schedules and names

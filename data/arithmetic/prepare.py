@@ -37,8 +37,8 @@ def encode_rows(texts):
 
 
 def draw_splits(num_train, num_val, seed):
-    """(training strings, held-out strings, how many draws were held out in vain because they are training strings)."""
-    # seeded with names, because with seed and seed+1 one dataset's held-out set would be the next one's training set
+    """(training strings, held-out strings, how many held-out draws were rejected as training strings)."""
+    # seeded with names: by seed and seed + 1 the held-out set would be the next dataset's training set
     train_rng, val_rng = random.Random(f'train {seed}'), random.Random(f'val {seed}')
     train = [draw(train_rng)[0] for _ in range(num_train)]
     seen = set(train)
@@ -53,7 +53,7 @@ def draw_splits(num_train, num_val, seed):
 
 
 def prepare(out_dir=HERE, num_train=20000, num_val=2000, seed=1337):
-    """Draw the dataset, write it into out_dir, say what it is, and return its meta. Raises UserError before it writes."""
+    """Draws the dataset, writes it into out_dir, says what it is and returns its meta."""
     if num_train < 1 or num_val < 1:
         raise UserError(f'num_train and num_val must be at least 1, got {num_train} and {num_val}')
     train, val, rejected = draw_splits(num_train, num_val, seed)
@@ -65,7 +65,8 @@ def prepare(out_dir=HERE, num_train=20000, num_val=2000, seed=1337):
     for split, texts in (('train', train), ('val', val)):
         print(f'{split}: {len(texts):,} strings ({len(set(texts)):,} distinct), '
               f'mean length {sum(map(len, texts)) / len(texts):.1f}, {meta[f"{split}_tokens"]:,} tokens')
-    print(f'no string of val is in train: {rejected / (rejected + num_val):.1%} of its draws were, and were rejected')
+    share = rejected / (rejected + num_val)
+    print(f'no string of val is in train: {share:.1%} of its draws were, and were rejected')
     print('for example', *train[:3], sep='\n  ')
     print(f'wrote train.bin, val.bin and meta.json to {out_dir}')
     return meta

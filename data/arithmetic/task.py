@@ -16,7 +16,7 @@ BLOCK_SIZE = 64
 MAX_LENGTH = BLOCK_SIZE - 2  # one place each for <bos> and <eos>
 MAX_DEPTH = 6
 CHARS = '0123456789()+*='
-DIGITS = frozenset('0123456789')  # not str.isdigit(), which also says yes to '²' and to the digits of other scripts
+DIGITS = frozenset('0123456789')  # str.isdigit() also says yes to '²' and to the digits of other scripts
 OPS = {'+': operator.add, '*': operator.mul}
 
 # -----------------------------------------------------------------------------
@@ -28,7 +28,7 @@ def gen(rng, d):
         digit = rng.randrange(10)
         return str(digit), digit
     op = rng.choice('+*')
-    # one child may go as deep as is allowed, the other anywhere up to that: lopsided trees, and shorter strings
+    # one child may go as deep as is allowed, the other anywhere up to that: lopsided trees, shorter strings
     a, b = gen(rng, d - 1), gen(rng, rng.randrange(d))
     if rng.random() < 0.5:
         a, b = b, a
@@ -36,7 +36,7 @@ def gen(rng, d):
 
 
 def draw(rng, depth=None):
-    """One string of the language: (text, value). rng is a random.Random; depth=None draws the depth from 1..6."""
+    """One string of the language: (text, value). rng: a random.Random; depth=None draws it from 1..6."""
     while True:
         expr, value = gen(rng, rng.randint(1, MAX_DEPTH) if depth is None else depth)
         text = f'{expr}={value}'
@@ -48,8 +48,8 @@ def draw(rng, depth=None):
 
 def parse_expr(text):
     """The expression that text starts with: (value, where it ends), or None if it starts with none."""
-    stack = []  # the open parentheses, each [op, operands so far]: a list and no recursion, so that junk may nest deep
-    i = 0
+    # the open parentheses, each [op, operands so far]: no recursion, so that junk may nest deep
+    stack, i = [], 0
     while i < len(text):
         if text[i] == '(' and text[i+1:i+2] in OPS:
             stack.append([text[i+1]])
@@ -59,7 +59,7 @@ def parse_expr(text):
             return None
         value = int(text[i])
         i += 1
-        # value is a whole operand: hand it to the innermost parenthesis, which it may complete, and so on outwards
+        # value is a whole operand: the innermost parenthesis gets it, which it may complete, and so on
         while stack:
             stack[-1].append(value)
             if len(stack[-1]) < 3:
@@ -87,7 +87,8 @@ def parse_number(text):
 
 def parse(text):
     """
-    (valid, value, claimed): is text a whole `expr=number`, what is expr worth, and which number does it claim?
+    (valid, value, claimed): is text a whole `expr=number`, what is expr worth, which number does it claim?
+
     value and claimed are None unless text is valid. Takes any string at all.
     """
     head = parse_expr(text)
@@ -100,7 +101,7 @@ def parse(text):
 
 
 def balanced(text):
-    """Do the parentheses balance? A lenient check, which looks at nothing else: '', '=' and '(7)' all pass."""
+    """Do the parentheses balance? A lenient check of nothing else: '', '=' and '(7)' all pass."""
     height = 0
     for c in text:
         height += (c == '(') - (c == ')')
@@ -118,13 +119,13 @@ def length_shares(texts):
 
 @lru_cache
 def reference_lengths(n=100_000):
-    """The grammar's own distribution of lengths, from n fresh draws: {length: share}. Shared by callers: only read."""
+    """The grammar's own distribution of lengths, from n fresh draws: {length: share}, only to be read."""
     rng = random.Random(12345)
     return length_shares([draw(rng)[0] for _ in range(n)])
 
 
 def length_tv(texts, lengths=None):
-    """Total variation distance between the lengths of texts and the reference ones: 0 the same, 1 nothing shared."""
+    """Total variation distance of the lengths of texts from the reference: 0 the same, 1 nothing shared."""
     lengths = reference_lengths() if lengths is None else lengths
     mine = length_shares(texts)
     return sum(abs(mine.get(k, 0) - lengths.get(k, 0)) for k in sorted({*mine, *lengths})) / 2
@@ -132,10 +133,12 @@ def length_tv(texts, lengths=None):
 
 def length_floor(n, repeats=20):
     """
-    The length_tv to expect of n perfect samples. It is not 0: a histogram of n samples is off by chance, and the
-    distance counts every error as positive. A model's length_tv at this n means something only beside this number.
+    The length_tv to expect of n perfect samples, beside which a model's length_tv at this n is to be seen.
+
+    It is not 0: a histogram of n samples is off by chance, and the distance counts every error as positive.
     """
-    rngs = [random.Random(f'floor {i}') for i in range(repeats)]  # str seeds: none of these is the reference's own
+    # seeded with texts: none of these is the reference's own
+    rngs = [random.Random(f'floor {i}') for i in range(repeats)]
     return sum(length_tv([draw(rng)[0] for _ in range(n)]) for rng in rngs) / repeats
 
 

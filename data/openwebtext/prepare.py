@@ -1,8 +1,8 @@
 """
-Make the OpenWebText dataset in GPT-2's tokens, as nanoGPT does: 8 million web pages, about 9 billion tokens, 18 GB of files.
+Make the OpenWebText dataset in GPT-2's tokens, as nanoGPT does: 8 million web pages, 9 billion tokens, 18 GB.
 
 $ python data/openwebtext/prepare.py --max_docs=10000       # a try, which downloads no more than it needs
-$ python data/openwebtext/prepare.py --num_proc=16          # all of it, with Hugging Face's datasets (which keep a copy)
+$ python data/openwebtext/prepare.py --num_proc=16          # all of it, with Hugging Face's datasets
 $ python data/openwebtext/prepare.py --input=FOLDER         # or your own .txt files, one document a line
 """
 
@@ -19,14 +19,14 @@ from data.common import dataset_writer, gpt2, library, load_corpus, report, text
 NAME, VAL_SHARE, SEED = 'Skylion007/openwebtext', 0.0005, 2357
 BATCH = 1024                # documents that are in memory at once
 
-input: str = None           # a folder of .txt files, one document a line, or of the hub's .parquet files; None: download
+input: str = None           # a folder of .txt files, a document a line, or of .parquet files; None: download
 out: str = None             # the folder to write to, None: the one of this script
 max_docs: int = None        # take only the first documents, None: all
 num_proc = 8                # processes that download, threads that tokenize
 
 
 def read_documents(input, max_docs, num_proc):
-    """The documents, a Dataset with a column 'text', on disk and not in memory (but for a try). Raises UserError."""
+    """The documents, a Dataset with a column 'text', on disk but for a try. Raises UserError."""
     if input is not None:
         docs, = load_corpus(NAME, dict(train='*'), {}, input)
         docs = docs.filter(lambda text: text is not None and text.strip() != '', input_columns='text')
@@ -38,21 +38,22 @@ def read_documents(input, max_docs, num_proc):
 
 
 def prepare(out_dir=HERE, input=None, max_docs=None, num_proc=8):
-    """Encode the documents, write them into out_dir, say what they are, and return the meta. Raises UserError."""
+    """Encodes the documents, writes them into out_dir, says what they are and returns the meta."""
     if num_proc < 1 or (max_docs is not None and max_docs < 2):
         raise UserError(f'num_proc must be at least 1 and max_docs at least 2, got {num_proc} and {max_docs}')
-    end = gpt2().eot_token                                                     # before the download, which takes longer to fail
+    end = gpt2().eot_token  # before the download, which takes longer to fail
     docs = read_documents(input, max_docs, num_proc)
     if len(docs) < 2:
         raise UserError(f'{input or NAME} has {len(docs)} documents; one for each split is the least')
     # training draws windows at random, so the documents themselves can stay in their order
     held_out = set(random.Random(SEED).sample(range(len(docs)), max(1, round(VAL_SHARE * len(docs)))))
     meta = text_meta('openwebtext', 'gpt2', seed=SEED)
-    with library('tqdm').tqdm(total=len(docs), desc='tokens', unit=' documents') as bar, dataset_writer(out_dir, meta) as add:
+    bar = library('tqdm').tqdm(total=len(docs), desc='tokens', unit=' documents')
+    with bar, dataset_writer(out_dir, meta) as add:
         for first in range(0, len(docs), BATCH):
             texts = docs[first:first + BATCH]['text']
             for i, ids in enumerate(gpt2().encode_ordinary_batch(texts, num_threads=num_proc), first):
-                add('val' if i in held_out else 'train', ids + [end])          # the end, because documents share a window
+                add('val' if i in held_out else 'train', ids + [end])  # documents share a window, so they end
             bar.update(len(texts))
     report(out_dir, meta)
     return meta

@@ -21,7 +21,7 @@ out: str = None    # the folder to write to, None: the one of this script
 
 
 def prepare(out_dir=HERE, input=None, name='shakespeare_char', tokenizer='char'):
-    """Encode the text, write it into out_dir, say what it is, and return its meta. Raises UserError for another text."""
+    """Encodes the text, writes it into out_dir, says what it is, returns its meta. Raises UserError."""
     text = read_source('tiny Shakespeare', URL, SHA256, input).decode()
     split = int(len(text) * 0.9)
     return write_text(out_dir, name, text[:split], text[split:], tokenizer)

@@ -2,7 +2,7 @@
 Make a dataset of your own text: a file, or all text files below a folder.
 
 $ python data/text/prepare.py --input=book.txt
-$ python data/text/prepare.py --input=notes/ --tokenizer=gpt2 --out=data/notes      # then train.py --dataset=notes
+$ python data/text/prepare.py --input=notes/ --tokenizer=gpt2 --out=data/notes   # then --dataset=notes
 """
 
 import fnmatch
@@ -25,35 +25,37 @@ glob = '*.txt,*.md'    # which files of a folder, and of the folders in it
 
 
 def read_text(input, glob):
-    """The text of a file, or of all files below a folder whose paths match one of the patterns, a blank line between two."""
-    top, patterns = Path(input), glob.split(',')
-    files = [top] if not top.is_dir() else sorted(
-        path for path in top.rglob('*')
-        if path.is_file() and any(fnmatch.fnmatch(path.relative_to(top), pattern.strip()) for pattern in patterns))
+    """The text of a file, or of all files below a folder that match a pattern, with blank lines between."""
+    top, patterns = Path(input), [pattern.strip() for pattern in glob.split(',')]
+    files = [top]
+    if top.is_dir():
+        files = sorted(path for path in top.rglob('*') if path.is_file()
+                       and any(fnmatch.fnmatch(path.relative_to(top), pattern) for pattern in patterns))
     if not files:
         raise UserError(f'{input}: no file matches {glob}; set --glob')
     texts = []
     for path in files:
         try:
-            texts.append(path.read_text(encoding='utf-8-sig'))  # without the mark that some editors put at the start
+            texts.append(path.read_text(encoding='utf-8-sig'))  # without the mark that some editors put there
         except UnicodeDecodeError as error:
-            raise UserError(f'{path} is not UTF-8 (byte {error.start}): convert it, or leave it out') from error
+            at = error.start
+            raise UserError(f'{path} is not UTF-8 (byte {at}): convert it, or leave it out') from error
         except OSError as error:
             raise UserError(f'cannot read {path}: {error.strerror}') from error
     return '\n'.join(text.rstrip('\n') + '\n' for text in texts if text.strip())
 
 
 def prepare(out_dir, input, tokenizer='char', val_share=0.1, glob='*.txt,*.md'):
-    """Encode the text, write it into out_dir, say what it is, and return its meta. Raises UserError before it writes."""
+    """Encodes the text, writes it into out_dir, says what it is, returns its meta. Raises UserError first."""
     if not input:
-        raise UserError('--input is missing: python data/text/prepare.py --input=PATH, a text file or a folder of them')
+        raise UserError('--input is missing: python data/text/prepare.py --input=PATH, a file or a folder')
     if tokenizer not in ('char', 'gpt2'):
         raise UserError(f'tokenizer expects char or gpt2, got {tokenizer!r}')
     if not 0 < val_share < 1:
         raise UserError(f'val_share must be between 0 and 1, got {val_share}')
     out_dir = os.path.abspath(out_dir)
     if out_dir != HERE and os.path.exists(os.path.join(out_dir, 'prepare.py')):
-        raise UserError(f'{out_dir} belongs to another dataset, which has a prepare.py of its own: choose another --out')
+        raise UserError(f'{out_dir} belongs to another dataset, which has a prepare.py: choose another --out')
     text = read_text(input, glob)
     split = int(len(text) * (1 - val_share))
     meta = write_text(out_dir, os.path.basename(out_dir), text[:split], text[split:], tokenizer)

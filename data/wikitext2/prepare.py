@@ -13,18 +13,20 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 import configurator  # noqa: E402
 from data.common import load_corpus, write_text  # noqa: E402
 
-NAME, HUB = 'Salesforce/wikitext', dict(name='wikitext-2-raw-v1', revision='b08601e04326c79dfdd32d625aee71d232d685c3')
-# the test split stays untouched: what is measured on val decides on models and settings, and nothing here reports a test score
+NAME = 'Salesforce/wikitext'
+HUB = dict(name='wikitext-2-raw-v1', revision='b08601e04326c79dfdd32d625aee71d232d685c3')
+# the test split stays untouched: val decides on models and settings, and nothing here reports a test score
 PATTERNS = dict(train='train*', validation='validation*')
 
-input: str = None  # a folder with train.txt and validation.txt, or with the hub's .parquet files; None: download
+input: str = None  # a folder with train.txt and validation.txt, or .parquet files of the hub; None: download
 out: str = None    # the folder to write to, None: the one of this script
 
 
 def prepare(out_dir=HERE, input=None):
-    """Encode the text, write it into out_dir, say what it is, and return its meta. Raises UserError if it cannot be had."""
+    """Encodes the text, writes it into out_dir, says what it is, returns its meta. Raises UserError."""
     # a row is a line; the hub keeps some of the white space at their ends, files have other
-    train, val = ('\n'.join(line.rstrip() for line in rows['text']) + '\n' for rows in load_corpus(NAME, PATTERNS, HUB, input))
+    splits = load_corpus(NAME, PATTERNS, HUB, input)
+    train, val = ('\n'.join(line.rstrip() for line in rows['text']) + '\n' for rows in splits)
     return write_text(out_dir, 'wikitext2', train, val, 'gpt2')
 
 
