@@ -174,8 +174,9 @@ class Independent(Oracle):
         self.seen.append((idx.clone(), causal))
         hole = (idx == self.V)[..., None]
         certain = F.one_hot(idx, self.V + 1)[..., :self.V].double()
-        p = torch.where(hole, self.table.expand(*idx.shape, -1), certain)
-        wrong = self.wrong.expand(*idx.shape, -1).gather(2, idx.clamp(max=self.V - 1)[..., None]) * ~hole
+        p = torch.where(hole, self.table[:idx.size(1)].expand(*idx.shape, -1), certain)
+        wrong = self.wrong[:idx.size(1)].expand(*idx.shape, -1)
+        wrong = wrong.gather(2, idx.clamp(max=self.V - 1)[..., None]) * ~hole
         mask = torch.full_like(wrong, -700.0)
         return torch.cat(((p + 1e-300).log(), mask, (wrong / (1 - wrong)).log()), -1)
 
