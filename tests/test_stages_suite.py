@@ -16,7 +16,13 @@ from configurator import UserError
 from model import GPT, GPTConfig
 from suites import runs, stages
 
-STAGE_SETTINGS = {'stage', 'time_dim', 'k1_credit', 'graph_window', 'mu_blocks'}
+STAGE_SETTINGS = {'parts', 'k1_credit'}
+
+
+def parts_of(config):
+    """The parts of a network and what else the stages turn on: a set like {'level', 'credit'}."""
+    parts = {part.partition(':')[0] for part in config['parts'].split(',') if part}
+    return parts | ({'credit'} if config['k1_credit'] else set())
 
 
 @pytest.fixture
@@ -48,29 +54,32 @@ def test_variants_differ_in_nothing_but_their_settings(s):
     for data, recipe in stages.RECIPES.items():
         configs = {variant: stages.config_of([*recipe, *words]) for variant, words in stages.VARIANTS.items()}
         # as the command line would read them
-        assert configs['staged'] == train.staged(configurator.configure(vars(load_script('train')),
-                                                                        [*recipe[1:], *stages.VARIANTS['staged']]))
+        words = [*recipe[1:], *stages.VARIANTS['staged']]
+        assert configs['staged'] == configurator.configure(vars(load_script('train')), words)
         first, sizes = configs['stage 0'], {}
         for variant, config in configs.items():
             changed = {name for name in config if config[name] != first[name]}
             assert changed <= STAGE_SETTINGS and (changed or variant == 'stage 0'), variant
-            sizes[variant] = GPT(GPTConfig(**{field.name: config[field.name] for field in fields(GPTConfig)
-                                              if field.name in config})).num_params()
+            known = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
+            sizes[variant] = GPT(GPTConfig(**known)).num_params()
             assert sizes[variant] == pytest.approx(sizes['stage 0'], rel=0.02), (data, variant)
-        assert first['stage'] == 0 and not any(first[name] for name in STAGE_SETTINGS) and first['eval_samples'] == 0
-        on = {variant: {name for name in STAGE_SETTINGS - {'stage'} if config[name]} for variant, config in configs.items()}
-        assert on['stage 1 noise level'] == {'time_dim'} and on['stage 2 and credit'] == {'time_dim', 'k1_credit'}
-        assert on['stage 3 and graph'] == on['stage 2 and credit'] | {'graph_window'}
-        assert on['all at once'] == on['all at once in legs'] == on['staged'] == STAGE_SETTINGS - {'stage'}
-        assert [on[f'{part} alone'] for part in ('credit', 'graph', 'blocks')] == [{'k1_credit'}, {'graph_window'}, {'mu_blocks'}]
+        on = {variant: parts_of(config) for variant, config in configs.items()}
+        assert on['stage 0'] == set() and first['eval_samples'] == 0
+        assert on['stage 1 noise level'] == {'level'} and on['stage 2 and credit'] == {'level', 'credit'}
+        assert on['stage 3 and graph'] == on['stage 2 and credit'] | {'graph'}
+        everything = {'level', 'credit', 'graph', 'mu'}
+        assert on['all at once'] == on['all at once in legs'] == on['staged'] == everything
+        assert [on[f'{part} alone'] for part in ('credit', 'graph', 'blocks')] == [{'credit'}, {'graph'}, {'mu'}]
         assert sizes['stage 0'] < sizes['stage 1 noise level'] and sizes['stage 0'] < sizes['blocks alone']
 
 
 def test_the_seeds_of_a_variant_differ_in_the_seed_only(s):
     s.num_seeds = 2
     table, asked = stages.runs_of(s)
-    for name, data, variant, k, legs in asked:
+    for name, data, run, how in asked:
+        variant, k, legs = how['variant'], how['seed'], how['legs']
         config, other = (stages.config_of(table[f'{data}: {variant} seed {number}']) for number in (0, 1))
+        assert run == name == f'{data}: {variant} seed {k}'
         assert {setting for setting in config if config[setting] != other[setting]} == \
             {'seed'} | ({'init_from'} if variant in stages.LEGS else set())
         if variant not in stages.LEGS:
@@ -86,7 +95,8 @@ def test_the_legs_of_staged_make_one_run(s, data):
     whole, configs = stages.config_of(table[f'{data}: all at once seed 1']), [stages.config_of(words) for words in legs.values()]
     assert sum(config['max_iters'] for config in configs) == whole['max_iters'] == (1000 if data == 'arithmetic' else 2000)
     assert [config['init_from'] for config in configs] == ['scratch', *[f'{{{name}}}' for name in list(legs)[:-1]]]
-    assert [config['stage'] for config in configs] == [0, 1, 2, 3] and all(config['mu_blocks'] == 16 for config in configs)
+    assert [parts_of(config) for config in configs] == [
+        {'mu'}, {'mu', 'level'}, {'mu', 'level', 'credit'}, {'mu', 'level', 'credit', 'graph'}]
     assert len({config['seed'] for config in configs}) == 4                    # no leg sees the rows of the one before it again
     # what is left to differ from all at once: how the rate goes, and the curricula that are over
     for config in configs:
@@ -104,11 +114,13 @@ def test_the_legs_of_staged_make_one_run(s, data):
     assert [train.curricula(0, config)['penalty_mask_correct'] for config in configs] == [0, 1, 1, 1]
 
 
-def test_train_args_leave_the_seeds_alone(s):
-    for word in ('--seed=3', '--init_from=ckpt.pt'):
+def test_train_args_leave_the_seeds_alone(s, monkeypatch):
+    monkeypatch.setattr(stages, 'check_train_args', lambda s, runs: None)
+    for word in ('--seed=3', '--init_from=ckpt.pt', '--parts=level:32'):
         s.train_args = f'--max_iters=3 {word}'
         with pytest.raises(UserError, match=f'leave out {word}'):
             stages.run(s)
+    monkeypatch.undo()
     s.train_args = '--max_iter=3'
     with pytest.raises(UserError, match='train_args expects'):
         stages.run(s)
@@ -118,8 +130,9 @@ def test_train_args_leave_the_seeds_alone(s):
 
 
 def made_up(data, variant, seed, nelbo, **more):
-    return dict(name=f'{data}: {variant} seed {seed}', data=data, variant=variant, seed=seed, nelbo=nelbo, nelbo_se=9.0,
-                parameters=1234, tokens_per_second=1000.0, **{'minutes': 2.0, 'causal_nll': None, 'samples': {}, **more})
+    return dict(name=f'{data}: {variant} seed {seed}', table=data, variant=variant, seed=seed, nelbo=nelbo,
+                nelbo_se=9.0, parameters=1234, tokens_per_second=1000.0,
+                **{'minutes': 2.0, 'causal_nll': None, 'samples': {}, **more})
 
 
 def cells(table, variant):
@@ -131,7 +144,7 @@ def test_means_errors_and_paired_differences():
     """Errors are those over seeds, never those of a row; a difference is of the seeds that both have."""
     rows = [made_up('text', 'stage 0', k, nelbo) for k, nelbo in enumerate((1.0, 2.0, 6.0))]
     rows += [made_up('text', 'graph alone', 2, 5.5), made_up('text', 'graph alone', 0, 1.1)]   # no seed 1
-    rows += [made_up('text', 'credit alone', k, nelbo, minutes=k) for k, nelbo in ((0, 1.1), (1, 2.3), (2, 6.2))]
+    rows += [made_up('text', 'credit alone', k, nelbo, minutes=float(k)) for k, nelbo in ((0, 1.1), (1, 2.3), (2, 6.2))]
     rows += [made_up('text', 'blocks alone', k, nelbo) for k, nelbo in ((7, 3.0), (1, 4.0))]
     rows.append(made_up('text', 'all at once', 1, 2.5))
     table = stages.tables(rows)
@@ -190,13 +203,13 @@ def test_arithmetic_from_training_to_the_table(s, trained_here, monkeypatch, tmp
     s.only = 'arithmetic: stage 0,arithmetic: staged'
     rows, table = stages.run(s)
     assert [(row['name'], row['seed']) for row in rows] == [('arithmetic: stage 0 seed 0', 0), ('arithmetic: staged seed 0', 0)]
-    assert [[word for word in command if word.startswith('--stage')] for command in trained_here] == [
-        [], [], ['--stage=1'], ['--stage=2'], ['--stage=3']]
+    assert [[word for word in command if word.startswith('--parts')] for command in trained_here] == [
+        [], ['--parts=mu:16'], *[['--parts=level:32,mu:16']] * 2, ['--parts=level:32,graph:8,mu:16']]
     paths = [runs.trained(s, stages.runs_of(s)[0], name) for name in stages.legs_of(s, 'arithmetic', 'staged', 0)]
     for before, command in zip(paths, trained_here[2:]):
         assert f'--init_from={os.path.abspath(before)}' in command
     legs = [runs.load_checkpoint(path)[1] for path in paths]
-    assert [leg['config']['graph_window'] for leg in legs] == [0, 0, 0, 8] and legs[3]['config']['time_dim'] == 32
+    assert ['graph' in parts_of(leg['config']) for leg in legs] == [False, False, False, True]
     plain, staged = rows
     seconds = sum(leg['seconds'] for leg in legs)
     assert staged['parameters'] > plain['parameters'] and staged['minutes'] == pytest.approx(seconds / 60)

@@ -536,7 +536,7 @@ def test_the_suite_of_samplers_has_every_rule_and_preset(monkeypatch, made):
     first, second = table.split('\n\n')
     assert [line.count('|') for line in (first + '\n' + second).splitlines()] == [4] * 2 * (len(asked) + 2)
     assert 'valid % · length_tv' in first and '2 passes' in first and 'correct % · unique % · novel %' in second
-    assert {rules.get('commit', 'random') for _, _, rules in asked} == set(COMMIT_RULES) - {'abstain'}
+    assert {rules.get('commit', 'random') for _, _, rules in asked} == set(COMMIT_RULES) - {'abstain', 'left_to_right'}
     assert {rules.get('remask', 'none') for _, _, rules in asked} == set(REMASK_RULES) - {'critic'}
     plain = dict(commit='random', remask='none')
     named = {name.split('preset ')[1].rstrip(')'): {**plain, **rules} for name, _, rules in asked if 'preset ' in name}

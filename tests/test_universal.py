@@ -38,7 +38,7 @@ def trainings(monkeypatch):
             file.write(how['text'])
         folder, script = next(word for word in command if word.startswith('--out_dir=')).partition('=')[2], command[0]
         if how['status'] == 0:
-            parts = {name: any(f'--{name}' in word for word in command) for name in ('noise_condition', 'self_condition')}
+            parts = dict(time_dim=32 * ('--parts=level:32' in command), self_condition='--parts=previous' in command)
             path = os.path.join(folder, runs.WRITTEN.get(script, 'ckpt_denoising.pt'))
             write_checkpoint(path, tiny_gpt(18, 64, n_recur=1, energy_head=script == 'tools/energy.py', **parts),
                              training_type='denoising', remask_target='original', causal_ratio=0.3, max_iters=how['max_iters'])
@@ -143,15 +143,16 @@ def test_a_row_is_measured_once(s, trainings, monkeypatch, tmp_path):
 
 def test_the_tables_can_be_measured(s):
     """No two rows share a name, every run is known, and every row asks for what the samplers have."""
-    rows = [row for table, _ in universal.MEASURES.values() for row in table]
-    names = [name for name, _, _ in rows]
+    rows = universal.ROWS
+    names = [name for name, *_ in rows]
     assert len(set(names)) == len(names) and not any(',' in name for name in names)           # or --only could not name it
-    for name, run, how in rows:
+    for name, table, run, how in rows:
+        assert table in universal.MEASURES
         assert run in universal.RUNS and how.get('then', ['base'])[0] in universal.RUNS, name
         how = {key: value for key, value in how.items() if key not in ('anchor', 'level', 'then', 'shown_as')}
         config = default_config(training_type='denoising', remask_target='original', causal_ratio=0.3)
         choose_rules({**config, 'energy_head': True}, **how)
-    assert {run for name, run, _ in rows} >= set(universal.RUNS) - {'skeleton'}
+    assert {run for _, _, run, _ in rows} >= set(universal.RUNS) - {'skeleton'}
 
 
 def test_every_kind_of_row(s, trainings):
