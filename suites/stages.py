@@ -147,11 +147,11 @@ def cost(s):
 def run(s):
     """The suite with bench's settings s: (rows, a table for each dataset), see measure_all."""
     runs, asked = runs_of(s)
-    check_train_args(s, runs)
     for word in s.train_args.split():
         if setting_of(word) in ('seed', 'init_from', 'parts'):
             raise UserError(f'train_args is for all runs, which have their own seed, parts and init_from: '
                             f'leave out {word}')
+    check_train_args(s, runs)
     if s.only == 'cost':
         return cost(s)
     network = functools.partial(network_of, s, runs, {})
