@@ -1,15 +1,14 @@
 """
 Everything that is measured. Each suite is a file in suites/.
 
-    python bench.py --suite=arithmetic --num_samples=200 --json=table.json       the samplers of one checkpoint
-    python bench.py --suite=samplers --init_from=ckpt     every rule and preset, at several numbers of passes
-    python bench.py --suite=tasks                         infill, repair and edit held-out strings
-    python bench.py --suite=checkpoints --init_from='out/*/ckpt_*.pt'            training runs side by side
+    python bench.py --suite=arithmetic --init_from=ckpt   the samplers of one checkpoint
+    python bench.py --suite=samplers --json=table.json    every rule and preset, at several numbers of passes
+    python bench.py --suite=tasks --num_samples=200       infill, repair and edit held-out strings
+    python bench.py --suite=checkpoints --init_from='out/*/ckpt_*.pt'    training runs side by side
     python bench.py --suite=universal                     the universal denoiser's table; trains what it needs
     python bench.py --suite=text --budgets=64,128         likelihood, samples, infill, repair; trains too
     python bench.py --suite=stages --only="text: stage 0" simple first, or all from the start? Trains too
-    python bench.py --suite=diagnose --train_args="config/unmask.py --n_layer=3" can it learn, does nothing leak?
-    python bench.py --suite=diagnose --init_from=ckpt     the same of a checkpoint, and of its weights
+    python bench.py --suite=diagnose --train_args=config/unmask.py       or --init_from=ckpt: can this learn?
     python bench.py --suite=faults --num_samples=40       training runs killed and resumed: is anything lost?
     python bench.py --suite=speed --only=training,head    ours against a plain script, in time and memory
 """
@@ -30,13 +29,13 @@ from sample import check_folder
 
 # -----------------------------------------------------------------------------
 suite = 'arithmetic'     # which one, see above
-init_from = 'ckpt'       # 'ckpt': the newest checkpoint under out_dir; or a path; checkpoints: patterns with commas
+init_from = 'ckpt'       # the newest checkpoint under out_dir; or a path; checkpoints: patterns with commas
 merge_from: str = None   # another checkpoint, merged with the first; checkpoints: as many as init_from
 merge_weight = 0.5       # its share
-out_dir = 'out'          # where 'ckpt' looks; universal, text, stages: the folder that gets theirs, with runs and table
-train_args = ''          # diagnose: words for train.py; universal, text, stages: for all scripts that have them
+out_dir = 'out'          # where 'ckpt' looks; universal, text, stages: runs and table go to that folder in it
+train_args = ''          # diagnose: words for train.py; universal, text, stages: for scripts that have them
 num_samples = 1000       # samples a row and seed; faults: kills
-num_seeds = 3            # arithmetic, samplers, universal, text: seeds a row; tasks: draws; stages: trainings
+num_seeds = 3            # seeds a row; tasks: draws of a string; stages: seeds of training
 steps = 64               # arithmetic, checkpoints, stages: passes; soak of faults: minutes; speed: rounds
 budgets = (8, 16, 32, 64)  # samplers, tasks, text: passes
 remask_rate = 0.3        # checkpoints: of remask=wrong
@@ -71,8 +70,8 @@ def main():
     rows, table = importlib.import_module(f'suites.{suite}').run(SimpleNamespace(**settings))
     print(table)
     if json:
-        command = ' '.join(['python bench.py', *sys.argv[1:]])
-        write_atomically(json, jsonlib.dumps(dict(command=command, rows=rows), indent=1) + '\n')
+        written = dict(command=' '.join(['python bench.py', *sys.argv[1:]]), rows=rows)
+        write_atomically(json, jsonlib.dumps(written, indent=1) + '\n')
         print(f'written to {json}')
     problems = [row['name'] for row in rows if row.get('status') == 'problem']     # of diagnose
     if problems:

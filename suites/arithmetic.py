@@ -13,16 +13,13 @@ from suites.common import METRICS, checkpoint_of_arithmetic, grammar_itself, mea
 def sampler_rows(config, steps, block_size):
     """The samplers of a checkpoint of this config: (name, protocol, keywords of sample.generate)."""
     can_unmask, causal, detects = supports(config)
-    rows = []
-    if causal:
-        rows.append(('AR: causal pass, one token a pass', 'free', dict(ar_prefix=block_size)))
-    if causal and can_unmask:
-        drafts = 'draft head' if config.get('draft_head') else 'bidirectional draft'
-        hybrid = dict(ar_prefix=16, steps=max(1, steps // 2))
-        rows += [(f'remask=causal: {drafts}, causal verdict', 'free', dict(remask='causal')),
-                 ('hybrid: AR prefix of 16, then ancestral', 'free', hybrid)]
-    if can_unmask:
-        rows.append(('commit=confidence, remask=none', 'free', dict(steps=steps, commit='confidence')))
+    drafts = 'draft head' if config.get('draft_head') else 'bidirectional draft'
+    both, hybrid = can_unmask and causal, dict(ar_prefix=16, steps=max(1, steps // 2))
+    rows = [(causal, 'AR: causal pass, one token a pass', dict(ar_prefix=block_size)),
+            (both, f'remask=causal: {drafts}, causal verdict', dict(remask='causal')),
+            (both, 'hybrid: AR prefix of 16, then ancestral', hybrid),
+            (can_unmask, 'commit=confidence, remask=none', dict(steps=steps, commit='confidence'))]
+    rows = [(name, 'free', rules) for known, name, rules in rows if known]
     for protocol in ('free', 'given') if can_unmask else ():
         rows.append(('ancestral: commit=random, remask=none', protocol, dict(steps=steps)))
         for remask, rate in [('random', 0.1)] + [('wrong', 0.3), ('wrong', 1.0)] * detects:

@@ -1,5 +1,5 @@
 """
-Training runs side by side. Those that differ in their seed only share a row, ± the standard error over the seeds.
+Training runs side by side. Those that differ in their seed only share a row, ± the standard error over seeds.
 
 A row is named by what it sets differently from the first run; merged ones by both.
 """
@@ -27,8 +27,9 @@ IGNORED = ('seed', 'out_dir', 'eval_interval', 'eval_rows', 'eval_samples', 'eva
 def recipe(checkpoint):
     """What of a checkpoint's settings decides about what it is; of a path only that there is one."""
     # what an older or a simpler one lacks is off, what train.py no longer has is left out
-    known = {name: setting.default for name, setting in known_settings('train.py').items() if name not in IGNORED}
-    config = {name: checkpoint['config'].get(name, default) for name, default in {**known, 'energy_head': 0}.items()}
+    known = {name: setting.default for name, setting in known_settings('train.py').items()}
+    config = {name: checkpoint['config'].get(name, default)
+              for name, default in {**known, 'energy_head': 0}.items() if name not in IGNORED}
     # an older one may say resume, now it is what it went on with
     if config['init_from'] != 'scratch':
         config['init_from'] = 'scratch' if config['init_from'] == 'resume' else 'a checkpoint'
@@ -55,37 +56,29 @@ def checkpoint_scores(s, path, other=None):
     val = spread_rows(data_of(meta, config)[1]['val'], s.eval_rows, model.config.block_size)
     validation = worth(model, checkpoint, val)
 
-    rules = {}
-    if can_unmask:
-        rules['remask=none'] = dict(remask='none')
-    if can_unmask and detects:
-        rules['remask=wrong'] = dict(remask='wrong', remask_rate=s.remask_rate)
-    if config.get('allow_abstain'):
-        rules['commit=abstain'] = dict(commit='abstain')
-    if can_unmask and causal:
-        rules['remask=causal'] = dict(remask='causal')
+    samplers = {'remask=none': (can_unmask, dict(remask='none')),
+                'remask=wrong': (can_unmask and detects, dict(remask='wrong', remask_rate=s.remask_rate)),
+                'commit=abstain': (config.get('allow_abstain'), dict(commit='abstain')),
+                'remask=causal': (can_unmask and causal, dict(remask='causal'))}
     scores = {}
-    for name, how in rules.items():
-        if asked_for(s, name):
-            samples = generate(model, meta, s.num_samples, batch_size=s.batch_size, seed=s.seed, steps=s.steps, **how)
-            scores[name] = score(strings, samples)
+    for name, (known, rules) in samplers.items():
+        if known and asked_for(s, name):
+            rules.update(steps=s.steps, batch_size=s.batch_size, seed=s.seed)
+            scores[name] = score(strings, generate(model, meta, s.num_samples, **rules))
     return validation, scores
-
-
-def matching(patterns):
-    """The paths that match patterns with commas between."""
-    return [path for pattern in patterns.split(',') for path in sorted(glob.glob(pattern))]
 
 
 def run(s):
     """The suite with bench's settings s: (rows, table)."""
-    paths, others = matching(s.init_from), matching(s.merge_from or '')
+    paths, others = ([path for pattern in patterns.split(',') for path in sorted(glob.glob(pattern))]
+                     for patterns in (s.init_from, s.merge_from or ''))
     if not paths:
         raise UserError(f"no checkpoint matches '{s.init_from}'")
     if s.merge_from and len(others) != len(paths):
-        raise UserError(f"merge_from='{s.merge_from}' matches {len(others)} checkpoints, init_from {len(paths)}")
+        counts = f'{len(others)} checkpoints, init_from {len(paths)}'
+        raise UserError(f"merge_from='{s.merge_from}' matches {counts}")
 
-    groups, first = {}, recipe(load_checkpoint(paths[0])[1])
+    first, groups = recipe(load_checkpoint(paths[0])[1]), {}
     with tqdm(list(zip(paths, others or [None] * len(paths))), desc='checkpoints', leave=False) as bar:
         for pair in bar:
             name = ' + '.join(changed(load_checkpoint(path)[1], first) for path in pair if path)

@@ -24,15 +24,15 @@ METRICS = ('balanced', 'valid', 'correct', 'unique', 'novel', 'mean_length', 'le
 SHARES = ('balanced', 'valid', 'correct', 'unique', 'novel',
           'fixed', 'refilled', 'accuracy', 'by_string', 'exact', 'anchors')
 COST = ('minutes', 'tokens_per_second', 'parameters')    # of training, see training_cost in runs.py
-DIGITS = {**dict.fromkeys((*SHARES, 'nfe', 'mean_length', 'minutes'), 1), 'tokens_per_second': 0}    # 3 for all others
+# digits behind the point; 3 for all others
+DIGITS = {**dict.fromkeys((*SHARES, 'nfe', 'mean_length', 'minutes'), 1), 'tokens_per_second': 0}
 
 
 def standard_error(values, name, n=None):
     """
     The standard error of a metric's mean over seeds with n samples each; None if one seed cannot tell.
 
-    A share of n independent samples: binomial over all of them, which is surer than the spread of a few seeds.
-    The others (unique and length_tv are properties of the n samples together) and training runs: from the spread.
+    A share of independent samples: binomial, surer than the spread of a few seeds. All else: from the spread.
     """
     if n and name in SHARES and name != 'unique':
         mean = statistics.mean(values)

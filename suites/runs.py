@@ -1,9 +1,9 @@
 """
 What suites that train share: runs, each in a folder of its own, and rows that are measured once.
 
-A suite has a table of runs, {name: [script, its arguments]}, in which {other} stands for the checkpoint of the
-run other. A run's folder is in out_dir/<the suite's name> and has a hash of its arguments and config files in its
-name: changed arguments are a new run. A finished run is not trained again, an interrupted one goes on.
+A suite has a table of runs, {name: [script, its arguments]}, in which {other} is the checkpoint of that run.
+Each has a folder in out_dir/<the suite's name>, named after a hash of its arguments and config files: changed
+ones are a new run. A finished run is not trained again, an interrupted one goes on.
 """
 
 import ast
@@ -23,13 +23,7 @@ from plumbing.checkpoint import append_line, load_checkpoint, make_folder, write
 from configurator import UserError
 from suites.common import load
 
-# the checkpoint of a script that cannot resume
-WRITTEN = {'tools/energy.py': 'ckpt_energy.pt', 'tools/distill.py': 'ckpt_distilled.pt'}
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-# -----------------------------------------------------------------------------
-# training what is missing
-
 
 def arguments(s, runs, name, place):
     """The words of a run's command but for out_dir; place(run) -> what stands there for {run}."""
@@ -45,9 +39,7 @@ def setting_of(word):
 
 @functools.cache
 def known_settings(script):
-    """The settings of a script, none if there is no such script yet."""
-    path = os.path.join(ROOT, script)
-    return configurator.settings(path) if os.path.exists(path) else {}
+    return configurator.settings(os.path.join(ROOT, script))
 
 
 def check_train_args(s, runs):
@@ -79,22 +71,18 @@ def folder_of(s, runs, name):
 
 def progress_of(folder, script):
     """(the path of the newest checkpoint there or None, whether training is finished)."""
-    if script in WRITTEN:
-        path = os.path.join(folder, WRITTEN[script])
-        return (path, True) if os.path.exists(path) else (None, False)
     found = glob.glob(os.path.join(glob.escape(folder), 'ckpt_*[!0-9].pt'))    # none of the numbered ones
     if not found:
         return None, False
     path = max(found, key=os.path.getmtime)
-    _, checkpoint = load_checkpoint(path)
-    return path, checkpoint['iter_num'] >= checkpoint['config']['max_iters']
+    # the other scripts write once, when they are done
+    checkpoint = load_checkpoint(path)[1]
+    return path, script != 'train.py' or checkpoint['iter_num'] >= checkpoint['config']['max_iters']
 
 
 def trained(s, runs, name):
     """The path of a run's checkpoint. Trains what is missing, first of the runs that it starts from."""
     folder, script = folder_of(s, runs, name), runs[name][0]
-    if not os.path.exists(os.path.join(ROOT, script)):
-        raise UserError(f'{name}: there is no {script} to train it with')
     path, finished = progress_of(folder, script)
     if finished:
         return path
@@ -152,17 +140,13 @@ def training_cost(model, *checkpoints):
     return cost
 
 
-# -----------------------------------------------------------------------------
-# measuring what is missing
-
-
 def measure_all(s, network, asked, measures, key_of, tables):
     """
     The rows of all that is asked, tuples (name, table, run, how), and their tables as text, also in table.md.
 
-    measures[table](s, network, name, run, how) -> a list of dicts; key_of(table, run, how) -> all that they depend
-    on besides; tables(rows) -> text. What is in rows.jsonl is not measured again. What cannot be measured is left
-    out, and a UserError at the end names the first.
+    measures[table](s, network, name, run, how) -> dicts; key_of(table, run, how) -> what else they depend on;
+    tables(rows) -> text. What is in rows.jsonl is not measured again. What cannot be measured is left out,
+    and a UserError at the end names the first.
     """
     folder = os.path.join(s.out_dir, s.suite)
     make_folder(folder)
@@ -183,14 +167,14 @@ def measure_all(s, network, asked, measures, key_of, tables):
     write_atomically(path, text + '\n')
     if failed:
         print(text)
-        raise UserError(f'{len(failed)} of {len(asked)} rows could not be measured, the others are in {path}. '
-                        f'{failed[0]}')
+        raise UserError(f'{len(failed)} of {len(asked)} rows could not be measured, '
+                        f'the others are in {path}. {failed[0]}')
     print(f'{s.num_seeds} seeds x {s.num_samples} samples, ± standard error; also in {path}')
     return found, text
 
 
 def read_rows(path):
-    """The rows that were measured before: {key: rows}. What a crash has torn is skipped and measured again."""
+    """The rows that were measured before: {key: rows}. A line that a crash has torn is skipped."""
     known = {}
     if not os.path.exists(path):
         return known

@@ -14,34 +14,27 @@ from suites.common import cell, cells, checkpoint_of_arithmetic, headings, markd
 def budget_rows(config, block_size):
     """The samplers of such a checkpoint: (name, whether it takes a budget, keywords of sample.generate)."""
     can_unmask, causal, detects = supports(config)
-    rows = []
-    if causal:
-        rows.append(('AR: causal pass, one token a pass', False, dict(ar_prefix=block_size)))
-    if causal and can_unmask:
-        rows.append(('remask=causal (preset speculative)', False, PRESETS['speculative']))
-    if not can_unmask:
-        return rows
-    rows += [('remask=none (preset ancestral)', True, PRESETS['ancestral']),
-             ('remask=random', True, dict(remask='random')),
-             ('remask=remdm (preset remdm)', True, PRESETS['remdm']),
-             ('remask=confidence', True, dict(remask='confidence'))]
-    if detects:
-        rows += [('remask=wrong', True, dict(remask='wrong')),
-                 ('schedule=cosine, remask=wrong (preset intelligent)', True, PRESETS['intelligent']),
-                 ('remask=p2 (preset p2)', True, PRESETS['p2'])]
-    if causal and detects:
-        halves = dict(remask='wrong', ar_prefix=0)
-        rows.append(('half of the passes by ar_prefix, then remask=wrong', True, halves))
-    rows += [('commit=confidence, schedule=cosine (preset maskgit)', True, PRESETS['maskgit']),
-             ('commit=margin', True, dict(commit='margin')),
-             ('commit=entropy', True, dict(commit='entropy')),
-             ('commit=threshold (preset threshold)', True, PRESETS['threshold']),
-             ('commit=priority', True, dict(commit='priority', priority='()=+*')),
-             ('commit=random, block_length=8', True, dict(block_length=8)),
-             ('remask=remdm, rescale', True, dict(remask='remdm', remdm='rescale'))]
-    if causal:
-        rows.append(('preset universal', False, PRESETS['universal']))
-    return rows
+    finds, both = can_unmask and detects, can_unmask and causal
+    halves = dict(remask='wrong', ar_prefix=0)
+    rows = [(causal, 'AR: causal pass, one token a pass', False, dict(ar_prefix=block_size)),
+            (both, 'remask=causal (preset speculative)', False, PRESETS['speculative']),
+            (can_unmask, 'remask=none (preset ancestral)', True, PRESETS['ancestral']),
+            (can_unmask, 'remask=random', True, dict(remask='random')),
+            (can_unmask, 'remask=remdm (preset remdm)', True, PRESETS['remdm']),
+            (can_unmask, 'remask=confidence', True, dict(remask='confidence')),
+            (finds, 'remask=wrong', True, dict(remask='wrong')),
+            (finds, 'schedule=cosine, remask=wrong (preset intelligent)', True, PRESETS['intelligent']),
+            (finds, 'remask=p2 (preset p2)', True, PRESETS['p2']),
+            (finds and causal, 'half of the passes by ar_prefix, then remask=wrong', True, halves),
+            (can_unmask, 'commit=confidence, schedule=cosine (preset maskgit)', True, PRESETS['maskgit']),
+            (can_unmask, 'commit=margin', True, dict(commit='margin')),
+            (can_unmask, 'commit=entropy', True, dict(commit='entropy')),
+            (can_unmask, 'commit=threshold (preset threshold)', True, PRESETS['threshold']),
+            (can_unmask, 'commit=priority', True, dict(commit='priority', priority='()=+*')),
+            (can_unmask, 'commit=random, block_length=8', True, dict(block_length=8)),
+            (can_unmask, 'remask=remdm, rescale', True, dict(remask='remdm', remdm='rescale')),
+            (both, 'preset universal', False, PRESETS['universal'])]
+    return [row for known, *row in rows if known]
 
 
 def run(s):

@@ -1,13 +1,13 @@
 """
-Must a network be trained in stages: simple first, then told the noise level, then with gradient credit, then with
-graph attention? Or may it have all from the start? All variants have as many steps and, within 2 %, parameters.
+Must a network be trained in stages: simple first, then told the noise level, then with gradient credit, then
+with graph attention? Or may it have all at once? Variants have equal steps and, within 2 %, parameters.
 
-nelbo     nats a token of the whole validation split, and its difference to stage 0, paired by the seed of training
-samples   of arithmetic: num_samples by the best rules of the checkpoint, and by remask=wrong in --steps passes
+nelbo     nats a token of the whole validation split; its difference to stage 0 is paired by the training seed
+samples   of arithmetic, in --steps passes: num_samples by the checkpoint's best rules, and by remask=wrong
 cost      the time of a training step; it wants a quiet machine, so only --only=cost asks for it
 
-± is the standard error over num_seeds seeds of training. Runs and rows are kept under out_dir/stages, see runs.py.
-Several machines can share the work: each takes some runs with --only, and the lines of their rows.jsonl in one file
+± is the standard error over num_seeds training seeds. Runs and rows are kept in out_dir/stages, see runs.py.
+Machines can share the work: each takes some runs with --only, and the lines of their rows.jsonl in one file
 make the whole table. A --max_iters among the --train_args counts for each leg of a run that has legs.
 """
 
@@ -20,15 +20,12 @@ import configurator
 from configurator import UserError
 from data.loader import data_of, load_data, spread_rows
 from rules import choose_rules
-from suites.common import (COST, averaged, cell, cells, headings, markdown, measure, training_strings, wanted,
-                           worth)
-from suites.runs import (ROOT, check_train_args, folder_name, known_settings, measure_all, network_of, setting_of,
-                         training_cost)
+from suites.common import (COST, averaged, cell, cells, headings, markdown, measure, training_strings,
+                           wanted, worth)
+from suites.runs import (ROOT, check_train_args, folder_name, known_settings, measure_all, network_of,
+                         setting_of, training_cost)
 from suites.speed import compare, ms, our_step, times_as_fast, with_ratios
 from suites.text import DRAWS
-
-# -----------------------------------------------------------------------------
-# what is trained
 
 ARITHMETIC = ['train.py', 'config/remask_all.py', '--eval_samples=0']
 TEXT = ['train.py', 'config/unmask.py', '--dataset=shakespeare_char', '--block_size=128', '--batch_size=32',
@@ -72,8 +69,8 @@ def legs_of(s, data, variant, k):
     """
     The runs that make up a variant of LEGS, {name: words}, each from the checkpoint of the one before it.
 
-    Together they make as many steps as the other variants. The rate stays up until the last leg, which decays as
-    many steps as the others do, or from its first step on if it is shorter: it is, a quarter against two fifths.
+    Together they make as many steps as the other variants. The rate stays up until the last leg, which decays
+    for as many steps as the others do, or all along if it is shorter: it is, a quarter against two fifths.
     """
     config, legs = config_of(RECIPES[data]), LEGS[variant]
     runs, before = {}, None
@@ -92,7 +89,7 @@ def legs_of(s, data, variant, k):
 
 
 def runs_of(s):
-    """All runs, {name: words}, and what is asked of them, see measure_all: how says variant, seed and legs."""
+    """All runs, {name: words}, and what is asked of them, see measure_all."""
     runs, asked = {}, []
     for data, recipe in RECIPES.items():
         for variant, words in VARIANTS.items():
@@ -103,9 +100,6 @@ def runs_of(s):
                 runs.update(legs)
                 asked.append((name, data, name, dict(variant=variant, seed=k, legs=list(legs))))
     return runs, asked
-
-# -----------------------------------------------------------------------------
-# what is measured
 
 
 def rows_of(s, network, name, run, how):
@@ -140,9 +134,6 @@ def cost(s):
     lines = [[row['shape'], row['name'], ms(row), times_as_fast(row)] for row in rows]
     return rows, markdown(['data', 'a step of', 'ms (quartiles)', 'against stage 0'], lines)
 
-# -----------------------------------------------------------------------------
-# the suite
-
 
 def run(s):
     """The suite with bench's settings s: (rows, a table for each dataset), see measure_all."""
@@ -160,13 +151,16 @@ def run(s):
 
 
 def tables(rows):
-    """Markdown of the rows of run, a table for each dataset that there is and in it a line for each variant."""
+    """Markdown of the rows of run: a table for each dataset, and in it a line for each variant."""
     texts = []
     for data in RECIPES:
-        found = {variant: {row['seed']: row for row in rows if (row['table'], row['variant']) == (data, variant)}
-                 for variant in VARIANTS}
+        found = {variant: {} for variant in VARIANTS}
+        for row in rows:
+            if row['table'] == data:
+                found[row['variant']][row['seed']] = row
         lines = [line_of(variant, seeds, found['stage 0']) for variant, seeds in found.items() if seeds]
-        samples = [f"{sampler}: {' · '.join(headings(SAMPLED))}" for sampler in SAMPLERS if data == 'arithmetic']
+        sampled = ' · '.join(headings(SAMPLED))
+        samples = [f'{sampler}: {sampled}' for sampler in SAMPLERS if data == 'arithmetic']
         if lines:
             head = [data, 'seeds', 'nelbo', 'against stage 0', 'causal_nll', *samples, *headings(COST)]
             texts.append(markdown(head, lines))
@@ -183,7 +177,7 @@ def line_of(variant, seeds, first):
         if len(pairs) < len(rows):
             against += f' (n={len(pairs)})'
     mean = averaged(rows, ('nelbo', 'causal_nll'))
-    samples = [averaged([row['samples'][sampler] for row in rows], SAMPLED) for sampler in rows[0]['samples']]
+    samples = [averaged([row['samples'][name] for row in rows], SAMPLED) for name in rows[0]['samples']]
     took = {metric: statistics.mean(row[metric] for row in rows) for metric in COST}
     return [variant, str(len(rows)), cell(mean, 'nelbo'), against, cell(mean, 'causal_nll'),
             *[cells(sample, SAMPLED) for sample in samples], *[cell(took, metric) for metric in COST]]

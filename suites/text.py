@@ -1,16 +1,15 @@
 """
 Text: one network that writes both ways beside networks that write left to right only, judged by another one.
 
-likelihood  nats a token of the whole validation split, in windows of block_size: the bound of the diffusion mode
-            (NELBO) and the NLL of the causal mode. Neither sees anything in front of a window
-samples     num_seeds x num_samples texts of block_size tokens, written from nothing: nats a token by a judge, and
-            how varied they are, see text_statistics. Low nats alone are no merit: the row of real text says how
-            many there should be. All of this depends on the number of texts
-infill      a gap in the middle of windows of the validation split; restored: the share of its tokens that came back
-repair      such windows with a tenth of their tokens replaced; the shares restored of these, damaged of the others,
-            and right of all in the end
+likelihood  nats a token of the whole validation split, in windows of block_size, nothing in front of them:
+            the bound of the diffusion mode (NELBO), the NLL of the causal mode
+samples     num_seeds x num_samples texts of block_size tokens: nats a token by a judge, and variety (see
+            text_statistics; it depends on the number of texts). Low nats alone are no merit: see real text
+infill      a gap in the middle of windows of the validation split; the share of its tokens that is restored
+repair      such windows with a tenth of their tokens replaced; the shares restored of these, damaged of the
+            others, and right of all in the end
 
---train_args=--dataset=NAME takes another stream of text for all of RUNS. Runs and rows are kept under out_dir/text,
+--train_args=--dataset=NAME takes another stream of text for all runs. Runs and rows are kept in out_dir/text,
 see runs.py. On a CPU begin with --num_samples=100.
 """
 
@@ -32,7 +31,7 @@ from suites.common import COST, cell, mean_nfe, table_of, wanted, worth
 from suites.runs import check_train_args, folder_name, measure_all, network_of, training_cost
 
 OURS = ['train.py', 'config/shakespeare_char_cpu.py']
-# the same network and rows, nothing but the next token: what the other tasks need of it is off, so is the level
+# the same network and rows, nothing but the next token: what only other tasks need is off, and the level
 CAUSAL = [*OURS, '--training_type=causal', '--views=0', '--draft_head=False', '--allow_abstain=False',
           '--target_mask_prob=0', '--mask_logit_bias=0', '--parts=short_conv:2,shortcuts,bigrams:8192']
 RUNS = {
@@ -79,9 +78,6 @@ def rows_of_tables(s):
              for name, rules in INFILL.items()]
     return rows + [('repair', 'repair', 'ours', {})]
 
-# -----------------------------------------------------------------------------
-# likelihood and samples
-
 
 def likelihood_rows(s, network, name, run, how):
     """One row: what a run is worth on the whole validation split, and what it took to train it."""
@@ -89,21 +85,20 @@ def likelihood_rows(s, network, name, run, how):
     val, T = stream(checkpoint)['val'], model.config.block_size
     windows = rows_at(val, torch.arange(len(val) // T) * T, T)                 # (N, T)
     row = dict(name=name, run=run, n=len(windows), nelbo=None, causal_nll=None)
-    row.update(training_cost(model, checkpoint))
-    row.update(worth(model, checkpoint, windows, detects=False, draws=DRAWS, batch_size=s.batch_size, seed=s.seed))
-    return [row]
+    how = dict(detects=False, draws=DRAWS, batch_size=s.batch_size, seed=s.seed)
+    return [{**row, **training_cost(model, checkpoint), **worth(model, checkpoint, windows, **how)}]
 
 
 def steps_of_same_time(ours, other):
     """The steps that a run like that of the checkpoint other makes in the time of the checkpoint ours."""
     if not ours.get('seconds') or not other.get('seconds'):
-        raise UserError('a checkpoint does not say how long its training took: delete the folder of that run, '
-                        'so that it is trained again')
+        raise UserError('a checkpoint does not say how long its training took: '
+                        'delete the folder of that run, so that it is trained again')
     return max(1, round(ours['seconds'] / (other['seconds'] / other['iter_num'])))
 
 
 def stream(checkpoint):
-    """The splits of a checkpoint's dataset. Raises UserError if it is no text or has another vocabulary now."""
+    """The splits of a checkpoint's dataset. Raises UserError if it is no text, or has another vocabulary."""
     known = checkpoint['meta']
     meta, data = data_of(known, checkpoint['config'])
     if meta['format'] != 'stream':
@@ -145,21 +140,16 @@ def corpus_of(dataset):
     return training_text(meta, data['train'])
 
 
-def real_samples(s, val, T, meta):
-    """As many windows of the validation split as there are samples in a row, overlapping if need be."""
-    num = s.num_samples * s.num_seeds
-    rows = spread_rows(val, num, T)
-    if len(rows) < num:
-        rows = random_rows(val, num, T, torch.Generator().manual_seed(s.seed))
-    return [dict(text=decode(meta, ids)[0], tokens=ids, nfe=0) for ids in rows.tolist()]
-
-
 def sample_rows(s, network, name, run, how):
     """One row: num_seeds x num_samples texts, judged and counted; how['real']: of the validation split."""
     model, checkpoint = network(run)
     meta, val, judge = checkpoint['meta'], stream(checkpoint)['val'], judge_of(network, checkpoint)
     if 'real' in how:
-        samples = real_samples(s, val, model.config.block_size, meta)
+        num, T = s.num_samples * s.num_seeds, model.config.block_size
+        rows = spread_rows(val, num, T)
+        if len(rows) < num:                      # as many as samples, overlapping if need be
+            rows = random_rows(val, num, T, torch.Generator().manual_seed(s.seed))
+        samples = [dict(text=decode(meta, ids)[0], tokens=ids, nfe=0) for ids in rows.tolist()]
     else:
         rules, samples = choose_rules(checkpoint['config'], **{'temperature': 1.0, **how}), []
         for number in range(s.num_seeds):
@@ -172,9 +162,6 @@ def sample_rows(s, network, name, run, how):
     tqdm.write(f"{name}: judge {cell(row, 'judge')}, entropy {row['entropy']:.3f}, "
                f"distinct-3 {row['distinct_3']:.3f}")
     return [row]
-
-# -----------------------------------------------------------------------------
-# infill and repair
 
 
 def infill_rows(s, network, name, run, how):
@@ -194,7 +181,8 @@ def infill_rows(s, network, name, run, how):
     # means over the draws, (N,)
     restored = torch.stack([(ids == clean)[:, gap].double().mean(1) for ids in found]).mean(0)
     judged = torch.stack([judge_nll(judge, ids, s.batch_size) for ids in found]).mean(0)
-    return [dict(name=name, n=len(clean), nfe=nfe, **mean_of('restored', restored), **mean_of('judge', judged))]
+    means = {**mean_of('restored', restored), **mean_of('judge', judged)}
+    return [dict(name=name, n=len(clean), nfe=nfe, **means)]
 
 
 def middle(T):
@@ -216,16 +204,16 @@ def mend_unsure(model, ids, threshold):
     """
     The plainest repair of ids (N, T), without [WRONG] and without rules.
 
-    Each token to which the network, seeing it, gives less than the threshold is masked and filled by the likeliest.
+    A token to which the network, seeing it, gives less than the threshold is masked and predicted anew.
     """
-    p = model.logits(model(ids), real_only=True).softmax(-1).gather(-1, ids[..., None])[..., 0]        # (N, T)
+    p = model.logits(model(ids), real_only=True).softmax(-1).gather(-1, ids[..., None])[..., 0]    # (N, T)
     masked = p < threshold
     holes = ids.masked_fill(masked, model.mask_token_id)
     return torch.where(masked, model.logits(model(holes), real_only=True).argmax(-1), ids)
 
 
 def mended(name, before, after, clean, nfe):
-    """A row of the repair of before (N, T) to after, where clean is right: shares, with errors over the rows."""
+    """The row of a repair of before (N, T) to after, where clean is right: shares, errors over the rows."""
     wrong, right = before != clean, after == clean
     row = dict(name=name, n=len(clean), nfe=nfe)
     for measure, hit, among in (('restored', wrong & right, wrong), ('damaged', ~wrong & ~right, ~wrong),
@@ -235,7 +223,7 @@ def mended(name, before, after, clean, nfe):
 
 
 def repair_rows(s, network, name, run, how):
-    """A row for every way to mend num_samples windows of the validation split. All are greedy, so one draw."""
+    """A row for every way to mend num_samples windows of the validation split. Greedy, so one draw."""
     model, checkpoint = network(run)
     device = next(model.parameters()).device
     clean = spread_rows(stream(checkpoint)['val'], s.num_samples, model.config.block_size)
@@ -250,9 +238,6 @@ def repair_rows(s, network, name, run, how):
                    batch_size=s.batch_size, seed=s.seed, **rules)
     after = torch.tensor([sample['tokens'] for sample in samples])
     return rows + [mended('--task=repair', before, after, clean, mean_nfe(samples))]
-
-# -----------------------------------------------------------------------------
-# the suite
 
 MEASURES = dict(likelihood=likelihood_rows, samples=sample_rows, infill=infill_rows, repair=repair_rows)
 METRICS = dict(likelihood=('nelbo', 'causal_nll', *COST),

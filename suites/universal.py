@@ -1,8 +1,7 @@
 """
 The universal denoiser's whole table: everything that an earlier experiment tried, and what came after it.
 
-RUNS says what is trained, GENERATION, REPAIR and DETECTION what is measured: edit them as you like. Runs and rows
-are kept under out_dir/universal, see runs.py.
+RUNS says what is trained, GENERATION and ROWS what is measured. Runs and rows are kept in out_dir/universal.
 """
 
 import copy
@@ -23,9 +22,6 @@ from suites.common import (cell, cells, grammar_itself, markdown, mean_nfe, meas
 from suites.runs import check_train_args, folder_name, measure_all, network_of
 from suites.tasks import (WITHOUT_INSERTIONS, canvas_of, first_operand_open, repair_rows, right_shares,
                           with_noise)
-
-# -----------------------------------------------------------------------------
-# the tables
 
 # name: the script and its arguments; {base} stands for the checkpoint of the run base
 DENOISE = ['train.py', 'config/denoise.py']
@@ -76,8 +72,9 @@ GENERATION = [
     ('ours: speculative', 'ours', PRESETS['speculative']),
     ('ours: AR', 'ours', dict(ar_prefix=64)),
 ]
-REPAIR = [(f'{run}: repair and edit', run, {}) for run in DENOISERS]
-DETECTION = [(f'{run}: detection', run, {}) for run in ('energy', 'energy without causal pass')]
+ROWS = [*[(name, 'generation', run, how) for name, run, how in GENERATION],
+        *[(f'{run}: repair and edit', 'repair', run, {}) for run in DENOISERS],
+        *[(f'{run}: detection', 'detection', run, {}) for run in ('energy', 'energy without causal pass')]]
 
 # -----------------------------------------------------------------------------
 # generation
@@ -125,7 +122,7 @@ def draw_samples(s, network, run, how, number):
 
 
 def seed_anchors(canvas, fixed, anchor, rows, rng):
-    """Puts and fixes the id anchor in all rows of a canvas, where it stands first in random ones of rows (N, T)."""
+    """Puts and fixes an id in each row of a canvas, where it stands in a random one of rows (N, T)."""
     row = torch.randint(len(rows), (len(canvas),), generator=rng)
     at = (rows[row] == anchor).long().argmax(1)                                # (B,)
     here = torch.arange(canvas.size(1)) == at[:, None]
@@ -146,7 +143,7 @@ WORTH = ('nelbo', 'causal_nll', 'auc')
 
 
 def repair_and_edit(s, network, name, run, how):
-    """One row: what a checkpoint repairs and edits of num_samples held-out strings, its worth on eval_rows."""
+    """One row: how a checkpoint repairs and edits num_samples held-out strings, its worth on eval_rows."""
     model, checkpoint = network(run)
     meta, config, T = checkpoint['meta'], checkpoint['config'], model.config.block_size
     task, _ = training_strings(s, meta)
@@ -184,10 +181,9 @@ SCORES = ('contains a mask', 'mean confidence', 'max p(WRONG)', 'causal NLL', 'l
 
 def detection_rows(s, network, name, run, how):
     """
-    How well scores of whole texts tell held-out strings from wrong ones: ROC-AUC, a row for each kind of these.
+    How well scores of whole texts tell held-out strings from wrong ones: ROC-AUC, a row for each kind.
 
-    The same strings under noise, masks left in; the network's own samples that are no strings; and those with a
-    wrong value.
+    The same strings under noise, masks left in; the network's samples that are no strings, or of wrong value.
     """
     model, checkpoint = network(run)
     meta, config = checkpoint['meta'], checkpoint['config']
@@ -217,7 +213,7 @@ def corrupted(model, meta, clean, seed, low=0.2, high=0.6):
 
 
 def own_mistakes(s, model, meta, task, rounds=10, steps=32):
-    """The network's samples that are no strings, and those with a wrong value: num_samples of each, or fewer."""
+    """The network's samples that are no strings, and those of wrong value: at most num_samples of each."""
     found = {'own samples, invalid': [], 'own samples, wrong value': []}
     for number in range(rounds):
         seed = s.seed + 1000 + number            # none that the energy head may have learned from
@@ -236,10 +232,10 @@ def own_mistakes(s, model, meta, task, rounds=10, steps=32):
 @torch.no_grad()
 def suspicion(model, meta, ids, causal=True, batch_size=125, most=200):
     """
-    What speaks against texts ids (N, T), which may hold masks: {score: (N,), higher is worse; None: not there}.
+    What speaks against texts ids (N, T), which may hold masks: {score: (N,), higher is worse; None: unknown}.
 
-    leave-one-out is for the first most texts only. The causal pass and the energy head know no masks: they see the
-    text with the masks filled by the likeliest tokens.
+    leave-one-out is for the first most texts only. The causal pass and the energy head know no masks: they
+    see the text with the masks filled by the likeliest tokens.
     """
     parts, device = [], next(model.parameters()).device
     for start, x in zip(range(0, len(ids), batch_size), ids.split(batch_size)):
@@ -265,7 +261,7 @@ def suspicion(model, meta, ids, causal=True, batch_size=125, most=200):
 
 
 def leave_one_out(model, ids, visible):
-    """The mean -log p of the visible tokens of ids (B, T) when each alone is masked: (B,). A pass a position."""
+    """The mean -log p of the visible tokens of ids (B, T), each masked alone: (B,). A pass a position."""
     total = torch.zeros(len(ids), device=ids.device)
     for at in visible.any(0).nonzero()[:, 0].tolist():
         x = ids.clone()
@@ -282,13 +278,7 @@ def auc_of(bad, good):
     variance = auc * (1 - auc) + (len(bad) - 1) * (one - auc ** 2) + (len(good) - 1) * (two - auc ** 2)
     return auc, max(0.0, variance / (len(bad) * len(good))) ** 0.5
 
-# -----------------------------------------------------------------------------
-# the suite
-
-
 MEASURES = dict(generation=generation_rows, repair=repair_and_edit, detection=detection_rows)
-ROWS = [(name, table, run, how) for table, rows in (('generation', GENERATION), ('repair', REPAIR),
-                                                    ('detection', DETECTION)) for name, run, how in rows]
 
 
 def run(s):

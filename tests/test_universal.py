@@ -18,6 +18,7 @@ from rules import choose_rules
 from suites import runs, universal
 
 BOS, EOS, PAD, MASK = 15, 16, 17, 18
+WRITTEN = {'tools/energy.py': 'ckpt_energy.pt', 'tools/distill.py': 'ckpt_distilled.pt'}
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def trainings(monkeypatch):
         folder, script = next(word for word in command if word.startswith('--out_dir=')).partition('=')[2], command[0]
         if how['status'] == 0:
             parts = dict(time_dim=32 * ('--parts=level:32' in command), self_condition='--parts=previous' in command)
-            path = os.path.join(folder, runs.WRITTEN.get(script, 'ckpt_denoising.pt'))
+            path = os.path.join(folder, WRITTEN.get(script, 'ckpt_denoising.pt'))
             write_checkpoint(path, tiny_gpt(18, 64, n_recur=1, energy_head=script == 'tools/energy.py', **parts),
                              training_type='denoising', remask_target='original', causal_ratio=0.3, max_iters=how['max_iters'])
             if script == 'tools/energy.py':
