@@ -26,9 +26,8 @@ import json as jsonlib
 import sys
 from types import SimpleNamespace
 
-from plumbing.checkpoint import write_atomically
+from plumbing.files import check_folder, write_atomically
 from configurator import UserError
-from sample import check_folder
 
 # -----------------------------------------------------------------------------
 suite = 'arithmetic'     # arithmetic | samplers | tasks | checkpoints | universal | text | stages | diagnose | faults | speed

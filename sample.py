@@ -18,10 +18,8 @@ configurator.help_first(globals())           # --help shall not wait for torch
 # ruff: noqa: E402 (so the imports come after it)
 
 import difflib
-import glob
 import json
 import math
-import os
 import time
 
 import torch
@@ -29,7 +27,9 @@ from tqdm import tqdm
 
 from plumbing import show
 from plumbing.text import decode, encode, load_task, rows_of, start_canvas, task_canvas, until_end
-from plumbing.checkpoint import check_same_model, export_safetensors, identity, import_safetensors, load_checkpoint, write_atomically
+from plumbing.checkpoint import (check_same_model, export_safetensors, find_checkpoint, identity, import_safetensors, load_checkpoint,
+                                 load_merged)
+from plumbing.files import check_folder, write_atomically
 from configurator import UserError
 from corruption import modelled
 from plumbing.device import configure_compute
@@ -423,43 +423,6 @@ def judge_rows(model, meta, canvas, config, estimates=32, seed=0):
 
 # -----------------------------------------------------------------------------
 # the command
-
-
-def find_checkpoint(name, out_dir):
-    """'ckpt': the newest ckpt_*.pt under out_dir; otherwise the name is a path. Raises UserError if there is none."""
-    if name != 'ckpt':
-        return name
-    found = glob.glob(os.path.join(out_dir, '**', 'ckpt_*.pt'), recursive=True)
-    if not found:
-        raise UserError(f'no checkpoint under {out_dir}; train one first: python train.py config/remask_all.py')
-    return max(found, key=os.path.getmtime)
-
-
-def load_merged(path, other_path, weight):
-    """
-    Two checkpoints of one architecture, weights interpolated: (model, checkpoint), weight 0 being the first (the plan's
-    merging). The result counts as trained for what either was. Raises UserError, naming the field in which they differ.
-    """
-    (model, checkpoint), (other, other_checkpoint) = load_checkpoint(path), load_checkpoint(other_path)
-    check_same_model(path, identity(checkpoint), other_path, identity(other_checkpoint))
-    with torch.no_grad():
-        mine, theirs = model.state_dict(), other.state_dict()
-        torch._foreach_lerp_(list(mine.values()), [theirs[name] for name in mine], weight)
-    config, other_config = checkpoint['config'], other_checkpoint['config']
-    unmasks, causal, detects = (a or b for a, b in zip(supports(config), supports(other_config)))
-    kind = ('joint' if detects else 'unmasking') if unmasks else 'remasking' if detects else 'causal'
-    judge = config if supports(config)[2] else other_config
-    checkpoint['config'] = {**config, 'training_type': kind, 'causal_ratio': float(causal),
-                            'remasking_loss_type': judge['remasking_loss_type'],
-                            'allow_abstain': config.get('allow_abstain') and other_config.get('allow_abstain')}
-    return model, checkpoint
-
-
-def check_folder(path):
-    """Raises UserError if a file cannot be written to this path (None: nothing is to be written) for want of a folder."""
-    folder = os.path.dirname(path or '')
-    if folder and not os.path.isdir(folder):
-        raise UserError(f'{path}: there is no folder {folder}')
 
 
 def check_settings():

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from plumbing.text import decode, encode, until_end
-from corruption import corrupt, modelled, own_guesses
+from corruption import Task, ask, modelled, own_guesses
 from data.loader import spread_rows
 from model import places, random_subset, stratified_k
 from rules import p_wrong
@@ -94,9 +94,9 @@ def evaluate(model, x0, meta, *, causal, bidirectional, detects, guesser=None, d
             exact.append(causal_nll(model, rows, real))
         if detects:
             kind = 'joint' if bidirectional else 'remasking'                   # who cannot unmask never sees a mask
-            input, _, _ = corrupt(rows, free, real, training_type=kind, remask_ratio=1.0, generator=generator,
-                                  mask_token_id=model.mask_token_id, wrong_token_id=model.wrong_token_id,
-                                  guess=own_guesses(guesser, generator))
+            tokens = model.mask_token_id, model.wrong_token_id, meta['pad']
+            input, _, _ = ask(rows, free, real, Task(training_type=kind, remask_ratio=1.0), tokens, generator,
+                              own_guesses(guesser, generator))
             judged = real & (input != model.mask_token_id)
             wrong = judged & (input != rows)
             hidden = model(input)

@@ -3,7 +3,7 @@
 import json
 import os
 
-from plumbing.checkpoint import atomically, write_atomically
+from plumbing.files import atomically, write_atomically
 
 
 def read_log(path):
@@ -14,16 +14,17 @@ def read_log(path):
             for line in file:
                 try:
                     records.append(json.loads(line))
-                except ValueError:                                             # torn by a crash
+                except ValueError:                                  # torn by a crash
                     break
     return records
 
 
 def start_log(path, start):
-    """An empty log, an older one being kept as log_before.jsonl; if a run is resumed at step start, the log up to there."""
+    """Starts an empty log and keeps an older one as log_before.jsonl; of a run resumed at step start the log up to there."""
     if not start and os.path.exists(path) and os.path.getsize(path):
         os.replace(path, path.removesuffix('.jsonl') + '_before.jsonl')
-    write_atomically(path, ''.join(json.dumps(record) + '\n' for record in read_log(path) if 0 < start >= record['step']))
+    records = [record for record in read_log(path) if 0 < start >= record['step']]
+    write_atomically(path, ''.join(json.dumps(record) + '\n' for record in records))
 
 
 def draw_curves(log, path):
@@ -37,14 +38,16 @@ def draw_curves(log, path):
               'nats a token, validation': ('nelbo', 'causal_nll', 'entropy'),
               'share': ('auc', 'fixed', 'refilled', 'valid', 'correct', 'distinct_3', 'known_words'),
               'abstention': ('p(MASK)', 'penalty_keep_mask'), 'bias on the logit of [MASK]': ('mask_logit_bias',),
-              'curricula': ('remask_ratio', 'penalty_mask_correct'), 'learning rate': ('learning_rate',)}
-    groups = {title: [name for name in names if any(name in record for record in records)] for title, names in groups.items()}
-    groups = {title: names for title, names in groups.items() if names}
-    if not groups:
+                'curricula': ('remask_ratio', 'penalty_mask_correct'), 'learning rate': ('learning_rate',)}
+    there = {name for record in records for name in record}
+    panels = [(title, [name for name in names if name in there]) for title, names in groups.items()]
+    panels = [(title, names) for title, names in panels if names]
+    if not panels:
         return False
-    figure = Figure(figsize=(10, 2.6 * -(-len(groups) // 2)), layout='constrained')
-    for number, (title, names) in enumerate(groups.items(), 1):
-        axes = figure.add_subplot(-(-len(groups) // 2), 2, number, title=title)
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(10, 2.6 * rows), layout='constrained')
+    for number, (title, names) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, 2, number, title=title)
         for name in names:
             points = [(record['step'], record[name]) for record in records if name in record]
             axes.plot(*zip(*points), label=name, marker='.' if len(points) < 20 else None)

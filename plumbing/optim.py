@@ -11,10 +11,10 @@ from plumbing import distributed
 
 class Muon(torch.optim.Muon):
     """
-    torch.optim.Muon (Jordan et al. 2024), all matrices of one shape at a time: the same steps, by as many kernels for any depth.
+    torch.optim.Muon (Jordan et al. 2024), all matrices of one shape at a time.
 
-    A GPU would otherwise wait for them to be launched, longer than for the whole backward pass of a small network. The state
-    is that of torch.optim.Muon; it has the default coefficients and rates.
+    The steps are the same, by as many kernels for any depth. A GPU would otherwise wait for them to be launched, longer than
+    for the whole backward pass of a small network. State, coefficients and rates are those of torch.optim.Muon.
     """
 
     @torch.no_grad()
@@ -27,9 +27,10 @@ class Muon(torch.optim.Muon):
                     if 'momentum_buffer' not in self.state[p]:
                         self.state[p]['momentum_buffer'] = torch.zeros_like(p.grad)
             for (rows, columns), params in by_shape.items():
-                grads, momenta = [p.grad for p in params], [self.state[p]['momentum_buffer'] for p in params]
+                grads = [p.grad for p in params]
+                momenta = [self.state[p]['momentum_buffer'] for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
-                nesterov = torch.stack(grads).lerp(torch.stack(momenta), group['momentum'])          # (n, rows, columns)
+                nesterov = torch.stack(grads).lerp(torch.stack(momenta), group['momentum'])    # (n, rows, columns)
                 moves = orthogonalized(distributed.full(nesterov), group['ns_coefficients'], group['ns_steps'])
                 moves = distributed.like(moves.to(nesterov.dtype), nesterov)
                 (moves,), params = distributed.local([moves]), distributed.local(params)
@@ -44,15 +45,16 @@ def orthogonalized(matrices, coefficients, steps):
     x = matrices.bfloat16().mT if tall else matrices.bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        gram = x @ x.mT                                                        # the smaller side, squared
+        gram = x @ x.mT                                             # the smaller side, squared
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
 def make_optimizers(model, optimizer, learning_rate, muon_lr, weight_decay, betas, bigram_decay=0.0):
     """
-    A list of optimisers: Muon for the matrices of the blocks and AdamW for the rest, or AdamW only. weight_decay is of these
-    matrices, bigram_decay of the tables of pairs, of which AdamW takes the share rate * decay a step.
+    A list of optimisers: Muon for the matrices of the blocks and AdamW for the rest, or AdamW only.
+
+    weight_decay is for these matrices, bigram_decay for the tables of pairs.
     """
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     tables = [] if model.bigrams is None else list(model.bigrams.parameters())
@@ -74,7 +76,7 @@ def update(model, optimizers, config, scale):
 
     The draft head must not change what the network learns, so it has no say in the clipping or the credit either.
     """
-    peaks = [config['muon_lr'], config['learning_rate']] if config['optimizer'] == 'muon' else [config['learning_rate']]
+    peaks = [config['muon_lr']] * (config['optimizer'] == 'muon') + [config['learning_rate']]
     for optim, peak in zip(optimizers, peaks):
         for group in optim.param_groups:
             group['lr'] = peak * scale
@@ -89,17 +91,18 @@ def update(model, optimizers, config, scale):
 
 def give_credit(grads):
     """
-    K-1 (the fix guide's seed): every one of the n gradients g times min(1, n |g| / sum |g|), in place.
+    Scales each of the n gradients g by min(1, n |g| / sum |g|), in place (k1_credit).
 
-    A tensor whose gradient is smaller than the mean moves less still. Both optimisers undo a constant factor, since their steps
-    do not depend on the scale of the gradient, so what is left of it is how the factor changes from step to step.
+    A tensor whose gradient is smaller than the mean moves less still. Both optimisers undo a constant factor, since their
+    steps do not depend on the scale of the gradient: what is left is how the factor changes from step to step.
     """
-    norms = distributed.norms(grads)                                           # (n,)
-    torch._foreach_mul_(distributed.local(grads), (len(grads) * norms / norms.sum().clamp(min=1e-30)).clamp(max=1).unbind())
+    norms = distributed.norms(grads)                                # (n,)
+    credit = (len(grads) * norms / norms.sum().clamp(min=1e-30)).clamp(max=1)
+    torch._foreach_mul_(distributed.local(grads), credit.unbind())
 
 
 def average(ema, model, decay):
-    """Moves the averaged weights towards the model's: a share decay of what they are stays."""
+    """Moves the averaged weights towards those of the model: a share decay of what they are stays."""
     with torch.no_grad():
         old, new = ([*distributed.local(network.parameters()), network.mask_logit_bias] for network in (ema, model))
         torch._foreach_lerp_(old, new, 1 - decay)

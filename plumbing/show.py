@@ -13,7 +13,7 @@ from string import Template
 
 import torch
 
-from plumbing.checkpoint import write_atomically
+from plumbing.files import write_atomically
 from configurator import UserError
 from rules import p_wrong
 

@@ -12,11 +12,11 @@ import torch
 from tqdm import tqdm
 
 from plumbing.text import decode, load_task
-from plumbing.checkpoint import load_checkpoint
+from plumbing.checkpoint import find_checkpoint, load_checkpoint, load_merged
 from configurator import UserError
 from data.loader import load_data
 from plumbing.device import configure_compute
-from sample import find_checkpoint, generate, load_merged
+from sample import generate
 
 METRICS = ('balanced', 'valid', 'correct', 'unique', 'novel', 'mean_length', 'length_tv', 'nfe')
 SHARES = ('balanced', 'valid', 'correct', 'unique', 'novel', 'fixed', 'refilled', 'accuracy', 'by_string', 'exact', 'anchors')

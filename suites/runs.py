@@ -20,7 +20,8 @@ import sys
 from tqdm import tqdm
 
 import configurator
-from plumbing.checkpoint import append_line, load_checkpoint, make_folder, write_atomically
+from plumbing.checkpoint import load_checkpoint
+from plumbing.files import append_line, make_folder, write_atomically
 from configurator import UserError
 from suites.common import load
 

@@ -19,7 +19,6 @@ import statistics
 from types import SimpleNamespace
 
 import configurator
-import train
 from configurator import UserError
 from data.loader import data_of, load_data, spread_rows
 from plumbing.evaluate import evaluate
@@ -66,7 +65,7 @@ def config_of(words):
     files, overrides = configurator.parse(words[1:], known)
     for file in files:
         configurator.apply_file(os.path.join(ROOT, file), values, known)
-    return train.staged({**values, **dict(overrides)})
+    return {**values, **dict(overrides)}
 
 
 def legs_of(s, data, variant, k):

@@ -13,8 +13,10 @@ import torch
 from tqdm import tqdm
 
 from plumbing.text import decode, task_canvas
-from corruption import NOISE, mixed_noise, modelled, parse_mixture
+from corruption import modelled
 from data.loader import data_of, spread_rows
+from parts.noise import NOISE, mixed_noise
+from plumbing.checks import parse_mixture
 from plumbing.evaluate import per_token
 from rules import choose_rules, supports
 from sample import fill

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from plumbing.text import decode
 from configurator import UserError
-from corruption import another_token
+from parts.noise import another_token
 from data.loader import data_of, load_data, random_rows, rows_at, spread_rows
 from plumbing.evaluate import causal_nll, evaluate, per_token, text_statistics, training_text
 from model import random_subset

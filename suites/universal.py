@@ -16,8 +16,10 @@ import torch
 from tqdm import tqdm
 
 from plumbing.text import decode, encode, rows_of, start_canvas, task_canvas
-from corruption import NOISE, mixed_noise, modelled, parse_mixture
+from corruption import modelled
 from data.loader import data_of, load_data, spread_rows
+from parts.noise import NOISE, mixed_noise
+from plumbing.checks import parse_mixture
 from plumbing.evaluate import causal_nll, evaluate, roc_auc
 from rules import PRESETS, choose_rules, p_wrong, supports, text_of
 from sample import fill, generate

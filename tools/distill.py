@@ -25,14 +25,15 @@ import time
 import torch
 
 from plumbing.text import load_task
-from plumbing.checkpoint import load_checkpoint, make_folder, save_checkpoint
+from plumbing.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from configurator import UserError
-from corruption import corrupt, modelled
+from corruption import Task, ask, modelled
 from data.loader import data_of, random_rows
 from plumbing.device import configure_compute
+from plumbing.files import make_folder
 from plumbing.optim import make_optimizers
 from rules import PRESETS, choose_rules, supports
-from sample import find_checkpoint, generate, generate_diffusion
+from sample import generate, generate_diffusion
 from train import loss
 
 # -----------------------------------------------------------------------------
@@ -81,8 +82,8 @@ def main():
     for step in range(max_iters):
         x0 = random_rows(data['train'], batch_size, teacher.config.block_size, rows).to(noise.device)
         free, real = modelled(x0, meta)
-        input, _, weight = corrupt(x0, free, real, training_type='unmasking', mask_token_id=teacher.mask_token_id,
-                                   wrong_token_id=teacher.wrong_token_id, generator=noise)
+        tokens = teacher.mask_token_id, teacher.wrong_token_id, meta['pad']
+        input, _, weight = ask(x0, free, real, Task(training_type='unmasking'), tokens, noise)
         target, _, _ = generate_diffusion(teacher, input, input != teacher.mask_token_id, end_id=meta['eos'], pad_id=meta['pad'],
                                           forbid=[i for i in (meta['bos'],) if i is not None], generator=noise, **rules)
         total, _ = loss(student, input, target, weight)

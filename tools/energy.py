@@ -29,15 +29,17 @@ import torch
 import torch.nn.functional as F
 
 from plumbing.text import load_task, rows_of
-from plumbing.checkpoint import load_checkpoint, save_checkpoint
+from plumbing.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from configurator import UserError
-from corruption import NOISE, corrupt, mixed_noise, modelled, noise_level, own_guesses, parse_mixture
+from corruption import Task, ask, modelled, own_guesses
 from data.loader import data_of, random_rows, spread_rows
 from plumbing.device import configure_compute
 from plumbing.evaluate import roc_auc
+from plumbing.checks import parse_mixture
 from model import GPT, GPTConfig, places
+from parts.noise import NOISE, mixed_noise, noise_level
 from rules import choose_rules, draw, filtered, supports, text_of
-from sample import find_checkpoint, generate
+from sample import generate
 
 # -----------------------------------------------------------------------------
 init_from = 'ckpt'       # 'ckpt': the newest checkpoint under out_dir; or the path of one
@@ -74,7 +76,7 @@ def complete(model, x, generator=None):
 
 def noised(model, x0, meta, mix, sigma_min, sigma_max, generator):
     """Rows x0 (B, T) with mixed_noise of that mix, its masks filled by the network's likeliest tokens: ids (B, T)."""
-    sigma = noise_level(len(x0), sigma_min, sigma_max, 0.0, generator)
+    sigma = noise_level(len(x0), sigma_min, sigma_max, generator)
     real = modelled(x0, meta)[1]
     return complete(model, mixed_noise(x0, real, sigma, mix, model.mask_token_id, meta['pad'], generator))
 
@@ -82,8 +84,8 @@ def noised(model, x0, meta, mix, sigma_min, sigma_max, generator):
 def guessed(model, x0, meta, generator):
     """Rows x0 (B, T) in which the network's own guesses stand, some of them made before and some after the others: ids (B, T)."""
     free, real = modelled(x0, meta)
-    input, _, _ = corrupt(x0, free, real, training_type='joint', remask_ratio=1.0, mask_token_id=model.mask_token_id,
-                          wrong_token_id=model.wrong_token_id, guess=own_guesses(model, generator), generator=generator)
+    tokens = model.mask_token_id, model.wrong_token_id, meta['pad']
+    input, _, _ = ask(x0, free, real, Task(remask_ratio=1.0), tokens, generator, own_guesses(model, generator))
     return complete(model, input, generator)
 
 
