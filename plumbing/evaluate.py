@@ -94,8 +94,8 @@ def evaluate(model, x0, meta, *, causal, bidirectional, detects, guesser=None, d
             exact.append(causal_nll(model, rows, real))
         if detects:
             kind = 'joint' if bidirectional else 'remasking'                   # who cannot unmask never sees a mask
-            tokens = model.mask_token_id, model.wrong_token_id, meta['pad']
-            input, _, _ = ask(rows, free, real, Task(training_type=kind, remask_ratio=1.0), tokens, generator,
+            special = model.mask_token_id, model.wrong_token_id, meta['pad']
+            input, _, _ = ask(rows, free, real, Task(training_type=kind, remask_ratio=1.0), special, generator,
                               own_guesses(guesser, generator))
             judged = real & (input != model.mask_token_id)
             wrong = judged & (input != rows)
