@@ -304,6 +304,8 @@ def training_step(model, x0, meta, config, step, generator, price=None, parallel
 def take_step(run, rows, parallel):
     """The gradients of one or several batches of the training rows, and a step of the optimisers."""
     model, config, control, parts = run.model, run.config, run.control, {}
+    run.scale = lr_scale(run.step, config['lr_schedule'], config['max_iters'], config['warmup_iters'],
+                         config['decay_share'])
     model.train()
     accumulate = config['gradient_accumulation_steps']
     for number in range(accumulate):
@@ -319,7 +321,7 @@ def take_step(run, rows, parallel):
             run.control = steer(control, parts['p(MASK)'], config['target_mask_prob'], config['mask_control_rate'],
                                 config['mask_bias_limit'])
             model.mask_logit_bias.fill_(run.control['bias'])
-        update(model, run.optimizers, config, rate(run.step, config))
+        update(model, run.optimizers, config, run.scale)
         if config['ema_decay']:                                     # a young average forgets its start
             average(run.ema, model, min(config['ema_decay'], (1 + run.step) / (10 + run.step)))
     model.zero_grad(set_to_none=True)
@@ -328,11 +330,6 @@ def take_step(run, rows, parallel):
 def to_device(x, device):
     """x on the device; on a GPU the program does not wait for the copy."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
-
-
-def rate(step, config):
-    """The learning rates of a step as a share of their peaks."""
-    return lr_scale(step, config['lr_schedule'], config['max_iters'], config['warmup_iters'], config['decay_share'])
 
 
 # -----------------------------------------------------------------------------
@@ -423,7 +420,7 @@ def report(run):
         more.update(curricula(run.step + 1, config))
     if config['allow_abstain']:
         more.update(mask_logit_bias=run.control['bias'], penalty_keep_mask=run.control['price'])
-    record = run.record(rate(run.step, config) * config['learning_rate'], **more)
+    record = run.record(run.scale * config['learning_rate'], **more)
     print(progress_line(run.step + 1, config, record, run.speed), flush=True)
     run.write(record)
 
