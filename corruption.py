@@ -18,7 +18,7 @@ from rules import draw, filtered
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked. The fields are settings of train.py and explained there; a mixture is ((name, share), ...)."""
+    """What is asked: settings of train.py, explained there. A mixture is ((name, share), ...)."""
     training_type: str = 'joint'
     remask_ratio: float = 0.5
     corruption: tuple = (('own', 1.0),)
@@ -40,7 +40,7 @@ class Task:
 
 
 def task_of(config):
-    """The Task that the settings of train.py describe. Raises UserError for a corruption that there is not."""
+    """The Task of the settings of train.py. Raises UserError for a corruption that there is not."""
     given = {field.name: config[field.name] for field in fields(Task) if field.name in config}
     given['corruption'] = parse_mixture('corruption', config['corruption'], CORRUPTIONS)
     given['noise_mix'] = parse_mixture('noise_mix', config['noise_mix'], NOISE)
@@ -54,14 +54,15 @@ def ask(x0, free, real, task, tokens, generator, guess=None):
     """
     Clean rows -> (input, target, weight), (B, T) each: all that distinguishes one training type from another.
 
-        unmasking   k of a row's n free tokens are hidden, k uniform on 1..n; each weighs 1/k: the loss is the NELBO
+        unmasking   k of the n free tokens of a row are hidden, k uniform on 1..n; each weighs 1/k (the NELBO)
         remasking   wrong tokens stand at k places, nothing is hidden
-        joint       in a share remask_ratio of the rows wrong tokens stand at 1..k of the k places, the rest stays hidden
+        joint       in a share remask_ratio of the rows wrong tokens stand at 1..k of the k places
         denoising   joint, with mixed noise for the wrong tokens
 
-    x0 (B, T) clean ids; free (B, T) bool, what may be hidden; real (B, T) bool, what is not padding; tokens: the ids of
-    [MASK], [WRONG] and padding (or None); guess(input, where) -> ids, what a network would write there. A wrong token's
-    target is [WRONG] or the clean token, see remask_target. One that equals the original is no error.
+    x0 (B, T) clean ids; free (B, T) bool, what may be hidden; real (B, T) bool, what is not padding; tokens:
+    the ids of [MASK], [WRONG] and padding (or None); guess(input, where) -> ids, what a network would write
+    there. A wrong token's target is [WRONG] or the clean token, see remask_target. One that equals the
+    original is no error.
     """
     mask, wrong_id, pad = tokens
     B, mixture = len(x0), task.corruption
@@ -81,8 +82,8 @@ def ask(x0, free, real, task, tokens, generator, guess=None):
     if num:
         count = k if task.training_type == 'remasking' else stratified_k(k, generator)
         chosen = random_subset(holes & proofread, count, generator)
-        batch = SimpleNamespace(x0=x0, real=real, free=free, masked=masked, count=count, task=task, mask=mask, pad=pad,
-                                rng=generator, guess=guess)
+        batch = SimpleNamespace(x0=x0, real=real, free=free, masked=masked, count=count, task=task, mask=mask,
+                                pad=pad, rng=generator, guess=guess)
         for name, rows in split(mixture, proofread, generator):
             where, ids = CORRUPTIONS[name](batch, chosen & rows)
             if task.training_type == 'remasking':
@@ -101,11 +102,11 @@ def ask(x0, free, real, task, tokens, generator, guess=None):
 
 
 def weights(input, wrong, free, proofread, task, mask):
-    """The hidden tokens of a row share weight_unmask_task, its visible ones weight_remask_task, where they may be wrong."""
+    """Hidden tokens share weight_unmask_task, visible ones where they may be wrong weight_remask_task."""
     hidden = input == mask
     visible = free & ~hidden & proofread
     share = hidden.sum(1, keepdim=True).clamp(min=1)                # (B, 1)
-    if task.mask_weighting == 'token':                              # all alike; in the mean over k as much as 1/k
+    if task.mask_weighting == 'token':                              # in the mean over k as much as 1/k
         share = (free.sum(1, keepdim=True) + 1) / 2
     unmask = task.weight_unmask_task * hidden / share
     keep = wrong + task.doubt * (visible & ~wrong)
@@ -113,7 +114,7 @@ def weights(input, wrong, free, proofread, task, mask):
 
 
 def noise_weights(input, wrong, free, real, task, mask, pad):
-    """In rows of mixed noise all positions up to the first padding behind the text share weight_remask_task."""
+    """In rows of mixed noise all positions up to the first padding behind the text weigh alike."""
     text = real | (input != (mask if pad is None else pad))
     counted = free & (text | text.roll(1, 1))
     alike = torch.where((input == mask) | wrong, 1.0, task.doubt)
@@ -121,7 +122,7 @@ def noise_weights(input, wrong, free, real, task, mask, pad):
 
 
 def given_prefix(x0, free, task, generator):
-    """In a share of the rows the first tokens are given, at most half of them: what hybrid generation is trained for."""
+    """In a share of the rows the first tokens are given, at most half of them (hybrid generation)."""
     given = torch.rand(2, len(x0), 1, generator=generator, device=x0.device)
     length = (1 + given[1] * task.prefix_length).long() * (given[0] < task.prefix_ratio)       # (B, 1)
     return free.cumsum(1) <= length.clamp(max=x0.size(1) // 2)
@@ -136,7 +137,7 @@ def split(mixture, rows, generator):
 
 
 # -----------------------------------------------------------------------------
-# wrong tokens: a function of the rows (see ask) and of the places chosen in them -> (where they stand, ids), (B, T) each
+# wrong tokens: a function of the batch in ask and of the places chosen in it -> (where they stand, ids)
 
 
 def own(batch, where):
@@ -169,6 +170,6 @@ def own_guesses(model, generator):
 
 
 def modelled(x0, meta):
-    """Which positions of x0 (B, T) are modelled: (free: all but the start symbol, real: those without the padding)."""
+    """What is modelled of x0 (B, T): (free: all but the start symbol, real: without the padding)."""
     free = torch.ones_like(x0, dtype=torch.bool) if meta['bos'] is None else x0 != meta['bos']
     return free, free if meta['pad'] is None else free & (x0 != meta['pad'])

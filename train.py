@@ -1,13 +1,14 @@
 """
 Train a masked-diffusion language model that can find and fix its own mistakes.
 
-    python train.py config/remask_all.py                     one network: unmask, detect wrong tokens, write causally
+    python train.py config/remask_all.py                     unmask, detect wrong tokens, write causally
     python train.py config/unmask.py --max_iters=500         plain masked diffusion, shorter
     python train.py config/remask_all.py --init_from=resume  go on where the last checkpoint stands
-    torchrun --standalone --nproc_per_node=2 train.py ...    the same by two processes, see plumbing/distributed.py
+    torchrun --standalone --nproc_per_node=2 train.py ...    two processes, see plumbing/distributed.py
 
-Training is one weighted cross-entropy: every training type, corruption and curriculum only decides (input, target,
-weight). See ask in corruption.py, and loss. Beside the checkpoint out_dir holds log.jsonl and curves.png.
+Training is one weighted cross-entropy: every training type, corruption and curriculum only decides (input,
+target, weight). See ask in corruption.py, and loss. Beside the checkpoint out_dir holds log.jsonl and
+curves.png.
 """
 
 import configurator
@@ -26,15 +27,16 @@ from model import GPT, GPTConfig, places
 from parts.abstain import abstaining_ce, steer
 from parts.draft import draft_loss
 from plumbing import checks, distributed
-from plumbing.checks import check_fits
 from plumbing.checkpoint import find_checkpoint, load_start, model_args
+from plumbing.checks import check_fits
 from plumbing.device import configure_compute
 from plumbing.evaluate import compare_text, evaluate, evaluation_line, usual_text
 from plumbing.files import unlock
-from plumbing.optim import average, lr_scale, update
+from plumbing.log import PARTS, progress_line
+from plumbing.optim import average, lr_scale, ramp, update
 from plumbing.pack import extent, pack
 from plumbing.pieces import in_pieces
-from plumbing.run import Run, added
+from plumbing.run import Run, added, to_device
 from plumbing.text import encode, load_task
 from rules import best_rules, supports
 from sample import generate
@@ -42,7 +44,7 @@ from sample import generate
 # -----------------------------------------------------------------------------
 # files
 out_dir = 'out'              # where checkpoints go
-init_from = 'scratch'        # scratch | resume | the path of a checkpoint to start from ('ckpt': the newest in out_dir)
+init_from = 'scratch'        # scratch | resume | a checkpoint to start from ('ckpt': the newest in out_dir)
 # data
 dataset = 'arithmetic'       # a folder under data/; it is prepared on the first run
 batch_size = 64              # rows of a batch, of all processes together
@@ -51,7 +53,7 @@ block_size = 64              # length of a row
 training_type = 'joint'      # unmasking | remasking | joint | denoising | causal, see corruption.py
 causal_ratio = 0.0           # share of every batch that trains the causal mode: the next token
 remask_ratio = 0.5           # joint, denoising: share of the rows in which visible tokens may be wrong
-corruption = 'own'           # own (the network's guesses) | random | fragment | sticky | noise | own:0.7,random:0.3
+corruption = 'own'           # own (its guesses) | random | fragment | sticky | noise | own:0.7,random:0.3
 remask_target = 'wrong'      # at a wrong token the target is [WRONG] | original: the clean token
 # model
 n_layer = 2                  # blocks in the stack
@@ -104,17 +106,17 @@ masking_warmup_iters = 500   # curriculum: steps until penalty_mask_correct is r
 allow_abstain = False        # a masked position costs -log(p(x0) + price * p(MASK)), not -log p(x0)
 penalty_keep_mask = 0.1      # that price, in 0..1; the controller starts from it
 target_mask_prob = 0.0       # the controller holds the mean p(MASK) of masked positions here; 0: off
-mask_logit_bias = 0.0        # added to the logit of [MASK]; the controller starts from it or from a checkpoint
+mask_logit_bias = 0.0        # added to the logit of [MASK]; the controller starts from it
 mask_control_rate = 0.4      # how far one step of the controller moves bias and price
 mask_bias_limit = 20.0       # the controller never takes the bias beyond this
 # optional parts of the network
 self_condition = False       # show the network its previous prediction; half of the rows go without
-time_dim = 0                 # an MLP of this width tells it the share of masks in its canvas, or of noise; 0: off
+time_dim = 0                 # an MLP of this width tells it the share of masks, or of noise; 0: off
 graph_window = 0             # heads may turn to a position's neighbours, this many to each side; 0: off
 graph_topk = 4               # this many of the most similar positions are neighbours too
 mu_blocks = 0                # the embedding as this many blocks that exchange information; 0: off
 short_conv = 0               # every block first mixes in this many neighbours to each side; 0: off
-shortcuts = False            # blocks see the embedding and the values of the first block again, by learned weights
+shortcuts = False            # blocks see the embedding and the first block's values again, weighted
 bigram_rows = 0              # embeddings of pairs of neighbours, from tables of this many rows; 0: off
 # optimiser
 optimizer = 'muon'           # muon: torch.optim.Muon for the matrices, AdamW for the rest | adamw: for all
@@ -123,7 +125,7 @@ bigram_decay = 0.0           # of the tables of pairs, so that what is rare is n
 beta1 = 0.9                  # AdamW
 beta2 = 0.95                 # AdamW
 grad_clip = 1.0              # largest gradient norm; 0: off
-k1_credit = False            # scale down gradients smaller than the mean, see give_credit in plumbing/optim.py
+k1_credit = False            # scale down gradients below the mean, see plumbing/optim.py
 lr_schedule = 'wsd'          # wsd: warmup, stable, linear decay to 0 | cosine: warmup, cosine to 0
 warmup_iters = 50            # steps of linear warmup
 decay_share = 0.4            # wsd: the share of max_iters that decays
@@ -135,22 +137,20 @@ attention = 'auto'           # auto | plain | sdpa
 fsdp = False                 # the processes of torchrun share one network, see plumbing/distributed.py
 # -----------------------------------------------------------------------------
 
-PARTS = ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)')  # of the loss, see loss
-
-
 # -----------------------------------------------------------------------------
 # the loss
 
 
-def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, keep_mask_price=None, pad_id=None,
-         at=None, hidden=None):
+def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, keep_mask_price=None,
+         pad_id=None, at=None, hidden=None):
     """
     The one weighted cross-entropy: (sum of weight * CE, {task: (sum of weight * CE, sum of weight)}).
 
-    input, target, weight (B, T). Only positions that carry weight are projected to the vocabulary. At masked positions and
-    in the causal mode the softmax runs over the V real tokens. keep_mask_price: a masked position may also answer [MASK],
-    at this price, see parts/abstain.py; the parts then hold 'p(MASK)', its sum and count over masked tokens that are not
-    padding. at (N,), hidden (N, C): places(weight > 0) and the hidden states there, if they are known already.
+    input, target, weight (B, T). Only positions that carry weight are projected to the vocabulary. At masked
+    positions and in the causal mode the softmax runs over the V real tokens. keep_mask_price: a masked
+    position may also answer [MASK], at this price, see parts/abstain.py; the parts then hold 'p(MASK)', its
+    sum and count over masked tokens that are not padding. at (N,), hidden (N, C): places(weight > 0) and the
+    hidden states there, if they are known already.
     """
     at = places(weight > 0) if at is None else at                   # (N,)
     hidden = model(input, causal=causal, only=at) if hidden is None else hidden        # (N, C)
@@ -160,16 +160,18 @@ def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, 
     only_real = causal or (bool(masked.all()) and not abstains)     # spares a pass over the vocabulary
 
     def piece_of_loss(hidden, table, piece):
-        """A piece of the positions: (sum of weight * CE, (weight * CE, weight, p(MASK) if it may abstain)), (n,) each."""
-        logits, here, w, p_mask = model.logits(hidden, only_real, table), masked[piece], weight[piece], ()   # (n, V+2)
+        """A piece of the positions: (sum of weight * CE, (weight * CE, weight, maybe p(MASK)), (n,) each)."""
+        logits = model.logits(hidden, only_real, table)             # (n, V+2)
+        here, w, p_mask = masked[piece], weight[piece], ()
         if not only_real:
             closed = torch.arange(logits.size(-1), device=logits.device) >= model.mask_token_id + abstains
             logits = logits.masked_fill(here[:, None] & closed, float('-inf'))
         if abstains:
-            ce, plain, *p_mask = abstaining_ce(logits, target[piece], here, keep_mask_price, model.mask_token_id)
+            ce, plain, *p_mask = abstaining_ce(logits, target[piece], here, keep_mask_price,
+                                               model.mask_token_id)
         else:
             ce = plain = F.cross_entropy(logits, target[piece], reduction='none')
-        if reward_correct_unmask != 1.0:                            # what is known already teaches less, but never nothing
+        if reward_correct_unmask != 1.0:                            # what is known already teaches less
             known = (-plain.detach()).exp()
             w = torch.where(here, w * (1 - (1 - reward_correct_unmask) * known), w)
         return (w * ce).sum(), ((w * ce).detach(), w, *p_mask)
@@ -179,7 +181,8 @@ def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, 
     # what is told of it, by task
     wrong = ~masked & (target != input)
     tasks = {'causal': masked} if causal else {'unmask': masked, 'detect': wrong, 'keep': ~masked & ~wrong}
-    parts = {name: torch.stack(((weighted * which).sum(), (weight * which).sum())) for name, which in tasks.items()}
+    parts = {name: torch.stack(((weighted * which).sum(), (weight * which).sum()))
+             for name, which in tasks.items()}
     if abstains:
         counted = masked if pad_id is None else masked & (target != pad_id)
         parts['p(MASK)'] = torch.stack(((p_mask[0] * counted).sum(), counted.sum()))
@@ -190,20 +193,17 @@ def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, 
 # one step
 
 
-def ramp(step, warmup_iters):
-    """A curriculum: 0 at step 0, 1 from warmup_iters on, linear between."""
-    return min(1.0, step / warmup_iters) if warmup_iters else 1.0
-
-
 def curricula(step, config):
     """What changes while training goes on: dict of remask_ratio and penalty_mask_correct at this step."""
-    return dict(remask_ratio=config['remask_ratio'] * ramp(step, config['proofreading_warmup_iters']),
-                penalty_mask_correct=config['penalty_mask_correct'] * ramp(step, config['masking_warmup_iters']))
+    ratio, penalty = config['remask_ratio'], config['penalty_mask_correct']
+    return dict(remask_ratio=ratio * ramp(step, config['proofreading_warmup_iters']),
+                penalty_mask_correct=penalty * ramp(step, config['masking_warmup_iters']))
 
 
 def causal_part(model, x0, real, all_causal, meta):
     """
-    The causal mode on rows x0 (B, T): yields (sum of weight * CE, parts), then with a draft head (its loss, parts).
+    The causal mode on rows x0 (B, T): yields (sum of weight * CE, parts), then with a draft head (its loss,
+    parts).
 
     all_causal: how many such rows all processes have together; these tokens share a weight of one a row.
     """
@@ -215,9 +215,10 @@ def causal_part(model, x0, real, all_causal, meta):
         x0, real, segment = pack(x0.size(1) - real.flip(1).long().argmax(1), x0, real)
     weight = real * (all_causal / count)
     hidden, at = model(x0, causal=True, segment=segment), places(weight > 0)
-    yield loss(model, x0, x0, weight, causal=True, at=at, hidden=hidden.flatten(0, 1).index_select(0, at))
+    here = hidden.flatten(0, 1).index_select(0, at)                 # (N, C)
+    yield loss(model, x0, x0, weight, causal=True, at=at, hidden=here)
     if model.drafter is not None:
-        yield draft_loss(model, hidden, x0, weight)                 # over tokens picked by each process for itself
+        yield draft_loss(model, hidden, x0, weight)                 # each process picks tokens for itself
 
 
 def diffusion_part(model, x0, meta, config, task, generator, price):
@@ -226,7 +227,7 @@ def diffusion_part(model, x0, meta, config, task, generator, price):
     guess = own_guesses(model, generator)
     input, target, weight = ask(x0, *modelled(x0, meta), task, tokens, generator, guess)
 
-    # the level is of the whole row; wrong tokens are for the network to find, so only a denoiser is told of them
+    # the level is that of the whole row; only a denoiser is told of wrong tokens, others have to find them
     noisy = input != x0 if task.training_type == 'denoising' else input == model.mask_token_id
     segment, level = None, noisy.float().mean(1, keepdim=True).expand(x0.shape)        # (B, T)
     if meta['pad'] is not None:
@@ -240,10 +241,11 @@ def diffusion_part(model, x0, meta, config, task, generator, price):
 
 def conditioned(model, input, segment, level, only):
     """
-    The hidden states (N, C) at the places only (N,) of canvases (R, T), the network being told what it is conditioned on.
+    The hidden states (N, C) at the places only (N,) of canvases (R, T), the network being told what it is
+    conditioned on.
 
-    time_dim: the level (R, T) of noise. self_condition: its own prediction at the masks, from a pass before; every other row
-    goes without, so that the network can start from nothing.
+    time_dim: the level (R, T) of noise. self_condition: its own prediction at the masks, from a pass before;
+    every other row goes without, so that the network can start from nothing.
     """
     previous = None
     if model.previous is not None:
@@ -260,7 +262,8 @@ def conditioned(model, input, segment, level, only):
 
 def losses(model, x0, meta, config, step, generator, price=None):
     """
-    All losses of a batch, one after the other, each after backward of the one before: yields (a loss, its parts by task).
+    All losses of a batch, one after the other, each after backward of the one before: yields (a loss, its
+    parts by task).
 
     Of several processes each has its rows x0 (B, T); the mean of their gradients is that of the whole batch.
     """
@@ -268,8 +271,9 @@ def losses(model, x0, meta, config, step, generator, price=None):
     batch = num * distributed.world()                               # rows over all processes
     all_causal = batch if config['training_type'] == 'causal' else round(batch * config['causal_ratio'])
     num_causal = distributed.share(all_causal)
-    for total, parts in causal_part(model, x0[:num_causal], modelled(x0, meta)[1][:num_causal], all_causal, meta):
-        if 'draft' in parts:                                        # a mean already; by how many of the rows are here
+    real = modelled(x0, meta)[1]
+    for total, parts in causal_part(model, x0[:num_causal], real[:num_causal], all_causal, meta):
+        if 'draft' in parts:                                        # a mean already
             part = num_causal * distributed.world() / all_causal
             yield total * part / accumulate, dict(draft=parts['draft'] * part)
         else:
@@ -287,11 +291,20 @@ def losses(model, x0, meta, config, step, generator, price=None):
         yield total / (num * max(1, views) * accumulate), parts
 
 
+def uses_all(config):
+    """Whether every process has rows for the causal mode and others, so that it uses all parameters."""
+    batch = config['batch_size']
+    causal = round(batch * config['causal_ratio'])
+    others = batch if config['views'] else batch - causal
+    return config['training_type'] != 'causal' and min(causal, others) >= distributed.world()
+
+
 def training_step(model, x0, meta, config, step, generator, price=None, parallel=None):
     """
     One batch, forward and backward: adds to the gradients, returns the parts of the loss by task.
 
-    price: of abstaining, see loss; parallel: what several processes go through, see distributed.data_parallel.
+    price: of abstaining, see loss; parallel: what several processes go through, see
+    distributed.data_parallel.
     """
     batch = x0, meta, config, step, generator, price
     parts = {}
@@ -318,18 +331,13 @@ def take_step(run, rows, parallel):
     parts = distributed.sum_parts(parts, PARTS)                     # from here on all processes do the same
     if run.count(parts):
         if config['target_mask_prob'] and 'p(MASK)' in parts:
-            run.control = steer(control, parts['p(MASK)'], config['target_mask_prob'], config['mask_control_rate'],
-                                config['mask_bias_limit'])
+            run.control = steer(control, parts['p(MASK)'], config['target_mask_prob'],
+                                config['mask_control_rate'], config['mask_bias_limit'])
             model.mask_logit_bias.fill_(run.control['bias'])
         update(model, run.optimizers, config, run.scale)
         if config['ema_decay']:                                     # a young average forgets its start
             average(run.ema, model, min(config['ema_decay'], (1 + run.step) / (10 + run.step)))
     model.zero_grad(set_to_none=True)
-
-
-def to_device(x, device):
-    """x on the device; on a GPU the program does not wait for the copy."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
 
 
 # -----------------------------------------------------------------------------
@@ -350,21 +358,24 @@ def load_rows(config):
 
 
 def load_network(config, meta, place, newest):
-    """The network on its device: (model, what it computes on as text, where its weights come from, that checkpoint)."""
+    """The network on its device: (model, on what it computes, the path of its weights, that checkpoint)."""
     torch.manual_seed(config['seed'])
     sizes = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
     model = GPT(GPTConfig(vocab_size=meta['vocab_size'], **sizes))
     path, checkpoint = '', {}
     if config['init_from'] != 'scratch':
-        path = newest if config['init_from'] == 'resume' else find_checkpoint(config['init_from'], config['out_dir'])
+        path = newest
+        if config['init_from'] != 'resume':
+            path = find_checkpoint(config['init_from'], config['out_dir'])
         weights, checkpoint = load_start(path, config, model_args(model.config), meta)
-        model.load_state_dict({**model.state_dict(), **weights})    # what the checkpoint did not have yet stays
-    model, choices = configure_compute(model, place, config['dtype'], config['attention'], config['compile'])
+        model.load_state_dict({**model.state_dict(), **weights})    # what it did not have yet stays
+    how = config['dtype'], config['attention'], config['compile']
+    model, choices = configure_compute(model, place, *how)
     return model, choices, path, checkpoint
 
 
 def examine(run, val, usual):
-    """An evaluation by rank 0, with samples, printed: what it found, a dict. The other ranks wait and find nothing."""
+    """What an evaluation by rank 0 finds, with samples, printed: a dict, empty on the other ranks."""
     config, result = run.config, {}
     can_unmask, causal, detects = supports(config)
     model = distributed.whole_model(run.ema)
@@ -387,7 +398,8 @@ def show_samples(model, meta, config, num, usual=None, shown=4, seed=0):
     if config['training_type'] == 'remasking' or not num:
         return {}
     task, prompt = load_task(meta['name']), encode(meta, config['sample_prompt'])
-    drawn = generate(model, meta, usual['num'] if usual else num, prompt=prompt, seed=seed, **best_rules(config))
+    some = usual['num'] if usual else num
+    drawn = generate(model, meta, some, prompt=prompt, seed=seed, **best_rules(config))
     samples = [sample['text'] for sample in drawn]
     for text in samples[:shown]:
         print(f'    {text}   {task.verdict(text)}' if task else f'    {text!r}')
@@ -395,22 +407,9 @@ def show_samples(model, meta, config, num, usual=None, shown=4, seed=0):
         return compare_text([text[len(config['sample_prompt']):] for text in samples],
                             [sample['tokens'][usual['start']:] for sample in drawn], usual)
     score = task.score(samples)
-    print(f"    {score['valid']:.0%} of {num} samples are well formed, {score['correct']:.0%} have the right value")
+    print(f"    {score['valid']:.0%} of {num} samples are well formed, "
+          f"{score['correct']:.0%} have the right value")
     return {name: score[name] for name in ('valid', 'correct')}
-
-
-def progress_line(step, config, record, speed):
-    """The line on screen: losses by task since the last one, curricula, controller, speed and time left."""
-    words = [f'{name} {record[name]:.3f}' for name in PARTS if name in record]
-    if config['target_mask_prob']:
-        words.append(f"bias {record['mask_logit_bias']:+.2f}  price {record['penalty_keep_mask']:.2f}")
-    if config['training_type'] in ('joint', 'remasking', 'denoising'):
-        words.append(f"proofreading {ramp(step, config['proofreading_warmup_iters']):.0%}"
-                     f"  masking penalty {ramp(step, config['masking_warmup_iters']):.0%}")
-    if record.get('skipped'):
-        words.append(f"skipped {record['skipped']}")
-    left = int((config['max_iters'] - step) / speed)
-    return f"step {step}/{config['max_iters']}  {'  '.join(words)}  {speed:.1f} it/s  {left // 60}:{left % 60:02d} left"
 
 
 def report(run):
@@ -426,12 +425,12 @@ def report(run):
 
 
 def train(config):
-    # the settings, the folder, the data and the network, each checked before the next one costs time
+    # settings, folder, data and network, each checked before the next one costs time
     place = distributed.connect(config['device'])
     check_settings(config)
     with distributed.together():
         run = Run(config)
-        if distributed.first_here():                                # which makes the dataset if it is not there
+        if distributed.first_here():                                # it makes the dataset if need be
             meta, data = load_rows(config)
     with distributed.together():
         if not distributed.first_here():
@@ -441,13 +440,14 @@ def train(config):
     with distributed.together():
         usual = None
         if distributed.rank() == 0:
-            if config['eval_samples'] and config['training_type'] != 'remasking' and not load_task(meta['name']):
+            writes = config['eval_samples'] and config['training_type'] != 'remasking'
+            if writes and not load_task(meta['name']):
                 usual = usual_text(data['train'], meta, config)
             run.open()
 
     # the loop
     val = spread_rows(data['val'], config['eval_rows'], config['block_size'])
-    parallel = distributed.data_parallel(run.model, losses)
+    parallel = distributed.data_parallel(run.model, losses, uses_all(config))
     for step in run.steps():
         if run.halts():
             run.check_finite()

@@ -1,5 +1,6 @@
 """
-[MASK] as an answer: what it costs where a network is not ready yet, and the controller that holds how often it is given.
+[MASK] as an answer: what it costs where a network is not ready yet, and the controller that holds how often
+it is given.
 """
 
 import math
@@ -9,10 +10,11 @@ import torch
 
 def abstaining_ce(logits, target, masked, price, mask_token_id):
     """
-    The cross-entropy of logits (N, V+2) where a masked position may abstain: -log(p(x0) + price * p(MASK)), price in [0, 1).
+    The cross-entropy of logits (N, V+2) where a masked position may abstain: -log(p(x0) + price * p(MASK)),
+    price in [0, 1).
 
-    Unsure is cheaper than wrong and dearer than right. Returns (N,) each: what every target (N,) costs, -log p(x0) alone,
-    and p(MASK).
+    Unsure is cheaper than wrong and dearer than right. Returns (N,) each: what every target (N,) costs, -log
+    p(x0) alone, and p(MASK).
     """
     logp = logits.log_softmax(-1)
     plain, keep = -logp.gather(1, target[:, None])[:, 0], logp[:, mask_token_id]
@@ -23,16 +25,17 @@ def abstaining_ce(logits, target, masked, price, mask_token_id):
 
 def steer(control, p_mask, target_mask_prob, rate, bias_limit):
     """
-    One step of the controller that holds the mean p(MASK) over masked inputs at target_mask_prob: the new control.
+    One step of the controller that holds the mean p(MASK) over masked inputs at target_mask_prob: the new
+    control.
 
-    control: dict(p_mask, the moving average of what is measured; bias, on the logit of [MASK]; price, of abstaining).
-    p_mask: the (sum, count) of this step, of all processes together.
+    control: dict(p_mask, the moving average of what is measured; bias, on the logit of [MASK]; price, of
+    abstaining). p_mask: the (sum, count) of this step, of all processes together.
 
-    Bias and log-odds of the price make the same moves, those of a PI controller. The optimiser undoes any constant bias,
-    because the best p(MASK) depends on the price alone. So the price holds the set point in the end, and the bias only makes
-    the loop quick. Since the two move together, the bias is bounded by what the price needs. With a price of 0 the price
-    cannot move, and the bias has to grow for ever. Where one of the two is at its limit and the error pushes further, both
-    wait (anti-windup).
+    Bias and log-odds of the price make the same moves, those of a PI controller. The optimiser undoes any
+    constant bias, because the best p(MASK) depends on the price alone. So the price holds the set point in
+    the end, and the bias only makes the loop quick. Since the two move together, the bias is bounded by what
+    the price needs. With a price of 0 the price cannot move, and the bias has to grow for ever. Where one of
+    the two is at its limit and the error pushes further, both wait (anti-windup).
     """
     total, count = p_mask.tolist()
     if not count:

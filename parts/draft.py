@@ -13,10 +13,11 @@ def draft_loss(model, hidden, x0, weight, depth=6, most=256):
     """
     What teaches the draft head: (the mean CE, {'draft': (the mean CE, 1)}).
 
-    x0 (B, T) ids; hidden (B, T, C) of the causal pass over them; weight (B, T), > 0 where a token is modelled. From the state
-    at these positions (at most `most` of them, spread evenly) the head is fed the true tokens one by one and asked for the
-    next one, up to depth tokens ahead. State and embeddings are detached: the head learns from the network and the network
-    nothing from the head. The shapes never change, because a CPU prepares its matrix products anew for every new shape.
+    x0 (B, T) ids; hidden (B, T, C) of the causal pass over them; weight (B, T), > 0 where a token is
+    modelled. From the state at these positions (at most `most` of them, spread evenly) the head is fed the
+    true tokens one by one and asked for the next one, up to depth tokens ahead. State and embeddings are
+    detached: the head learns from the network and the network nothing from the head. The shapes never change,
+    because a CPU prepares its matrix products anew for every new shape.
     """
     # where it starts
     row, at = (weight > 0).nonzero(as_tuple=True)                   # (N,) each

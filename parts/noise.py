@@ -26,8 +26,8 @@ def other_text(x0, real, count, rng):
     """
     A run of at most count (B,) real positions in every row, and a piece of another row to stand there.
 
-    Returns the run (B, T) bool and ids (B, T), of which those in the run matter. Where the other row is too short for the
-    piece, the run is shorter.
+    Returns the run (B, T) bool and ids (B, T), of which those in the run matter. Where the other row is too
+    short for the piece, the run is shorter.
     """
     B, T = x0.shape
     shift = int(torch.randint(1, max(2, B), (), generator=rng, device=x0.device))
@@ -41,13 +41,13 @@ def other_text(x0, real, count, rng):
 
 def noise_level(num, sigma_min, sigma_max, rng):
     """The noise level of num rows, (num,): uniform on sigma_min..sigma_max."""
-    u, _ = torch.rand(2, num, generator=rng, device=rng.device)     # the second row keeps the draws of older runs
+    u, _ = torch.rand(2, num, generator=rng, device=rng.device)   # the second row: draws of older runs
     low = torch.full_like(u, sigma_min)
     return low + (sigma_max - low) * u
 
 
 def swapped(x0, real, hit):
-    """x0 (B, T) in which a token that is hit has changed places with its right neighbour; in a run of hits every other one."""
+    """x0 (B, T), each hit swapped with its right neighbour; in a run of hits every other one."""
     at = torch.arange(x0.size(1), device=x0.device).expand(x0.shape)
     since = at - at.masked_fill(hit, -1).cummax(1).values           # 1, 2, .. within a run
     first = hit & (since % 2 == 1)
@@ -66,7 +66,7 @@ def mixed_noise(x0, real, sigma, mix, mask_token_id, pad_id, rng):
       replace  it becomes another token
       swap     it changes places with its right neighbour
       delete   what is right of it moves left; padding moves in, or [MASK] in a dataset without padding
-      insert   a random token comes before it; what is right of it moves right, onto the padding or off the canvas
+      insert   a random token comes before it; what is right of it moves right, or off the canvas
     """
     # what happens to each token
     B, T = x0.shape
@@ -82,7 +82,7 @@ def mixed_noise(x0, real, sigma, mix, mask_token_id, pad_id, rng):
     x = torch.where(hit['replace'], another_token(x, mask_token_id, rng), x)
     x = x.masked_fill(hit['mask'], mask_token_id)
 
-    # tokens that move: each one takes 0, 1 or 2 positions; what is not wanted goes to the column 2T, which is cut off
+    # tokens that move: each takes 0, 1 or 2 positions; what is not wanted goes to column 2T, which is cut off
     size = 1 + hit['insert'].long() - hit['delete'].long()          # (B, T)
     place = size.cumsum(1) - 1                                      # (B, T) where it ends up, < 2T
     filler = mask_token_id if pad_id is None else pad_id

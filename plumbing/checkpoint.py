@@ -19,7 +19,8 @@ from plumbing.files import atomically
 from rules import supports
 
 # parts that a network may get later, because they start as the identity
-GROWS = ('time_dim', 'self_condition', 'graph_window', 'mu_blocks', 'short_conv', 'shortcuts', 'bigram_rows', 'draft_head')
+GROWS = ('time_dim', 'self_condition', 'graph_window', 'mu_blocks', 'short_conv', 'shortcuts', 'bigram_rows',
+         'draft_head')
 # what sampling asks a checkpoint for: settings of train.py, entries of the dataset's meta.json
 NEEDED = ('training_type', 'causal_ratio', 'remasking_loss_type', 'corruption', 'block_size')
 NEEDED_META = ('name', 'vocab_size', 'tokenizer', 'itos', 'bos', 'eos', 'pad')
@@ -30,7 +31,7 @@ def save_checkpoint(path, checkpoint):
     try:
         with atomically(path) as temporary:
             torch.save(checkpoint, temporary)
-    except (OSError, RuntimeError) as error:                        # a full disk is a RuntimeError of torch.save
+    except (OSError, RuntimeError) as error:             # a full disk is a RuntimeError of torch.save
         why = getattr(error, 'strerror', None) or f'is the disk full? {str(error).splitlines()[0]}'
         raise UserError(f'{path}: cannot be written: {why}') from error
 
@@ -52,9 +53,11 @@ def import_safetensors():
 
 def export_safetensors(path, model, checkpoint):
     """
-    The weights of a network as a .safetensors file, and what sampling needs beside them as JSON in its metadata.
+    The weights of a network as a .safetensors file, and what sampling needs beside them as JSON in its
+    metadata.
 
-    model: as load_checkpoint returned it, so the averaged weights where there are some. load_checkpoint reads the result.
+    model: as load_checkpoint returned it, so the averaged weights where there are some. load_checkpoint reads
+    the result.
     """
     safetensors = import_safetensors()
     keep = json.dumps({key: checkpoint[key] for key in ('model_args', 'config', 'meta', 'iter_num')})
@@ -75,7 +78,8 @@ def read_safetensors(path, device):
 
 def read_checkpoint(path, device='cpu'):
     """
-    A checkpoint, or what --export made of one (.safetensors), as a dict of what it must have. Nothing in it can run code.
+    A checkpoint, or what --export made of one (.safetensors), as a dict of what it must have. Nothing in it
+    can run code.
 
     Raises UserError, naming the file and what is wrong with it.
     """
@@ -91,8 +95,10 @@ def read_checkpoint(path, device='cpu'):
     except pickle.UnpicklingError as error:
         raise UserError(f'{path}: refused, because it is no plain checkpoint: {first_line(error)}') from error
     except Exception as error:  # whatever a reader of damaged bytes may raise
-        raise UserError(f'{path}: truncated or damaged ({first_line(error)}); take an older one or train again') from error
-    for key, kind in (('model', dict), ('model_args', dict), ('config', dict), ('meta', dict), ('iter_num', int)):
+        raise UserError(f'{path}: truncated or damaged ({first_line(error)}); '
+                        'take an older one or train again') from error
+    for key in ('model', 'model_args', 'config', 'meta', 'iter_num'):
+        kind = int if key == 'iter_num' else dict
         if not isinstance(checkpoint, dict) or key not in checkpoint:
             raise UserError(f"{path}: not a checkpoint of train.py: it has no '{key}'")
         if not isinstance(checkpoint[key], kind):
@@ -110,18 +116,20 @@ def first_line(error):
 
 
 def find_checkpoint(name, out_dir):
-    """'ckpt': the newest ckpt_*.pt under out_dir; otherwise the name is a path. Raises UserError if there is none."""
+    """'ckpt': the newest ckpt_*.pt under out_dir, else the path itself. Raises UserError if there is none."""
     if name != 'ckpt':
         return name
     found = glob.glob(os.path.join(out_dir, '**', 'ckpt_*.pt'), recursive=True)
     if not found:
-        raise UserError(f'no checkpoint under {out_dir}; train one first: python train.py config/remask_all.py')
+        raise UserError(f'no checkpoint under {out_dir}; '
+                        'train one first: python train.py config/remask_all.py')
     return max(found, key=os.path.getmtime)
 
 
 def load_checkpoint(path, device='cpu', ema=True):
     """
-    Reads a checkpoint: (model in eval mode, the checkpoint as a dict), the averaged weights if ema and there are some.
+    Reads a checkpoint: (model in eval mode, the checkpoint as a dict), the averaged weights if ema and there
+    are some.
 
     Raises UserError, naming the file and what is wrong with it.
     """
@@ -130,7 +138,8 @@ def load_checkpoint(path, device='cpu', ema=True):
     odd = sorted(set(checkpoint['model_args']) - set(known), key=str)
     if odd:
         raise UserError(f"{path}: made by another version of model.py, which has the field '{odd[0]}'")
-    checkpoint['model_args'] = args = {**known, **checkpoint['model_args']}        # what an older version lacks is off
+    args = {**known, **checkpoint['model_args']}                    # what an older version lacks is off
+    checkpoint['model_args'] = args
     check_args(path, args, known, checkpoint['meta'])
     weights = checkpoint['ema'] if ema and checkpoint.get('ema') else checkpoint['model']
     try:
@@ -163,12 +172,12 @@ def load_merged(path, other_path, weight):
     judge = config if supports(config)[2] else other_config
     checkpoint['config'] = {**config, 'training_type': kind, 'causal_ratio': float(causal),
                             'remasking_loss_type': judge['remasking_loss_type'],
-                            'allow_abstain': config.get('allow_abstain') and other_config.get('allow_abstain')}
+                            'allow_abstain': all(c.get('allow_abstain') for c in (config, other_config))}
     return model, checkpoint
 
 
 def check_args(path, args, known, meta):
-    """Raises UserError if the model_args of a file are no numbers, or the vocabulary in its meta is not the network's."""
+    """Raises UserError if model_args of a file are no numbers or do not fit the vocabulary in its meta."""
     for name, default in known.items():
         if not isinstance(args[name], (int, float) if isinstance(default, float) else int):
             raise UserError(f'{path}: damaged: {name} is {args[name]!r}, not {expected(type(default))}')
@@ -176,19 +185,21 @@ def check_args(path, args, known, meta):
     fits = isinstance(size, int) and size == args['vocab_size']
     if not fits or not (itos is None or isinstance(itos, list) and len(itos) == size):
         there = len(itos) if isinstance(itos, list) else repr(size)
-        raise UserError(f"{path}: damaged: the network knows {args['vocab_size']} tokens, its vocabulary has {there}")
-    for name in (meta['name'], meta.get('dataset', meta['name'])):  # task.py and prepare.py of that name will be run
+        raise UserError(f"{path}: damaged: the network knows {args['vocab_size']} tokens, "
+                        f'its vocabulary has {there}')
+    for name in (meta['name'], meta.get('dataset', meta['name'])):  # code of that name will be run
         if not isinstance(name, str) or os.path.basename(name) != name:
             raise UserError(f'{path}: damaged: {name!r} is no name of a dataset')
 
 
 def check_weights(path, weights, own):
-    """Raises UserError, naming the tensor, if weights from a file are not like own, the state dict of the network."""
+    """Raises UserError if weights from a file are not like own, the state dict of the network."""
     if not isinstance(weights, dict):
         raise UserError(f'{path}: damaged: its averaged weights are no dict')
     for name in sorted({*own, *weights}, key=str):
         if name not in own or name not in weights:
-            raise UserError(f"{path}: made by another version of model.py: they differ in the tensor '{name}'")
+            raise UserError(f'{path}: made by another version of model.py: '
+                            f"they differ in the tensor '{name}'")
         if not isinstance(weights[name], torch.Tensor) or not weights[name].is_floating_point():
             raise UserError(f"{path}: '{name}' is no tensor of floating-point numbers")
         if own[name].shape != weights[name].shape:
@@ -199,7 +210,7 @@ def check_weights(path, weights, own):
 
 
 def check_same_model(path, model_args, other_path, other_args, names=None):
-    """Raises UserError, naming the field, if the model_args of two checkpoints or runs differ in names (None: in any)."""
+    """Raises UserError if the model_args of two checkpoints or runs differ in names (None: in any field)."""
     for name in names or model_args:
         if model_args[name] != other_args[name]:
             raise UserError(f'{path} and {other_path} do not fit together: '
@@ -207,7 +218,7 @@ def check_same_model(path, model_args, other_path, other_args, names=None):
 
 
 def identity(checkpoint):
-    """What two checkpoints must have in common to work together: the model_args, and the tokens that the ids stand for."""
+    """What checkpoints that work together have in common: model_args, and the tokens of the ids."""
     return {**checkpoint['model_args'], 'itos': checkpoint['meta']['itos']}
 
 
@@ -229,7 +240,8 @@ def checkpoint_name(training_type, remasking_loss_type, step=None):
 
 def check_overwrite(path, config):
     """
-    Looks at what a new run would write over; raises UserError if that is another network, or of another dataset.
+    Looks at what a new run would write over; raises UserError if that is another network, or of another
+    dataset.
 
     Returns a line to print: what is written over, or ''.
     """
@@ -243,17 +255,19 @@ def check_overwrite(path, config):
     except UserError as error:
         raise UserError(f'this run would write over a file that it cannot read; {how} ({error})') from error
     old = checkpoint['config']
-    off = {'coarse': '', **{field.name: field.default for field in fields(GPTConfig) if field.name != 'dropout'}}
+    off = {field.name: field.default for field in fields(GPTConfig) if field.name != 'dropout'}
+    off['coarse'] = ''
     old = {**off, **old}                                            # what it did not have was off
     for name in ('dataset', *off):
         idle = name == 'graph_topk' and not old['graph_window']     # of no effect there
         if name in config and name in old and old[name] != config[name] and not idle:
-            raise UserError(f'{path} is of another run, with {name}={old[name]!r} where this one has {config[name]!r}: '
-                            f'{how}')
+            raise UserError(f'{path} is of another run, with {name}={old[name]!r} where this one has '
+                            f'{config[name]!r}: {how}')
     now = read_meta(config['dataset'])
     if now is not None and other_data(checkpoint['meta'], now):
-        raise UserError(f"{path} is of another run, on other data than what data/{config['dataset']} holds now: "
-                        'give another --out_dir, or write over it by --overwrite=True')
+        raise UserError(f'{path} is of another run, on other data than what '
+                        f"data/{config['dataset']} holds now: give another --out_dir, "
+                        'or write over it by --overwrite=True')
     return f'{path} will be written over: it is of the same network and dataset'
 
 
@@ -282,7 +296,8 @@ def random_states_of_ranks(checkpoint):
 
 def restore(run, path, checkpoint):
     """
-    Puts a Run where a checkpoint stands, the weights of its model excepted. Rates, decay and betas are those of this run.
+    Puts a Run where a checkpoint stands, the weights of its model excepted. Rates, decay and betas are those
+    of this run.
 
     Raises UserError, naming the path, if what it says does not fit the run.
     """
@@ -305,7 +320,7 @@ def restore(run, path, checkpoint):
         run.step = checkpoint['iter_num']
     except UserError:
         raise
-    except Exception as error:                                      # as many kinds as there are ways to be wrong
+    except Exception as error:                                      # whatever a damaged state may raise
         raise UserError(f'{path}: damaged: the state of its run does not fit this one ({first_line(error)}); '
                         f'start a new run from its weights with --init_from={path}') from error
 
@@ -313,14 +328,15 @@ def restore(run, path, checkpoint):
 def restore_optimizer(optim, state):
     """Loads the state of an optimiser, but keeps the betas and the decay that it was made with."""
     params = [p for group in optim.param_groups for p in group['params']]
-    chosen = [{name: group[name] for name in ('betas', 'weight_decay') if name in group} for group in optim.param_groups]
+    chosen = [{name: group[name] for name in ('betas', 'weight_decay') if name in group}
+              for group in optim.param_groups]
     optim.load_state_dict(dict(state, state=distributed.like(state['state'], params)))
     for group, settings in zip(optim.param_groups, chosen):
         group.update(settings)
 
 
 def restore_random_states(run, rng):
-    """Sets all random numbers; those of the noise are left alone if they were saved on another kind of device."""
+    """Sets all random numbers, those of the noise only if they were saved on this kind of device."""
     run.rows_rng.set_state(rng['rows'].cpu())
     where = rng.get('where', run.device.type)
     if where not in ('cpu', 'cuda', 'mps'):
@@ -338,9 +354,9 @@ def load_start(path, config, args, meta):
     """
     What a run starts from: (weights, checkpoint), the averaged weights unless it resumes.
 
-    args: the model_args of this run. Unless it resumes, it may have parts that the checkpoint lacks, those of GROWS: they
-    start as identities, so it begins where the checkpoint stands. Raises UserError, naming the field in which the two differ
-    otherwise.
+    args: the model_args of this run. Unless it resumes, it may have parts that the checkpoint lacks, those of
+    GROWS: they start as identities, so it begins where the checkpoint stands. Raises UserError, naming the
+    field in which the two differ otherwise.
     """
     resume = config['init_from'] == 'resume'
     source, checkpoint = load_checkpoint(path, ema=not resume)
@@ -357,13 +373,15 @@ def load_start(path, config, args, meta):
 def check_resume(path, config, checkpoint, meta):
     """Raises UserError if a run with these settings and data cannot go on with a checkpoint."""
     if other_data(checkpoint['meta'], meta):
-        raise UserError(f"{path} was trained on other data than what data/{config['dataset']} holds now: make that again "
-                        f'as it was, or start a new run from its weights with --init_from={path}')
+        raise UserError(f"{path} was trained on other data than what data/{config['dataset']} holds now: "
+                        'make that again as it was, or start a new run from its weights with '
+                        f'--init_from={path}')
     missing = [key for key in ('optimizers', 'rng', 'sums', 'control') if key not in checkpoint]
     if missing:
-        raise UserError(f"{path}: made by another version of train.py, it has no '{missing[0]}' to resume with; start a new "
-                        f'run from its weights with --init_from={path}')
+        raise UserError(f"{path}: made by another version of train.py, it has no '{missing[0]}' "
+                        f'to resume with; start a new run from its weights with --init_from={path}')
     check_same_model(path, {'coarse': '', 'k1_credit': False, **checkpoint['config']}, 'this run', config,
                      ('optimizer', 'dataset', 'training_type', 'coarse', 'k1_credit'))
     if checkpoint['iter_num'] >= config['max_iters'] and not config['eval_only']:
-        raise UserError(f"{path} has all of its {checkpoint['iter_num']} steps: to go on, set a higher --max_iters")
+        raise UserError(f"{path} has all of its {checkpoint['iter_num']} steps: "
+                        'to go on, set a higher --max_iters')

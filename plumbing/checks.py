@@ -1,5 +1,6 @@
 """
-What is checked before a run touches anything: settings that make no sense, do not go together or do not fit the data.
+What is checked before a run touches anything: settings that make no sense, do not go together or do not fit
+the data.
 """
 
 import math
@@ -17,13 +18,14 @@ RANGES = {
         'batch_size', 'block_size', 'max_iters', 'eval_interval', 'eval_rows', 'log_interval',
         'gradient_accumulation_steps', 'max_bad_steps')),
     'must be in 0..1': (lambda x: 0 <= x <= 1, (
-        'causal_ratio', 'remask_ratio', 'reward_correct_unmask', 'decay_share', 'ema_decay', 'sigma_min', 'sigma_max',
-        'target_mask_prob', 'prefix_ratio')),
+        'causal_ratio', 'remask_ratio', 'reward_correct_unmask', 'decay_share', 'ema_decay', 'sigma_min',
+        'sigma_max', 'target_mask_prob', 'prefix_ratio')),
     'must not be negative': (lambda x: x >= 0, (
-        'learning_rate', 'muon_lr', 'weight_decay', 'bigram_decay', 'grad_clip', 'warmup_iters', 'seed', 'views',
-        'proofreading_warmup_iters', 'masking_warmup_iters', 'weight_unmask_task', 'weight_remask_task', 'keep_every',
-        'penalty_mask_correct', 'eval_samples', 'mask_control_rate', 'mask_bias_limit')),
-    'must be in 0..2^62 - 1': (lambda x: x < 2 ** 62, ('seed',)),    # every process takes one that is a little higher
+        'learning_rate', 'muon_lr', 'weight_decay', 'bigram_decay', 'grad_clip', 'warmup_iters', 'seed',
+        'views', 'proofreading_warmup_iters', 'masking_warmup_iters', 'weight_unmask_task', 'keep_every',
+        'weight_remask_task', 'penalty_mask_correct', 'eval_samples', 'mask_control_rate',
+        'mask_bias_limit')),
+    'must be in 0..2^62 - 1': (lambda x: x < 2 ** 62, ('seed',)),    # every process adds a little
     'must be in [0, 1)': (lambda x: 0 <= x < 1, ('beta1', 'beta2')),
     'must be 0, or in 0.00001..0.99999': (lambda x: not x or 1e-5 <= x <= 1 - 1e-5, ('penalty_keep_mask',))}
 
@@ -43,7 +45,7 @@ def check_settings(config):
 
 
 def conflicts_of_rows(config):
-    """[(whether it is so, what to do then)], of settings that say which rows are trained on what, and by whom."""
+    """[(whether it is so, what to do then)], of settings that say which rows are trained on what."""
     kind, rows, world = config['training_type'], config['batch_size'], distributed.world()
     causal = round(rows * config['causal_ratio'])
     others = 0 if config['views'] else rows - causal
@@ -58,12 +60,13 @@ def conflicts_of_rows(config):
          f"causal_ratio={config['causal_ratio']} of batch_size={rows} is no row: raise one of them"),
         (config['fsdp'] and not distributed.several(),
          'fsdp shares the network among processes: start them by torchrun --nproc_per_node=2 train.py ...'),
-        (config['fsdp'] and too_few, f'with fsdp each of {world} processes needs causal rows and others, there are {causal} '
-                                     f'and {others} of them: raise --batch_size')]
+        (config['fsdp'] and too_few,
+         f'with fsdp each of {world} processes needs causal rows and others, there are {causal} and {others} '
+         'of them: raise --batch_size')]
 
 
 def conflicts_of_tasks(config):
-    """[(whether it is so, what to do then)], of settings that belong to one task or one part of the network."""
+    """[(whether it is so, what to do then)], of settings of one task or one part of the network."""
     kind, bias, limit = config['training_type'], config['mask_logit_bias'], config['mask_bias_limit']
     no_masks = kind in ('remasking', 'causal')
     return [
@@ -79,7 +82,8 @@ def conflicts_of_tasks(config):
          'draft_head drafts for the causal mode, which this run does not train: set --causal_ratio=0.5'),
         (config['bigram_decay'] and not config['bigram_rows'],
          'bigram_decay is of the tables of pairs, and there are none: set --bigram_rows=8192'),
-        (bias and not config['allow_abstain'], 'mask_logit_bias is for an answer [MASK]: set --allow_abstain=True'),
+        (bias and not config['allow_abstain'],
+         'mask_logit_bias is for an answer [MASK]: set --allow_abstain=True'),
         (abs(bias) > limit, f'mask_logit_bias={bias} is beyond mask_bias_limit={limit}')]
 
 
@@ -87,20 +91,21 @@ def check_fits(config, meta):
     """Raises UserError if the settings do not fit the dataset."""
     name, size = meta['name'], config['block_size']
     if meta['format'] == 'rows' and size != meta['block_size']:
-        raise UserError(f"the rows of {name} have {meta['block_size']} tokens: set --block_size={meta['block_size']}")
+        raise UserError(f"the rows of {name} have {meta['block_size']} tokens: "
+                        f"set --block_size={meta['block_size']}")
     if meta['format'] == 'stream' and size >= min(meta['train_tokens'], meta['val_tokens']):
         raise UserError(f"block_size={size} is longer than a split of {name} ({meta['val_tokens']} tokens)")
-    try:                                                            # without a prompt no tokenizer is needed yet
+    try:                                                            # no tokenizer is needed without a prompt
         given = len(encode(meta, config['sample_prompt'])) if config['sample_prompt'] else 0
     except UserError as error:
         raise UserError(f'sample_prompt: {error}') from None
     if given and given + sum(meta[name] is not None for name in ('bos', 'eos')) >= size:
-        raise UserError(f'sample_prompt has {given} tokens, which leaves nothing to write of block_size={size}: '
-                        'shorten it')
+        raise UserError(f'sample_prompt has {given} tokens, which leaves nothing to write of '
+                        f'block_size={size}: shorten it')
 
 
 def parse_mixture(name, text, known):
-    """'own' or 'own:0.7,random:0.3' -> (('own', 0.7), ('random', 0.3)). Raises UserError, naming the setting."""
+    """'own' or 'own:0.7,random:0.3' -> (('own', 0.7), ('random', 0.3)). Raises UserError."""
     try:
         parts = [part.partition(':') for part in text.split(',')]
         mixture = tuple((kind.strip(), float(share or 1)) for kind, _, share in parts)

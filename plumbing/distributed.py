@@ -5,7 +5,8 @@ Several processes, started by torchrun: each has its share of every batch, and a
 
 A process is a rank. Rank 0 prints, evaluates and writes. In a single process nothing here does anything.
 
-With --fsdp every rank keeps a part of each matrix of the blocks, see shard, and borrows those of one block at a time.
+With --fsdp every rank keeps a part of each matrix of the blocks, see shard, and borrows those of one block at
+a time.
 """
 
 import atexit
@@ -51,8 +52,8 @@ def run(scope):
     """
     configurator.run, but only rank 0 is heard.
 
-    Every rank has the same UserErrors (see together), so the others end quietly and leave them to rank 0: when one fails,
-    torchrun stops all ranks, rank 0 before it can speak.
+    Every rank has the same UserErrors (see together), so the others end quietly and leave them to rank 0:
+    when one fails, torchrun stops all ranks, rank 0 before it can speak.
     """
     if not launched() or os.environ['RANK'] == '0':
         return configurator.run(scope)
@@ -66,8 +67,8 @@ def leave():
     """
     Ends a rank at once, without taking the interpreter down: the last line of a script.
 
-    Threads of Gloo may still hold a tensor, and to let go of it by then aborts the process (PyTorch 2.13, 3 runs of 13):
-    torchrun would call a run failed that is saved.
+    Threads of Gloo may still hold a tensor, and to let go of it by then aborts the process (PyTorch 2.13, 3
+    runs of 13): torchrun would call a run failed that is saved.
     """
     if launched():
         atexit._run_exitfuncs()                                     # of the loggers, say
@@ -78,17 +79,18 @@ def leave():
 
 def connect(device):
     """
-    Connects the ranks that torchrun started; returns the device of this one, or without torchrun what was asked for.
+    Connects the ranks that torchrun started; returns the device of this one, or without torchrun what was
+    asked for.
 
     Raises UserError if a device cannot be shared out, or if the ranks do not find one another.
     """
     if not launched():
         return device
     if device not in ('auto', 'cpu', 'cuda'):
-        raise UserError('torchrun gives every process a device of its own: set --device=cuda or --device=cpu, '
-                        f'not {device}')
+        raise UserError('torchrun gives every process a device of its own: '
+                        f'set --device=cuda or --device=cpu, not {device}')
     cuda = torch.cuda.is_available() and device != 'cpu'
-    try:                                                            # hours: the others wait while rank 0 evaluates
+    try:                                                            # hours: they wait while rank 0 evaluates
         dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=datetime.timedelta(hours=6))
     except (RuntimeError, ValueError) as error:
         raise UserError(f'the processes of torchrun do not find one another: {error}') from error
@@ -106,7 +108,7 @@ def connect(device):
 
 
 def disconnect():
-    """The counterpart of connect. A rank that crashed has to end at once, since the others still wait for it."""
+    """The counterpart of connect. A rank that crashed ends at once, since the others wait for it."""
     if several() and isinstance(sys.exc_info()[1], (UserError, type(None))):
         dist.destroy_process_group()
 
@@ -122,7 +124,7 @@ def gather(thing):
 
 @contextlib.contextmanager
 def together():
-    """with together(): a UserError of one rank is raised on all of them, and none goes on before all are through."""
+    """with together(): a UserError of one rank is raised on all; none goes on before all are through."""
     found = None
     try:
         yield
@@ -137,7 +139,7 @@ def anywhere(flag):
     """Whether the flag of any rank is set."""
     if not several():
         return flag
-    flag = torch.tensor(int(flag))                                  # on the CPU, no matter where the network is
+    flag = torch.tensor(int(flag))                                  # on the CPU, wherever the network is
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
@@ -170,28 +172,31 @@ class Losses(torch.nn.Module):
     def forward(self, *batch):
         """What losses(model, *batch) yields, [(a loss, its parts)], together: (the sum, the parts)."""
         found = list(self.losses(self.model, *batch))
-        return sum(total for total, _ in found), {name: part for _, parts in found for name, part in parts.items()}
+        parts = {name: part for _, more in found for name, part in more.items()}
+        return sum(total for total, _ in found), parts
 
 
-def data_parallel(model, losses):
+def data_parallel(model, losses, all_used=False):
     """
-    losses(model, *batch) as DistributedDataParallel of this network: backward makes every gradient its mean over the ranks.
+    losses(model, *batch) by DistributedDataParallel: backward makes every gradient its mean over the ranks.
 
-    Returns None for a single process. What no rank uses gets no gradient. Every rank starts with the weights of rank 0.
+    Returns None for a single process. A parameter that no rank uses gets no gradient. all_used: every rank uses all of
+    them. All ranks start with the weights of rank 0.
     """
     if not several():
         return None
     if model._compiled_call_impl is not None:                       # the network is compiled in one piece
         torch._dynamo.config.optimize_ddp = False
     wrapped = Losses(model, losses)
-    split = [name for name, p in wrapped.named_parameters() if sharded(p)]          # FSDP makes the mean of these
+    split = [name for name, p in wrapped.named_parameters() if sharded(p)]    # FSDP averages them
     torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(wrapped, split)
-    warnings.filterwarnings('ignore', message='.*find_unused_parameters=True')      # it depends on the batch
-    return torch.nn.parallel.DistributedDataParallel(wrapped, broadcast_buffers=False, find_unused_parameters=True)
+    warnings.filterwarnings('ignore', message='.*broadcast_buffers')
+    return torch.nn.parallel.DistributedDataParallel(wrapped, broadcast_buffers=False,
+                                                     find_unused_parameters=not all_used)
 
 
 def averaging(network, last):
-    """A context for a pass of data_parallel: only behind the last pass of a step the ranks exchange their gradients."""
+    """A context for a pass of data_parallel: the ranks exchange gradients after the last one of a step."""
     return contextlib.nullcontext() if network is None or last else network.no_sync()
 
 
@@ -209,18 +214,21 @@ def sum_parts(parts, names):
 
 def shard(model, device):
     """
-    Splits the matrices of the blocks over the ranks: from here on they are DTensors, and so are their gradients.
+    Splits the matrices of the blocks over the ranks: from here on they are DTensors, and so are their
+    gradients.
 
-    Every rank has the rest whole, for the most part the embedding, because training uses that outside of GPT.forward, where
-    no hook of FSDP sees it. Every rank has to go through the network equally often: a pass of one waits for all the others.
-    In bfloat16 the gradients of a stack that is applied several times are summed in that dtype, without fsdp in float32.
+    Every rank has the rest whole, for the most part the embedding, because training uses that outside of
+    GPT.forward, where no hook of FSDP sees it. Every rank has to go through the network equally often: a pass
+    of one waits for all the others. In bfloat16 the gradients of a stack that is applied several times are
+    summed in that dtype, without fsdp in float32.
     """
     if sharded(model):
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     rest = {p for name, p in model.named_parameters() if not name.startswith('blocks.') or p.ndim != 2}
-    policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (world(),))
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=rest)
@@ -229,7 +237,7 @@ def shard(model, device):
 
 def sharded(thing):
     """Whether a network or a tensor is split over the ranks."""
-    return hasattr(thing, 'unshard') or hasattr(thing, 'full_tensor')       # importing DTensor to ask takes a second
+    return hasattr(thing, 'unshard') or hasattr(thing, 'full_tensor')    # to import DTensor takes a second
 
 
 def local(tensors):
@@ -245,7 +253,8 @@ def full(tensor):
 def like(value, own):
     """A tensor, or a state dict, with only the part of this rank of what is split in its counterpart own."""
     if isinstance(value, dict):
-        return {name: like(one, own[name] if isinstance(own, (dict, list)) else own) for name, one in value.items()}
+        return {name: like(one, own[name] if isinstance(own, (dict, list)) else own)
+                for name, one in value.items()}
     if not sharded(own) or value.shape != own.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -253,7 +262,7 @@ def like(value, own):
 
 
 def whole(thing):
-    """The counterpart of like, also for lists: what is split becomes whole on the CPU of rank 0, and None elsewhere."""
+    """The counterpart of like, also for lists: whole tensors on the CPU of rank 0, and None elsewhere."""
     if isinstance(thing, dict):
         return {name: whole(one) for name, one in thing.items()}
     if isinstance(thing, list):

@@ -10,13 +10,13 @@ from configurator import UserError
 
 try:
     import fcntl
-except ImportError:                                                 # Windows: two runs in one folder are not noticed
+except ImportError:                                                 # Windows: there is no lock
     fcntl = None
 
 
 @contextlib.contextmanager
 def atomically(path):
-    """with atomically(path) as temporary: write the file temporary. path always is the old or the new file, whole."""
+    """with atomically(path) as temporary: write that file. path always is the old or the new one, whole."""
     temporary = f'{path}.{os.getpid()}.tmp'
     try:
         yield temporary
@@ -61,7 +61,7 @@ def make_folder(path):
 
 
 def check_folder(path):
-    """Raises UserError if a file cannot be written to this path (None: nothing will be) for want of a folder."""
+    """Raises UserError if there is no folder for a file of this path (None: nothing is written)."""
     folder = os.path.dirname(path or '')
     if folder and not os.path.isdir(folder):
         raise UserError(f'{path}: there is no folder {folder}')
@@ -75,7 +75,8 @@ held = {}                                                           # folder -> 
 
 def lock(folder):
     """
-    Makes this process the one that trains into the folder, until unlock. Raises UserError if another one does.
+    Makes this process the one that trains into the folder, until unlock. Raises UserError if another one
+    does.
 
     A folder that is not there yet belongs to no one.
     """
@@ -88,7 +89,7 @@ def lock(folder):
         os.close(descriptor)
         raise UserError(f'{folder} is in use: another process trains into it. Give another --out_dir, '
                         'or stop that run first') from None
-    except OSError:                                                 # a network file system that knows no locks
+    except OSError:                                                 # a file system that knows no locks
         os.close(descriptor)
         return
     held[folder] = descriptor
@@ -101,7 +102,7 @@ def unlock(folder):
 
 
 def sweep(folder, *names):
-    """Removes what killed runs left half written of the files of these names (patterns) in a folder that is locked."""
+    """Removes what killed runs left half written, of files of these names, in a folder that is locked."""
     for name in names if folder in held else ():
         for torn in glob.glob(os.path.join(glob.escape(folder), f'{name}.*.tmp')):
             os.remove(torn)

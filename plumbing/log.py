@@ -4,6 +4,9 @@ import json
 import os
 
 from plumbing.files import atomically, write_atomically
+from plumbing.optim import ramp
+
+PARTS = ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)')  # of the loss, as training tells them
 
 
 def read_log(path):
@@ -20,7 +23,7 @@ def read_log(path):
 
 
 def start_log(path, start):
-    """Starts an empty log and keeps an older one as log_before.jsonl; of a run resumed at step start the log up to there."""
+    """Starts an empty log, an older one becoming log_before.jsonl; of a resumed run it stays up to start."""
     if not start and os.path.exists(path) and os.path.getsize(path):
         os.replace(path, path.removesuffix('.jsonl') + '_before.jsonl')
     records = [record for record in read_log(path) if 0 < start >= record['step']]
@@ -28,7 +31,7 @@ def start_log(path, start):
 
 
 def draw_curves(log, path):
-    """log.jsonl as curves, one panel for what belongs together, if matplotlib is there; returns whether it is."""
+    """Draws log.jsonl as curves, if matplotlib is there; returns whether it is."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -37,7 +40,8 @@ def draw_curves(log, path):
     groups = {'nats, training': ('causal', 'draft', 'unmask', 'detect', 'keep'),
               'nats a token, validation': ('nelbo', 'causal_nll', 'entropy'),
               'share': ('auc', 'fixed', 'refilled', 'valid', 'correct', 'distinct_3', 'known_words'),
-              'abstention': ('p(MASK)', 'penalty_keep_mask'), 'bias on the logit of [MASK]': ('mask_logit_bias',),
+              'abstention': ('p(MASK)', 'penalty_keep_mask'),
+              'bias on the logit of [MASK]': ('mask_logit_bias',),
                 'curricula': ('remask_ratio', 'penalty_mask_correct'), 'learning rate': ('learning_rate',)}
     there = {name for record in records for name in record}
     panels = [(title, [name for name in names if name in there]) for title, names in groups.items()]
@@ -56,3 +60,19 @@ def draw_curves(log, path):
     with atomically(path) as temporary:
         figure.savefig(temporary, format='png', dpi=110)
     return True
+
+
+def progress_line(step, config, record, speed):
+    """The line on screen: losses by task since the last one, curricula, controller, speed and time left."""
+    words = [f'{name} {record[name]:.3f}' for name in PARTS if name in record]
+    if config['target_mask_prob']:
+        words.append(f"bias {record['mask_logit_bias']:+.2f}  price {record['penalty_keep_mask']:.2f}")
+    if config['training_type'] in ('joint', 'remasking', 'denoising'):
+        proofreading = ramp(step, config['proofreading_warmup_iters'])
+        penalty = ramp(step, config['masking_warmup_iters'])
+        words.append(f'proofreading {proofreading:.0%}  masking penalty {penalty:.0%}')
+    if record.get('skipped'):
+        words.append(f"skipped {record['skipped']}")
+    left = int((config['max_iters'] - step) / speed)
+    time_left = f'{left // 60}:{left % 60:02d}'
+    return f"step {step}/{config['max_iters']}  {'  '.join(words)}  {speed:.1f} it/s  {time_left} left"

@@ -7,7 +7,8 @@ import torch
 
 def pack(length, *rows):
     """
-    Short rows, several to a row: the first length (B,) positions of rows (B, T) each -> (R, T), 0 in what is left.
+    Short rows, several to a row: the first length (B,) positions of rows (B, T) each -> (R, T), 0 in what is
+    left.
 
     Last comes segment (R, T), the number of the text that a position belongs to, see GPT.forward.
     """
@@ -38,9 +39,11 @@ def pack(length, *rows):
 
 def extent(input, weight, pad_id, rng):
     """
-    How many positions (B,) of the rows input (B, T) a pass needs: all but the padding behind what carries weight (B, T).
+    How many positions (B,) of the rows input (B, T) a pass needs: all but the padding behind what carries
+    weight (B, T).
 
-    A random part of this padding stays, mostly a short one: the network meets every length of padding and rarely pays for it.
+    A random part of this padding stays, mostly a short one: the network meets every length of padding and
+    rarely pays for it.
     """
     T = input.size(1)
     last = T - ((weight > 0) | (input != pad_id)).flip(1).long().argmax(1)             # (B,)

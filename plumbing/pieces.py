@@ -1,5 +1,6 @@
 """
-Losses over a large vocabulary, some positions at a time: the logits of all of them would not fit, and need not be kept.
+Losses over a large vocabulary, some positions at a time: the logits of all of them would not fit, and need
+not be kept.
 """
 
 import torch
@@ -35,17 +36,19 @@ class Piecewise(torch.autograd.Function):
 
 
 def at_once(words, most):
-    """How many positions make a piece of at most `most` logits, words (rows, C) being the table; at least one."""
+    """How many positions have at most `most` logits, words (rows, C) being the table; at least one."""
     return max(1, most // len(words))
 
 
 def in_pieces(of, hidden, words, most):
     """
-    of(hidden, words, places), a sum over positions and vectors (n,) of what else it tells about them: (sum, vectors (N,)).
+    of(hidden, words, places), a sum over positions and vectors (n,) of what else it tells about them: (sum,
+    vectors (N,)).
 
-    hidden (N, C), words (rows, C). If there are more than `most` logits, of is asked for some positions at a time, and the
-    gradients are taken on the way, so that only the logits of one piece exist at any time (as in the Liger kernels, Hsu et
-    al. 2024). A large vocabulary takes a fraction of the memory, and on a CPU, where fresh memory is dear, less time as well.
+    hidden (N, C), words (rows, C). If there are more than `most` logits, of is asked for some positions at a
+    time, and the gradients are taken on the way, so that only the logits of one piece exist at any time (as
+    in the Liger kernels, Hsu et al. 2024). A large vocabulary takes a fraction of the memory, and on a CPU,
+    where fresh memory is dear, less time as well.
     """
     if len(hidden) * len(words) <= most or not torch.is_grad_enabled():
         return of(hidden, words, slice(None))

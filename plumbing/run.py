@@ -1,5 +1,6 @@
 """
-A training run: what it holds from step to step, its folder, what it says on screen. What is trained is handed in.
+A training run: what it holds from step to step, its folder, what it says on screen. What is trained is handed
+in.
 """
 
 import copy
@@ -14,8 +15,8 @@ import torch
 
 from configurator import UserError
 from plumbing import distributed
-from plumbing.checkpoint import (check_overwrite, checkpoint_name, make_checkpoint, random_states_of_ranks, restore,
-                                 save_checkpoint)
+from plumbing.checkpoint import (check_overwrite, checkpoint_name, make_checkpoint, random_states_of_ranks,
+                                 restore, save_checkpoint)
 from plumbing.files import append_line, lock, make_folder, sweep
 from plumbing.log import draw_curves, start_log
 from plumbing.optim import make_optimizers
@@ -23,11 +24,12 @@ from plumbing.optim import make_optimizers
 
 class Run:
     """
-    Made before anything is loaded, then start, then in every step halts, save, count and log, and at the end finish.
+    Made before anything is loaded, then start, then in every step halts, save, count and log, and at the end
+    finish.
 
-    It holds model and ema (the averaged weights), optimizers, config, meta; step; rows_rng and noise_rng, which rows and how
-    they are corrupted; sums, the parts of the loss since the last line of the log; control, see parts/abstain.py; skipped,
-    how many steps were not finite.
+    It holds model and ema (the averaged weights), optimizers, config, meta; step; rows_rng and noise_rng,
+    which rows and how they are corrupted; sums, the parts of the loss since the last line of the log;
+    control, see parts/abstain.py; skipped, how many steps were not finite.
     """
 
     def __init__(self, config):
@@ -48,21 +50,23 @@ class Run:
 
     def start(self, meta, model, choices, path, checkpoint):
         """
-        Everything that is needed beside the model, on its device: from a checkpoint if the run is resumed, else new.
+        Everything that is needed beside the model, on its device: from a checkpoint if the run is resumed,
+        else new.
 
-        choices: what is computed on, a line. path, checkpoint: what the weights come from, '' and {} from scratch.
+        choices: what is computed on, a line. path, checkpoint: what the weights come from, '' and {} from
+        scratch.
         """
         config, world = self.config, distributed.world()
         self.model, self.meta, self.device = model, meta, next(model.parameters()).device
         self.ema = model
-        if config['ema_decay']:                                     # with fsdp it is never on the device in whole
+        if config['ema_decay']:                                     # with fsdp never whole on the device
             self.ema = copy.deepcopy(model.cpu() if config['fsdp'] else model)
         if config['fsdp']:
             distributed.shard(model, self.device)
             distributed.shard(self.ema, self.device)
-        self.optimizers = make_optimizers(model, config['optimizer'], config['learning_rate'], config['muon_lr'],
-                                          config['weight_decay'], (config['beta1'], config['beta2']),
-                                          config['bigram_decay'])
+        self.optimizers = make_optimizers(
+            model, config['optimizer'], config['learning_rate'], config['muon_lr'], config['weight_decay'],
+            (config['beta1'], config['beta2']), config['bigram_decay'])
         self.rows_rng = torch.Generator().manual_seed(config['seed'])
         self.noise_rng = torch.Generator(self.device).manual_seed(config['seed'] + 1)
         changed, seconds = '', 0.0
@@ -72,8 +76,9 @@ class Run:
             if self.source == 'scratch':
                 for network in (model, self.ema):
                     network.mask_logit_bias.fill_(config['mask_logit_bias'])
-            self.control = dict(p_mask=None, bias=model.mask_logit_bias.item(), price=config['penalty_keep_mask'])
-        if changed or (distributed.rank() and self.source != 'resume'):         # every rank draws something else
+            bias = model.mask_logit_bias.item()
+            self.control = dict(p_mask=None, bias=bias, price=config['penalty_keep_mask'])
+        if changed or (distributed.rank() and self.source != 'resume'):    # every rank draws something else
             seed = config['seed'] + self.step + 10_000 * distributed.rank()
             torch.manual_seed(seed)
             self.noise_rng.manual_seed(seed + 1)
@@ -91,7 +96,7 @@ class Run:
             print(self.replaced)
 
     def resume(self, path, checkpoint):
-        """Goes on where a checkpoint stands; returns what has changed since then, for which the random numbers are new."""
+        """Goes on where a checkpoint stands; returns what has changed and makes the random numbers new."""
         rank, world = distributed.rank(), distributed.world()
         with distributed.together():
             ranks = random_states_of_ranks(checkpoint)
@@ -145,7 +150,7 @@ class Run:
         signal.signal(signal.SIGTERM, ask)
 
     def halts(self):
-        """Whether this step begins with an evaluation (then self.due), a checkpoint, or the end (self.stopping)."""
+        """Whether an evaluation (self.due), a checkpoint or the end (self.stopping) comes first."""
         config, step = self.config, self.step
         self.asked = distributed.anywhere(self.signalled)
         self.paused = time.time()
@@ -156,11 +161,11 @@ class Run:
         return self.due or self.numbered or self.stopping
 
     def save(self, result):
-        """What is due of log and checkpoints; result: what the evaluation found. Ends the pause that halts began."""
+        """Saves what is due; result: what the evaluation found. Ends the pause that halts began."""
         if self.due:
             self.write({'step': self.step, **result})
         if self.step > self.first:
-            state = dict(make_checkpoint(self, result), seconds=self.paused - self.began)   # of the training steps
+            state = dict(make_checkpoint(self, result), seconds=self.paused - self.began)
             with distributed.together():
                 if self.writes and (self.due or self.stopping):
                     self.attempt(save_checkpoint, self.newest, state, last=self.stopping)
@@ -174,7 +179,7 @@ class Run:
         self.marks = [(step, when + pause) for step, when in self.marks]
 
     def count(self, parts):
-        """Whether a step is one to take; adds up its parts of the loss if it is, else the steps that are skipped."""
+        """Whether a step is finite and to be taken; adds up the parts of its loss, or the steps skipped."""
         good = is_finite(self.model, parts)
         self.skipped = dict(steps=self.skipped['steps'] + (not good),
                             in_a_row=0 if good else self.skipped['in_a_row'] + 1)
@@ -185,7 +190,7 @@ class Run:
         return good
 
     def check_finite(self):
-        """Raises UserError if a weight is not finite, or the last max_bad_steps steps were skipped: nothing is saved."""
+        """Raises UserError if a weight is not finite, or the last max_bad_steps steps were not."""
         finite = all(torch.isfinite(p).all() for p in distributed.local(self.model.parameters()))
         in_a_row, what = self.skipped['in_a_row'], ''
         if in_a_row >= self.config['max_bad_steps']:
@@ -193,11 +198,11 @@ class Run:
         elif distributed.anywhere(not finite):
             what = 'network'
         if what:
-            raise UserError(f'the {what} is no longer finite at step {self.step}: lower --learning_rate or --muon_lr, '
-                            f'or set --dtype=float32; {self.last_good()}')
+            raise UserError(f'the {what} is no longer finite at step {self.step}: lower --learning_rate or '
+                            f'--muon_lr, or set --dtype=float32; {self.last_good()}')
 
     def record(self, learning_rate, **more):
-        """What is logged of the steps since the last record, behind this step: a dict; its speed is self.speed."""
+        """What is logged of the steps since the last record: a dict. Sets self.speed."""
         done = self.step + 1
         self.marks = self.marks[-20:] + [(done, time.time())]
         (first, start), (last, end) = self.marks[0], self.marks[-1]
@@ -218,10 +223,12 @@ class Run:
 
     def last_good(self):
         """Which checkpoint there still is, for someone who just lost a newer one."""
-        return f'the last good checkpoint is {self.newest}' if os.path.exists(self.newest) else 'there is no checkpoint yet'
+        if os.path.exists(self.newest):
+            return f'the last good checkpoint is {self.newest}'
+        return 'there is no checkpoint yet'
 
     def attempt(self, action, *args, last=False):
-        """What an action on files returns. A full disk costs a line on screen, and only at the end (last) the run."""
+        """What an action on files returns. A full disk costs a line on screen, and only when last the run."""
         try:
             return action(*args)
         except (OSError, UserError) as error:
@@ -259,6 +266,11 @@ def is_finite(model, parts):
     """Whether the gradients of a step and its losses are all finite; waits once for the device."""
     total = distributed.grad_norm(model.parameters())
     return torch.cat((total[None], *parts.values())).isfinite().all().item()
+
+
+def to_device(x, device):
+    """x on the device; on a GPU the program does not wait for the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
 
 
 def start_wandb(config):

@@ -25,7 +25,7 @@ from plumbing import optim
 import train
 from plumbing.checkpoint import check_same_model, find_checkpoint, identity
 from configurator import UserError
-from corruption import another_token, modelled
+from corruption import Task, ask, modelled
 from data.loader import data_of, load_data, random_rows, spread_rows
 from plumbing.device import configure_compute
 from model import GPT, GPTConfig, beside, random_subset
@@ -356,8 +356,8 @@ def check_hidden_tokens(model, x0, meta, seed=0):
     (free, real), V = modelled(x0, meta), model.config.vocab_size
 
     def asked(ids):
-        return corrupt(ids, free, real, training_type='unmasking', mask_token_id=V, wrong_token_id=V + 1,
-                       generator=torch.Generator(x0.device).manual_seed(seed))
+        return ask(ids, free, real, Task(training_type='unmasking'), (V, V + 1, meta['pad']),
+                   torch.Generator(x0.device).manual_seed(seed))
     input, _, weight = asked(x0)
     target = weight > 0
     swapped = torch.where(target, another_token(x0, V, torch.Generator(x0.device).manual_seed(seed)), x0)

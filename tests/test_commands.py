@@ -247,10 +247,10 @@ def test_bench_knows_what_makes_two_runs_alike():
     """Not the seed, nor where it ran; of another checkpoint that it started from or learned from only that there is one."""
     def recipe(config, **more):
         return checkpoints.recipe(dict(config=config, **{'iter_num': config['max_iters'], **more}))
-    same = [dict(seed=1, guess_from='a.pt', init_from='x.pt', dtype='float32'), dict(seed=2, guess_from='b.pt', init_from='y.pt')]
+    same = [dict(seed=1, init_from='x.pt', dtype='float32'), dict(seed=2, init_from='y.pt')]
     assert recipe(default_config(**same[0])) == recipe(default_config(**same[1]))
     plain = recipe(default_config())
-    for changes in (same[0], dict(guess_from='a.pt'), dict(init_from='a.pt'), dict(learning_rate=0.1), dict(allow_abstain=True),
+    for changes in (same[0], dict(init_from='a.pt'), dict(learning_rate=0.1), dict(allow_abstain=True),
                     dict(remask_target='original'), dict(noise_mix='mask'), dict(max_iters=3), dict(n_embd=64)):
         assert recipe(default_config(**changes)) != plain, changes
     head = recipe(dict(default_config(), energy_head=1))                      # not a setting of train.py
@@ -342,8 +342,6 @@ def test_configs(path):
     (['--training_type=denoising'], ['--remask_target=original']),
     (['--noise_mix=mask:1,drop:1'], ['noise_mix knows', "'mask:1,drop:1'"]),
     (['--target_mask_prob=0.2'], ['--allow_abstain=True']),
-    (['--guess_from=nowhere.pt'], ['nowhere.pt', 'no such checkpoint']),
-    (['--guess_from=nowhere.pt', '--corruption=sticky'], ['guess_from makes the wrong tokens of --corruption=own']),
     (['--dropout=1'], ['dropout must be in']),
 ], ids=lambda value: ' '.join(value) if value[0].startswith(('--', 'config')) else '')
 def test_train_refuses(run, tmp_path, words, message):
