@@ -23,9 +23,8 @@ import json as jsonlib
 import sys
 from types import SimpleNamespace
 
-from plumbing.checkpoint import write_atomically
+from plumbing.files import check_folder, write_atomically
 from configurator import UserError
-from sample import check_folder
 
 # -----------------------------------------------------------------------------
 suite = 'arithmetic'     # which one, see above

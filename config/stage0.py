@@ -2,4 +2,6 @@
 #   python train.py config/remask_all.py config/stage0.py --out_dir=out-stage0
 # It is a way to look at them, not a recipe: bringing a network up in stages is worse than any of them from the start, and credit
 # does nothing (docs/log.md)
-stage = 0
+time_dim = 0
+k1_credit = False
+graph_window = 0

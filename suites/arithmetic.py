@@ -6,7 +6,7 @@ The generation table: every sampler on the same checkpoint, num_seeds x num_samp
 
 from tqdm import tqdm
 
-from rules import supports
+from parts.presets import supports
 from suites.common import METRICS, checkpoint_of_arithmetic, grammar_itself, measure, table_of, wanted
 
 

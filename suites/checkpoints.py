@@ -8,10 +8,10 @@ import glob
 
 from tqdm import tqdm
 
-from plumbing.checkpoint import load_checkpoint
+from model import GPT
 from configurator import UserError
 from data.loader import data_of, spread_rows
-from rules import supports
+from parts.presets import supports
 from sample import generate
 from suites.common import asked_for, averaged, load, score, table_of, training_strings, worth
 from suites.runs import known_settings
@@ -78,10 +78,10 @@ def run(s):
         counts = f'{len(others)} checkpoints, init_from {len(paths)}'
         raise UserError(f"merge_from='{s.merge_from}' matches {counts}")
 
-    first, groups = recipe(load_checkpoint(paths[0])[1]), {}
+    first, groups = recipe(GPT.load(paths[0])[1]), {}
     with tqdm(list(zip(paths, others or [None] * len(paths))), desc='checkpoints', leave=False) as bar:
         for pair in bar:
-            name = ' + '.join(changed(load_checkpoint(path)[1], first) for path in pair if path)
+            name = ' + '.join(changed(GPT.load(path)[1], first) for path in pair if path)
             groups.setdefault(name, []).append(checkpoint_scores(s, *pair))
     rows = []
     for name, runs in groups.items():

@@ -12,14 +12,15 @@ import torch
 from tqdm import tqdm
 
 from plumbing.text import decode, load_task
-from plumbing.checkpoint import load_checkpoint
+from model import GPT
+from plumbing.checkpoint import find_checkpoint, load_merged
 from configurator import UserError
 from corruption import own_errors
 from data.loader import load_data
 from plumbing.device import configure_compute
 from plumbing.evaluate import evaluate
-from rules import supports
-from sample import find_checkpoint, generate, load_merged
+from parts.presets import supports
+from sample import generate
 
 METRICS = ('balanced', 'valid', 'correct', 'unique', 'novel', 'mean_length', 'length_tv', 'nfe')
 SHARES = ('balanced', 'valid', 'correct', 'unique', 'novel',
@@ -99,7 +100,7 @@ def table_of(rows, columns, metrics):
 
 def load(s, path, other=None, learns=False):
     """(model, checkpoint), merged with the other if there is one. The model is frozen unless it learns."""
-    model, checkpoint = load_merged(path, other, s.merge_weight) if other else load_checkpoint(path)
+    model, checkpoint = load_merged(path, other, s.merge_weight) if other else GPT.load(path)
     model, choices = configure_compute(model, s.device, s.dtype, s.attention, s.compile)
     tqdm.write(f"{path}: {checkpoint['config']['training_type']} on {checkpoint['meta']['name']}, iteration "
                f"{checkpoint['iter_num']}, {model.num_params():,} parameters; {choices}")

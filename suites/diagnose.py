@@ -23,14 +23,17 @@ from tqdm import tqdm
 import configurator
 from plumbing import optim
 import train
-from plumbing.checkpoint import check_same_model, identity, load_guesser, model_args
+from parts.noise import another_token
+from plumbing.checkpoint import check_same_model, find_checkpoint, identity
 from configurator import UserError
-from corruption import another_token, corrupt, modelled
+from corruption import Task, ask
+from plumbing.text import modelled
 from data.loader import data_of, load_data, random_rows, spread_rows
 from plumbing.device import configure_compute
-from model import GPT, GPTConfig, beside, random_subset
-from rules import supports
-from sample import find_checkpoint
+from model import GPT, GPTConfig
+from plumbing.kernels import beside
+from plumbing.rows import random_subset
+from parts.presets import supports
 from suites.common import load, wanted
 
 ORDER = ('ok', 'warning', 'problem')
@@ -225,7 +228,7 @@ def check_initial_loss(found):
     return verdict('; '.join(measured), faults)
 
 
-def first_steps(model, ids, meta, config, guesser=None, num=5):
+def first_steps(model, ids, meta, config, num=5):
     """
     num real steps of training on a split ids, then the gradients of one more batch, not clipped: ([seconds of each step],
     {name: norm of the gradient, None for a tensor that got none}) of the tensors that this run trains.
@@ -242,7 +245,7 @@ def first_steps(model, ids, meta, config, guesser=None, num=5):
         t0 = time.time()
         for _ in range(config['gradient_accumulation_steps']):
             x0 = random_rows(ids, config['batch_size'], config['block_size'], generator).to(on)
-            train.training_step(model, x0, meta, config, late, noise, price, guesser)
+            train.training_step(model, x0, meta, config, late, noise, price)
         if step < num:
             at = min(step, config['max_iters'] - 1)                            # a rate behind the end would be negative
             optim.update(model, optimizers, config, optim.lr_scale(at, *[config[name] for name in SCHEDULE]))
@@ -357,8 +360,8 @@ def check_hidden_tokens(model, x0, meta, seed=0):
     (free, real), V = modelled(x0, meta), model.config.vocab_size
 
     def asked(ids):
-        return corrupt(ids, free, real, training_type='unmasking', mask_token_id=V, wrong_token_id=V + 1,
-                       generator=torch.Generator(x0.device).manual_seed(seed))
+        return ask(ids, free, real, Task(training_type='unmasking'), (V, V + 1, meta['pad']),
+                   torch.Generator(x0.device).manual_seed(seed))
     input, _, weight = asked(x0)
     target = weight > 0
     swapped = torch.where(target, another_token(x0, V, torch.Generator(x0.device).manual_seed(seed)), x0)
@@ -482,7 +485,7 @@ def set_up(s):
         words = shlex.split(s.train_args)
     except ValueError as error:
         raise UserError(f"train_args='{s.train_args}': {error}") from None
-    config = train.staged(configurator.configure(dict(vars(train)), words))
+    config = configurator.configure(dict(vars(train)), words)
     if config['init_from'] != 'scratch':
         raise UserError('train_args starts from a checkpoint, but what is diagnosed is a fresh network: leave its init_from out; '
                         f"the checkpoint itself is diagnosed by --init_from={config['init_from']} without train_args")
@@ -498,7 +501,7 @@ def fresh_network(config, meta):
     return model
 
 
-def set_up_checks(s, config, meta, data, model, choices, guesser):
+def set_up_checks(s, config, meta, data, model, choices):
     """
     [(name, the check, to be called)] of a set-up; model is its fresh network. What several of them need is made once.
 
@@ -517,7 +520,7 @@ def set_up_checks(s, config, meta, data, model, choices, guesser):
 
     @functools.cache
     def steps():
-        return first_steps(copy.deepcopy(model), data['train'], meta, config, guesser)
+        return first_steps(copy.deepcopy(model), data['train'], meta, config)
 
     @functools.cache
     def learned():
@@ -558,11 +561,8 @@ def run(s):
     # the set-up's own choices, unless bench was told others; a checkpoint's were for the machine that it was trained on
     chosen = {name: config[name] if getattr(s, name) == 'auto' and not checkpoint else getattr(s, name)
               for name in ('device', 'dtype', 'attention')}
-    guesser = load_guesser(config['guess_from'], model_args(model.config), meta) if config['guess_from'] else None
-    if guesser:
-        configure_compute(guesser, **chosen)
     model, choices = configure_compute(model, **chosen)
-    checks = set_up_checks(s, config, meta, data, model, choices, guesser)
+    checks = set_up_checks(s, config, meta, data, model, choices)
     if checkpoint and len(checks) > 1:
         x0 = spread_rows(data['val'], min(32, s.eval_rows), config['block_size']).to(next(trained.parameters()).device)
         checks += [('checkpoint, tensors', lambda: check_tensors(trained, checkpoint, config)),

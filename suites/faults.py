@@ -23,7 +23,8 @@ import time
 
 import torch
 
-from plumbing.checkpoint import load_checkpoint, make_folder
+from model import GPT
+from plumbing.files import make_folder
 from configurator import UserError
 from suites.common import markdown
 from suites.runs import ROOT
@@ -70,7 +71,7 @@ def straight_run(folder, words):
     server.join()
     t0 = time.time()
     process = start(folder, words)
-    while process.is_alive() and not os.path.exists(os.path.join(folder, 'train.lock')):
+    while process.is_alive() and not os.path.exists(os.path.join(folder, 'log.jsonl')):
         time.sleep(1e-3)
     t1 = time.time()
     finish(process, folder)
@@ -119,7 +120,7 @@ def last_step(folder, found):
     steps = {None: 0}
     for path in glob.glob(os.path.join(glob.escape(folder), 'ckpt_*.pt')):
         try:
-            steps[path] = load_checkpoint(path)[1]['iter_num']
+            steps[path] = GPT.load(path)[1]['iter_num']
         except UserError as error:
             print(error)
             found['corrupt'] += 1
@@ -166,7 +167,7 @@ def survive(s, words=()):
             finish(start(folder, words), folder)
         runs['finished'] += 1
         runs['identical'] += same_run(folder, straight)
-        runs['left_behind'] += sum(name.endswith(('.tmp', '.lock')) for name in os.listdir(folder))
+        runs['left_behind'] += sum(name.endswith('.tmp') for name in os.listdir(folder))
     return rows, runs
 
 
@@ -234,4 +235,4 @@ def run(s):
     table = markdown(['disturbance', 'how often', 'inside a write', 'corrupt checkpoints', 'lost checkpoints'],
                      [[row['name'], *[str(row[key]) for key in ('disturbances', 'inside', 'corrupt', 'lost')]] for row in rows])
     return [*rows, runs], (f"{table}\n\n{runs['finished']} runs reached their end, {runs['identical']} of them bit-identical to "
-                           f"the undisturbed one; {runs['left_behind']} locks and half files left behind")
+                           f"the undisturbed one; {runs['left_behind']} half files left behind")

@@ -19,7 +19,8 @@ import sys
 from tqdm import tqdm
 
 import configurator
-from plumbing.checkpoint import append_line, load_checkpoint, make_folder, write_atomically
+from model import GPT
+from plumbing.files import append_line, make_folder, write_atomically
 from configurator import UserError
 from suites.common import load
 
@@ -76,7 +77,7 @@ def progress_of(folder, script):
         return None, False
     path = max(found, key=os.path.getmtime)
     # the other scripts write once, when they are done
-    checkpoint = load_checkpoint(path)[1]
+    checkpoint = GPT.load(path)[1]
     return path, script != 'train.py' or checkpoint['iter_num'] >= checkpoint['config']['max_iters']
 
 

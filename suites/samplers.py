@@ -7,7 +7,7 @@ The temperature is 1, the length is the model's own decision.
 from tqdm import tqdm
 
 from plumbing.text import encode
-from rules import PRESETS, supports
+from parts.presets import PRESETS, supports
 from suites.common import cell, cells, checkpoint_of_arithmetic, headings, markdown, measure, wanted
 
 

@@ -35,15 +35,19 @@ import torch.nn.functional as F
 import configurator
 from plumbing import optim
 import train
-from plumbing.text import decode, start_canvas
-from plumbing.checkpoint import atomically, make_folder
+from plumbing.text import decode, modelled, start_canvas
+from plumbing.checkpoint import find_checkpoint
+from plumbing.checks import parse_mixture
 from configurator import UserError
-from corruption import KINDS, corrupt, modelled, parse_mixture
+from corruption import CORRUPTIONS, Task, ask
 from data.loader import load_data
 from plumbing.device import configure_compute
-from model import GPT, GPTConfig, places, room_for
-from rules import best_rules, close_rows, draw, filtered, supports
-from sample import find_checkpoint, generate
+from plumbing.files import atomically, make_folder
+from model import GPT, GPTConfig, room_for
+from plumbing.rows import close_rows, places
+from parts.presets import best_rules, supports
+from plumbing.draw import draw, filtered
+from sample import generate
 from suites.common import load, markdown, wanted
 from suites.runs import ROOT
 
@@ -212,8 +216,8 @@ def baseline_loss(model, input, target, weight, hidden=None):
 
 def masked_batch(model, x0, meta, generator):
     """(input, target, weight), (B, T) each, of plain unmasking."""
-    return corrupt(x0, *modelled(x0, meta), training_type='unmasking', mask_token_id=model.mask_token_id,
-                   wrong_token_id=model.wrong_token_id, generator=generator)
+    tokens = model.mask_token_id, model.wrong_token_id, meta['pad']
+    return ask(x0, *modelled(x0, meta), Task(training_type='unmasking'), tokens, generator)
 
 
 def baseline_step(s, config):
@@ -248,7 +252,7 @@ def step_flops(config):
     others = B * config['views'] if config['views'] else B - causal
     proofread = round(others * config['remask_ratio']) if config['training_type'] == 'joint' else 0
     learned, behind = proofread * T + (others - proofread) * (T + 1) / 2, 9 * C * C     # positions with loss; weights
-    mixture = dict(parse_mixture('corruption', config['corruption'], KINDS))
+    mixture = dict(parse_mixture('corruption', config['corruption'], CORRUPTIONS))
     guesses = proofread * mixture.get('own', 0) / sum(mixture.values())        # rows
     drafts = 6 * 256 if config['draft_head'] and causal else 0
     return (6 * (causal * T * (token + row) + others * T * (token - behind) + learned * (row + behind))

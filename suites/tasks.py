@@ -12,11 +12,12 @@ import statistics
 import torch
 from tqdm import tqdm
 
-from plumbing.text import decode, task_canvas
-from corruption import NOISE, mixed_noise, modelled, parse_mixture
+from plumbing.text import decode, modelled, task_canvas
 from data.loader import data_of, spread_rows
+from parts.noise import NOISE, mixed_noise
+from plumbing.checks import parse_mixture
 from plumbing.evaluate import per_token
-from rules import choose_rules, supports
+from parts.presets import choose_rules, supports
 from sample import fill
 from suites.common import checkpoint_of_arithmetic, mean_nfe, table_of, wanted, with_errors
 

@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from plumbing.text import decode
 from configurator import UserError
-from corruption import another_token
+from parts.noise import another_token
 from data.loader import data_of, load_data, random_rows, rows_at, spread_rows
 from plumbing.evaluate import causal_nll, per_token
 from plumbing.textstats import text_statistics, training_text
-from model import random_subset
-from rules import choose_rules
+from plumbing.rows import random_subset
+from parts.presets import choose_rules
 from sample import fill, generate
 from suites.common import COST, cell, mean_nfe, table_of, wanted, worth
 from suites.runs import check_train_args, folder_name, measure_all, network_of, training_cost

@@ -11,17 +11,15 @@ import re
 import torch
 from tqdm import tqdm
 
-from plumbing.text import decode, encode, rows_of, start_canvas
-from corruption import modelled
+from plumbing.text import decode, encode, modelled, rows_of, start_canvas
 from data.loader import data_of, load_data, spread_rows
-from plumbing.evaluate import causal_nll, roc_auc
-from rules import PRESETS, choose_rules, p_wrong, supports, text_of
+from plumbing.evaluate import causal_nll, p_wrong, roc_auc
+from parts.energy import text_of
+from parts.presets import PRESETS, choose_rules, supports
 from sample import fill, generate
-from suites.common import (cell, cells, grammar_itself, markdown, mean_nfe, measure_draws, table_of,
-                           training_strings, wanted, with_errors, worth)
+from suites.common import cell, cells, grammar_itself, markdown, mean_nfe, measure_draws, table_of, training_strings, wanted, with_errors, worth
 from suites.runs import check_train_args, folder_name, measure_all, network_of
-from suites.tasks import (WITHOUT_INSERTIONS, canvas_of, first_operand_open, repair_rows, right_shares,
-                          with_noise)
+from suites.tasks import WITHOUT_INSERTIONS, canvas_of, first_operand_open, repair_rows, right_shares, with_noise
 
 # name: the script and its arguments; {base} stands for the checkpoint of the run base
 DENOISE = ['train.py', 'config/denoise.py']

@@ -16,8 +16,7 @@ from conftest import ARITHMETIC, ROOT, default_config, load_script, tiny_gpt, wr
 import configurator
 import train
 from data import loader
-from plumbing.checkpoint import load_checkpoint
-from model import GPTConfig, check_config
+from model import GPT, GPTConfig, check_config
 from suites import arithmetic, checkpoints
 from suites.common import standard_error
 
@@ -236,7 +235,7 @@ def test_bench_compares_runs(run, trained, tmp_path):
         assert row['sampler'] in ('', 'remask=causal') or 0 < row['nfe'] <= 3
     val, nelbos = loader.spread_rows(loader.load_data('arithmetic')[1]['val'], 6, 64), []
     for path in (paths[0], paths[2]):
-        result = train.evaluate(load_checkpoint(path)[0], val, ARITHMETIC, causal=False, bidirectional=True)
+        result = train.evaluate(GPT.load(path)[0], val, ARITHMETIC, causal=False, bidirectional=True)
         nelbos.append(result['nelbo'])
     assert rows[0]['nelbo'] == pytest.approx(sum(nelbos) / 2) and rows[0]['nelbo_se'] == pytest.approx(
         abs(nelbos[0] - nelbos[1]) / 2)
@@ -322,8 +321,6 @@ def test_configs(path):
     (['--training_type=denoising'], ['--remask_target=original']),
     (['--noise_mix=mask:1,drop:1'], ['noise_mix knows', "'mask:1,drop:1'"]),
     (['--target_mask_prob=0.2'], ['--allow_abstain=True']),
-    (['--guess_from=nowhere.pt'], ['nowhere.pt', 'no such checkpoint']),
-    (['--guess_from=nowhere.pt', '--corruption=sticky'], ['guess_from makes the wrong tokens of --corruption=own']),
     (['--dropout=1'], ['dropout must be in']),
 ], ids=lambda value: ' '.join(value) if value[0].startswith(('--', 'config')) else '')
 def test_train_refuses(run, tmp_path, words, message):

@@ -4,10 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ARITHMETIC, chi_square, tiny_gpt
+from conftest import ARITHMETIC, chi_square, default_config, tiny_gpt
 
 from configurator import UserError
-from corruption import KINDS, NOISE, corrupt, extent, mixed_noise, modelled, noise_level, own_guesses, pack, parse_mixture
+from corruption import CORRUPTIONS, Task, ask, own_guesses, task_of
+from plumbing.text import modelled
+from parts.noise import NOISE, mixed_noise, noise_level
+from plumbing.checks import parse_mixture
+from plumbing.pack import extent, pack
 
 V, T = 6, 10
 MASK, WRONG = V, V + 1
@@ -26,14 +30,14 @@ def clean_rows(B, seed=0):
     return x0, free
 
 
-def corrupted(x0, free, training_type, seed=1, **more):
-    more = {'corruption': (('random', 1.0),), 'real': free, **more}
-    return corrupt(x0, free, more.pop('real'), training_type=training_type, mask_token_id=MASK, wrong_token_id=WRONG,
-                   generator=seeded(seed), **more)
+def corrupted(x0, free, training_type, seed=1, real=None, pad_id=None, guess=None, V=V, **settings):
+    """What ask makes of rows, with random tokens as wrong ones if the settings do not say otherwise."""
+    task = Task(**{'training_type': training_type, 'corruption': (('random', 1.0),), **settings})
+    return ask(x0, free, free if real is None else real, task, (V, V + 1, pad_id), seeded(seed), guess)
 
 
 def random_guess(seed=5):
-    """A guess for corrupt that records what it was asked."""
+    """A guess for ask that records what it was asked."""
     generator, calls = seeded(seed), []
 
     def guess(input, where):
@@ -68,7 +72,7 @@ def expected_weight(x0, input, free, proofread, keep, unmask, remask, noisy=None
 @pytest.mark.parametrize('loss_type', ['all_positions', 'corrupted_only'])
 @pytest.mark.parametrize('kind', ['own', 'random', 'fragment', 'sticky'])
 @pytest.mark.parametrize('training_type', ['unmasking', 'remasking', 'joint'])
-def test_corrupt(training_type, kind, loss_type, target_kind):
+def test_ask(training_type, kind, loss_type, target_kind):
     B = 64
     x0, free = clean_rows(B)
     guess, calls = random_guess()
@@ -232,19 +236,41 @@ def test_modelled():
     assert free.all() and real.all() and free.shape == (1, 6)
 
 def test_parse_mixture():
-    assert parse_mixture('corruption', 'own', KINDS) == (('own', 1.0),)
-    assert parse_mixture('corruption', 'own:0.7,random:0.3', KINDS) == (('own', 0.7), ('random', 0.3))
-    assert parse_mixture('corruption', 'own:2, random', KINDS) == (('own', 2.0), ('random', 1.0))
+    assert parse_mixture('corruption', 'own', CORRUPTIONS) == (('own', 1.0),)
+    assert parse_mixture('corruption', 'own:0.7,random:0.3', CORRUPTIONS) == (('own', 0.7), ('random', 0.3))
+    assert parse_mixture('corruption', 'own:2, random', CORRUPTIONS) == (('own', 2.0), ('random', 1.0))
     for text in ('', 'typo', 'own:x', 'own:-1', 'own:0', 'own,', 'own:0,random:0', 'own;random', 'random:0.5,onw:0.5'):
         with pytest.raises(UserError, match='corruption') as error:
-            parse_mixture('corruption', text, KINDS)
+            parse_mixture('corruption', text, CORRUPTIONS)
         assert f"got '{text}'" in str(error.value)
+
+
+def test_a_task_is_made_of_settings():
+    config = default_config(training_type='joint', corruption='own:2,noise', sigma_min=0.2, sigma_max=0.7, prefix_ratio=0.1,
+                            noise_mix='mask:0.4,swap:0.6', remask_target='original', mask_weighting='token')
+    assert task_of(config) == Task('joint', 0.5, (('own', 2.0), ('noise', 1.0)), remask_target='original', prefix_ratio=0.1,
+                                   sigma=(0.2, 0.7), noise_mix=(('mask', 0.4), ('swap', 0.6)), mask_weighting='token')
+    for changes, message in (
+            (dict(corruption='onw'), "corruption knows own, random, fragment, sticky.*'onw'"),
+            (dict(noise_mix='mask:1,own:1'), 'noise_mix knows mask, replace, swap, delete, insert'),
+            (dict(noise_mix='mask:0'), 'noise_mix knows'), (dict(noise_mix='mask:x'), 'noise_mix expects'),
+            (dict(training_type='remasking'), 'no guesses of its own.*--corruption=random'),
+            (dict(training_type='remasking', corruption='random:1,own:1'), 'no guesses of its own')):
+        with pytest.raises(UserError, match=message):
+            task_of(default_config(**changes))
+
+
+def test_a_new_corruption_is_a_function_and_an_entry(monkeypatch):
+    monkeypatch.setitem(CORRUPTIONS, 'zero', lambda batch, where: (where, torch.zeros_like(batch.x0)))
+    x0, free = clean_rows(20)
+    input, _, _ = corrupted(x0, free, 'remasking', corruption=(('zero', 1.0),))
+    assert (input[input != x0] == 0).all() and (input != x0).any()
 
 
 @pytest.mark.parametrize('text', ['own:nan', 'own:inf', 'own:0.5:0.5'])
 def test_parse_mixture_refuses_odd_shares(text):
     with pytest.raises(UserError):
-        parse_mixture('corruption', text, KINDS)
+        parse_mixture('corruption', text, CORRUPTIONS)
 
 # -----------------------------------------------------------------------------
 # runs of wrong tokens
@@ -261,8 +287,7 @@ def numbered(B=400, seed=3):
 def errors_of(kind, training_type, x0, real, seed=1, **more):
     """(input, where the wrong tokens stand), for a vocabulary as large as x0 needs."""
     mask = x0.numel()
-    input, target, _ = corrupt(x0, real, real, training_type=training_type, mask_token_id=mask, wrong_token_id=mask + 1,
-                               generator=seeded(seed), corruption=((kind, 1.0),), remask_ratio=1.0, **more)
+    input, target, _ = corrupted(x0, real, training_type, seed, V=mask, corruption=((kind, 1.0),), remask_ratio=1.0, **more)
     assert torch.equal(target == mask + 1, (input != x0) & (input != mask))
     return input, target == mask + 1
 
@@ -275,8 +300,7 @@ def test_runs(kind, training_type):
     input, wrong = errors_of(kind, training_type, x0, real)
     starts = (wrong & ~torch.nn.functional.pad(wrong, (1, 0))[:, :-1]).sum(1)
     assert (starts == 1).all() and not (wrong & ~real).any()
-    chosen = corrupt(x0, real, real, training_type='unmasking', mask_token_id=x0.numel(), wrong_token_id=x0.numel() + 1,
-                     generator=seeded(1))[0] == x0.numel()
+    chosen = corrupted(x0, real, 'unmasking', V=x0.numel())[0] == x0.numel()
     masked = input == x0.numel()
     assert torch.equal(masked, chosen & ~wrong if training_type == 'joint' else torch.zeros_like(wrong))
     assert torch.equal(input[~masked & ~wrong], x0[~masked & ~wrong]) and (masked.any() or training_type == 'remasking')
@@ -330,8 +354,7 @@ def test_runs_in_short_rows():
     free, real = torch.ones_like(x0).bool(), (torch.arange(T) < 3).expand_as(x0).clone()
     real[7] = False
     for kind in ('sticky', 'fragment'):
-        input, _, _ = corrupt(x0, free, real, training_type='remasking', mask_token_id=600, wrong_token_id=601,
-                              generator=seeded(), corruption=((kind, 1.0),))
+        input, _, _ = corrupted(x0, free, 'remasking', 0, real, V=600, corruption=((kind, 1.0),))
         wrong = input != x0
         assert not (wrong & ~real).any() and not wrong[7].any()
         assert (~wrong.any(1)).sum() == (2 if kind == 'fragment' else 1)  # row 7 has no text to lend either
@@ -342,9 +365,9 @@ def test_runs_in_short_rows():
 
 def test_all_kinds_in_one_mixture():
     x0 = torch.arange(3000 * T).view(3000, T)
-    input, _, _ = corrupt(x0, *[torch.ones_like(x0).bool()] * 2, training_type='remasking', mask_token_id=x0.numel(),
-                          wrong_token_id=x0.numel() + 1, generator=seeded(), guess=lambda input, where: 0 * input,
-                          corruption=(('sticky', 1.0), ('own', 2.0), ('fragment', 3.0), ('random', 4.0)))
+    input, _, _ = corrupted(x0, torch.ones_like(x0).bool(), 'remasking', 0, V=x0.numel(),
+                            guess=lambda input, where: 0 * input,
+                            corruption=(('sticky', 1.0), ('own', 2.0), ('fragment', 3.0), ('random', 4.0)))
     wrong = input != x0
     size, starts = wrong.sum(1), (wrong & ~torch.nn.functional.pad(wrong, (1, 0))[:, :-1]).sum(1)
     own = (input == 0).sum(1) >= 2
@@ -362,28 +385,17 @@ def test_all_kinds_in_one_mixture():
 MIX = (('mask', 0.3), ('replace', 0.25), ('swap', 0.2), ('delete', 0.1), ('insert', 0.15))
 
 
-@pytest.mark.parametrize('low, high, bias', [(0.1, 0.9, 0.0), (0.1, 0.9, 0.3), (0.0, 1.0, 1.0), (0.85, 0.9, 0.5),
-                                             (0.4, 0.4, 0.0)])
-def test_noise_levels(low, high, bias):
-    """Uniform on low..high, but in a share bias of the rows on the upper fifth of 0..high."""
+@pytest.mark.parametrize('low, high', [(0.1, 0.9), (0.0, 1.0), (0.85, 0.9), (0.4, 0.4)])
+def test_noise_levels(low, high):
+    """Uniform on low..high."""
     B = 20000
-    level = noise_level(B, low, high, bias, seeded())
-    start = max(low, 0.8 * high)
-    mean = (1 - bias) * (low + high) / 2 + bias * (start + high) / 2
+    level = noise_level(B, low, high, seeded())
     assert level.shape == (B,) and low - 1e-6 <= level.min() and level.max() <= high + 1e-6
-    assert level.mean().item() == pytest.approx(mean, abs=0.01)
-    if low == high:
-        return
-    cuts = [low + (high - low) * i / 8 for i in range(9)]
-    cells = [(level >= a) & (level < b) for a, b in zip(cuts, cuts[1:])]
-
-    def share(a, b, begin):
-        return max(0.0, b - max(a, begin)) / (high - begin)
-    expected = [B * ((1 - bias) * share(a, b, low) + bias * share(a, b, start)) for a, b in zip(cuts, cuts[1:])]
-    statistic, bound = chi_square([cell.sum() + 0.0 for cell in cells[:-1]] + [(level >= cuts[-2]).sum() + 0.0], expected)
-    assert statistic < bound
-    upper = bias + (1 - bias) * (high - start) / (high - low)
-    assert (level >= start).double().mean().item() == pytest.approx(upper, abs=0.015)
+    assert level.mean().item() == pytest.approx((low + high) / 2, abs=0.01)
+    if low < high:
+        cells = ((level - low) / (high - low) * 8).long().clamp(0, 7).bincount(minlength=8)
+        statistic, bound = chi_square(cells, [B / 8] * 8)
+        assert statistic < bound
 
 
 NEW = 10 ** 9                                                             # tokens, and so the number of [MASK]
@@ -577,7 +589,7 @@ def test_denoising(loss_type):
     free[:] = True
     free[:, 0] = False
     real = free & (x0 != 3)
-    more = dict(sigma=(0.2, 0.9, 0.5), noise_mix=MIX, remask_target='original', remasking_loss_type=loss_type,
+    more = dict(sigma=(0.2, 0.9), noise_mix=MIX, remask_target='original', remasking_loss_type=loss_type,
                 weight_unmask_task=1.5, weight_remask_task=0.25, penalty_mask_correct=0.7, real=real, pad_id=3)
     plain = corrupted(x0, free, 'unmasking', weight_unmask_task=1.5)
     for ratio, rows in ((0.3, 19), (0.0, 0), (1.0, 64)):
@@ -598,7 +610,7 @@ def test_how_far_the_loss_of_a_denoiser_reaches(what, counted):
     """As far as the text, the clean one or the noisy one if that is longer, and the first padding: that is where it ends."""
     x0 = torch.tensor([[4, 0, 1, 2, 5, 5, 5, 5, 5, 5]]).repeat(9, 1)
     free, real = x0 != 4, x0 < 4
-    input, _, weight = corrupted(x0, free, 'denoising', real=real, pad_id=5, remask_ratio=1.0, sigma=(1.0, 1.0, 0.0),
+    input, _, weight = corrupted(x0, free, 'denoising', real=real, pad_id=5, remask_ratio=1.0, sigma=(1.0, 1.0),
                                  noise_mix=((what, 1.0),), weight_remask_task=2.0, penalty_mask_correct=0.25)
     shares = torch.where(input != x0, 2 / counted, 0.5 / counted)
     assert torch.allclose(weight[:, 1:counted + 1], shares[:, 1:counted + 1]) and not weight[:, counted + 1:].any()
@@ -609,7 +621,7 @@ def test_noise_in_a_mixture():
     """Its rows, and only these, weigh as a denoiser's: all positions together weight_remask_task, without an unmasking loss."""
     x0, free = clean_rows(400)
     free[:] = True
-    more = dict(sigma=(0.3, 0.6, 0.0), noise_mix=(('mask', 1.0), ('replace', 1.0)),
+    more = dict(sigma=(0.3, 0.6), noise_mix=(('mask', 1.0), ('replace', 1.0)),
                 weight_unmask_task=2.0, weight_remask_task=0.5)
     for order in ([('noise', 0.5), ('random', 0.5)], [('random', 0.5), ('noise', 0.5)]):
         input, target, weight = corrupted(x0, free, 'joint', corruption=tuple(order), remask_ratio=1.0, **more)
@@ -630,24 +642,23 @@ def test_denoising_levels():
         input, _, _ = corrupted(x0, free, 'denoising', remask_ratio=1.0, sigma=sigma, noise_mix=(('replace', 1.0),),
                                 remask_target='original')
         return (input != x0).double().mean(1)
-    assert not hits(0.0, 0.0, 0.0).any() and (hits(1.0, 1.0, 0.0) == 1).all()
-    spread = hits(0.1, 0.9, 0.0)
+    assert not hits(0.0, 0.0).any() and (hits(1.0, 1.0) == 1).all()
+    spread = hits(0.1, 0.9)
     assert (spread.mean().item() == pytest.approx(0.5, abs=0.02)
             and spread.std().item() == pytest.approx(0.8 / 12 ** 0.5, abs=0.02))
-    assert hits(0.1, 0.9, 1.0).mean().item() == pytest.approx(0.81, abs=0.01)
 
 # -----------------------------------------------------------------------------
 # given prefixes
 
 
 @pytest.mark.parametrize('training_type, kind', [('unmasking', 'random'), *[
-    (name, kind) for name in ('remasking', 'joint') for kind in KINDS[:4]], ('denoising', 'noise')])
+    (name, kind) for name in ('remasking', 'joint') for kind in ('own', 'random', 'fragment', 'sticky')], ('denoising', 'noise')])
 def test_a_given_prefix_is_left_alone(training_type, kind):
     """In a share of the rows the first 1 .. prefix_length tokens, half of the row at most, are as they were and weigh nothing."""
     x0, free = torch.arange(30000).view(-1, T) % (V - 1), (torch.arange(T) > 0).expand(3000, T)
     for ratio, most in ((1.0, 1), (0.5, 3), (1.0, 99)):
         input, _, weight = corrupted(x0, free, training_type, corruption=((kind, 1.0),), guess=lambda input, _: (input + 1) % V,
-                                     sigma=(0.9, 0.9, 0.0), noise_mix=MIX, pad_id=5, remask_ratio=1.0, prefix_ratio=ratio,
+                                     sigma=(0.9, 0.9), noise_mix=MIX, pad_id=5, remask_ratio=1.0, prefix_ratio=ratio,
                                      prefix_length=most)
         law = {0: 1 - ratio}                                              # of the number of given tokens
         for n in range(1, most + 1):

@@ -14,13 +14,13 @@ from test_train import arithmetic_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from plumbing import distributed
-from plumbing import optim
+from plumbing import distributed, optim
 import train
-from corruption import own_errors
+from plumbing.run import is_finite
 from plumbing.evaluate import evaluate
-from rules import PRESETS, choose_rules, supports
-from sample import fill, generate, judge_rows
+from parts.presets import PRESETS, choose_rules, supports
+from plumbing.score import judge_rows
+from sample import fill, generate
 from suites.speed import cached_ar, plain_ancestral, recipe
 
 AWAY = torch.device('meta')
@@ -115,11 +115,11 @@ def away(monkeypatch):
 
 
 def settings(**changes):
-    return train.staged(recipe(block_size=24, batch_size=8, **changes))
+    return recipe(block_size=24, batch_size=8, **changes)
 
 
 def network(config, **more):
-    names = ('short_conv', 'shortcuts', 'bigram_rows', 'time_dim', 'graph_window', 'mu_blocks', 'noise_condition',
+    names = ('short_conv', 'shortcuts', 'bigram_rows', 'time_dim', 'graph_window', 'mu_blocks',
              'self_condition', 'draft_head')
     return tiny_gpt(18, 24, **{name: config[name] for name in names}, **more).train()
 
@@ -128,7 +128,7 @@ def a_step(model, config):
     """A step of train.py, but for the optimisers' own kernels."""
     noise = torch.Generator(AWAY).manual_seed(2)
     parts = train.training_step(model, ROWS.to(AWAY), META, config, 10_000, noise, 0.1 if config['allow_abstain'] else None)
-    assert train.is_finite(model, parts)
+    assert is_finite(model, parts)
     distributed.clip_gradients(list(model.parameters()), 1.0)
 
 
@@ -153,8 +153,8 @@ def test_the_pretence_finds_what_it_should(away):
 @pytest.mark.parametrize('changes', [
     {}, dict(short_conv=2, shortcuts=True, bigram_rows=64, time_dim=8), dict(graph_window=3, mu_blocks=4, causal_ratio=0.5),
     dict(corruption='own:1,random:1,fragment:1,sticky:1,noise:1', remask_target='original'),
-    dict(allow_abstain=True, draft_head=False), dict(views=2, self_condition=True, noise_condition=True),
-    dict(training_type='denoising', remask_target='original'), dict(training_type='causal', stage=2),
+    dict(allow_abstain=True, draft_head=False), dict(views=2, self_condition=True),
+    dict(training_type='denoising', remask_target='original'), dict(training_type='causal', k1_credit=True),
     dict(prefix_ratio=0.5, mask_weighting='token'), dict(optimizer='adamw', bigram_rows=400)], ids=str)
 @pytest.mark.parametrize('plain', [False, True])
 def test_training_stays_on_its_device(away, changes, plain):
@@ -183,8 +183,8 @@ def test_a_step_hardly_ever_waits_for_its_device(away, changes, most):
 
 @pytest.mark.parametrize('rules', [
     *(dict(preset=name) for name in PRESETS), dict(commit='priority', priority=(1, 2)), dict(commit='margin'),
-    dict(commit='abstain'), dict(commit='entropy', remask='none'), dict(commit='left_to_right', block_length=4),
-    dict(top_k=3, top_p=0.5), dict(remask='critic'), dict(remask='confidence'), dict(remask='random'), dict(remask='remdm', remdm='loop'),
+    dict(commit='abstain'), dict(commit='entropy', remask='none', block_length=4),
+    dict(top_k=3, top_p=0.5), dict(remask='critic'), dict(remask='confidence'), dict(remask='random'), dict(remask='remdm', remdm='rescale'),
     dict(remask='wrong', remask_threshold=0.5),
     dict(remask='wrong', remask_schedule=(0.3, 0.1)), dict(remask='wrong', rewrite=True), dict(remask='none', guide=2),
     dict(remask='wrong', best_of=2), dict(ar_prefix=24, remask='none')], ids=str)

@@ -76,12 +76,12 @@ def test_a_healthy_set_up_is_left_alone(small, capsys):
 def test_what_a_run_does_not_train_is_no_fault(kind, n_recur):
     """Every training type, with all of the parts that it may have."""
     changes = dict(training_type=kind, causal_ratio=0.0, draft_head=kind == 'causal', corruption='random', n_embd=16,
-                   noise_condition=True, self_condition=True, remask_target='original', optimizer='adamw', n_recur=n_recur,
+                   time_dim=8, self_condition=True, remask_target='original', optimizer='adamw', n_recur=n_recur,
                    shortcuts=True, short_conv=1, bigram_rows=64, graph_window=1, mu_blocks=2)
     seconds, norms = diagnose.first_steps(fresh(**changes), DATA['train'], META, {**CONFIG, **changes})
     assert diagnose.check_gradients(norms)[0] == 'ok' and len(seconds) == 5
     assert ('causal_embd' in norms) == ('drafter.fc.weight' in norms) == (kind == 'causal')
-    assert ('level.weight' in norms) == ('previous.weight' in norms) == ('bigrams.around.weight' in norms) == (kind != 'causal')
+    assert ('level.0.weight' in norms) == ('previous.weight' in norms) == ('bigrams.around.weight' in norms) == (kind != 'causal')
     assert ('blocks.0.shortcuts' in norms) == (n_recur == 2)
     seconds, norms = diagnose.first_steps(fresh(**changes), DATA['train'], META, {**CONFIG, **changes, 'max_iters': 1}, num=2)
     assert diagnose.check_gradients(norms)[0] == 'ok' and len(seconds) == 2    # shorter than that: the rate is never negative
@@ -322,26 +322,26 @@ def test_a_network_that_peeks_is_caught(x0, monkeypatch):
         def forward(self, idx, **how):
             return super().forward(idx, **how) + 1e-3 * self.wte(self.seen)
 
-    def corrupt(x0, *args, **how):
+    def ask(x0, *args):
         model.seen = x0
-        return corruption.corrupt(x0, *args, **how)
+        return corruption.ask(x0, *args)
     model = tiny_gpt(V, 12)
     assert diagnose.check_hidden_tokens(model, x0, META)[0] == 'ok'
-    monkeypatch.setattr(diagnose, 'corrupt', corrupt)
+    monkeypatch.setattr(diagnose, 'ask', ask)
     model.__class__ = Peeking
     status, _, advice = diagnose.check_hidden_tokens(model, x0, META)
     assert status == 'problem' and 'its input does not say so' in advice
 
 
-def test_a_corrupt_that_does_not_mask_is_caught(x0, monkeypatch):
-    def corrupt(x0, *args, **how):
-        input, target, weight = corruption.corrupt(x0, *args, **how)
+def test_an_ask_that_does_not_mask_is_caught(x0, monkeypatch):
+    def ask(x0, *args):
+        input, target, weight = corruption.ask(x0, *args)
         input[2] = x0[2]                                                       # one row is forgotten
         return input, target, weight
-    monkeypatch.setattr(diagnose, 'corrupt', corrupt)
+    monkeypatch.setattr(diagnose, 'ask', ask)
     status, _, advice = diagnose.check_hidden_tokens(tiny_gpt(V, 12), x0, META)
     assert status == 'problem' and 'inputs show the token that is asked for' in advice
-    monkeypatch.setattr(diagnose, 'corrupt', lambda x0, *args, **how: (x0, x0, torch.zeros(x0.shape)))
+    monkeypatch.setattr(diagnose, 'ask', lambda x0, *args: (x0, x0, torch.zeros(x0.shape)))
     assert 'no position carries weight' in diagnose.check_hidden_tokens(tiny_gpt(V, 12), x0, META)[2]
 
 

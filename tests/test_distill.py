@@ -10,7 +10,7 @@ from conftest import ROOT, load_script, write_checkpoint
 from test_commands import CPU, read_samples, refused
 
 import configurator
-from plumbing.checkpoint import load_checkpoint
+from model import GPT
 
 TINY = ['--teacher_steps=3', '--max_iters=6', '--batch_size=4', '--log_interval=3', *CPU]
 
@@ -31,7 +31,7 @@ def distilled(tmp_path_factory):
 def test_a_student_is_a_checkpoint_that_samples(distilled, run, tmp_path):
     teacher, path, text = distilled
     assert f'{teacher} teaches: ' in text and 'steps=3' in text and 'step 6/6  loss ' in text and f'saved {path}' in text
-    (before, old), (after, new) = load_checkpoint(teacher), load_checkpoint(path)
+    (before, old), (after, new) = GPT.load(teacher), GPT.load(path)
     assert after.config == before.config and new['meta'] == old['meta'] and new['iter_num'] == 6
     assert new['config'] == {**old['config'], 'training_type': 'unmasking', 'causal_ratio': 0.0, 'energy_head': 0}
     assert new['distilled']['teacher_steps'] == 3
@@ -62,7 +62,7 @@ def test_the_student_learns_what_the_teacher_says(tmp_path, monkeypatch):
         assert torch.equal(input, canvas) and torch.equal(fixed, input != 18) and torch.equal(weight > 0, ~fixed)
         assert (target[~fixed] == 7).all() and torch.allclose(weight.sum(1), torch.ones(4)) and not teacher.training
         assert (rules['end_id'], rules['pad_id'], rules['forbid'], rules['steps']) == (16, 17, [15], 3)
-    before, after = (load_checkpoint(p)[0] for p in (path, str(tmp_path / 'out' / 'ckpt_distilled.pt')))
+    before, after = (GPT.load(p)[0] for p in (path, str(tmp_path / 'out' / 'ckpt_distilled.pt')))
     assert torch.equal(teacher.wte.weight, before.wte.weight)             # the teacher itself learns nothing
     holes = torch.full((1, 64), 18)
     first, second = (model.logits(model(holes), real_only=True).softmax(-1)[..., 7].mean().item() for model in (before, after))

@@ -24,7 +24,8 @@ from plumbing import distributed
 from plumbing.checks import check_settings
 from configurator import UserError
 from data import loader
-from train import PARTS, training_step
+from plumbing.log import PARTS
+from train import losses, training_step
 
 RUN = [*TINY, '--batch_size=8', '--eval_samples=0', '--log_interval=4']
 JOINT = [*RUN, *MIXED, '--draft_head', '--short_conv=2', '--shortcuts', '--bigram_rows=500', '--bigram_decay=0.1',
@@ -45,9 +46,9 @@ def step_of_a_batch(training_type, causal_ratio, rows):
     x0 = distributed.rows_of_rank(loader.load_data('arithmetic')[1]['train'][:rows])
     model = tiny_gpt(18, 64, n_recur=1, draft_head=True)
     config = default_config(training_type=training_type, causal_ratio=causal_ratio, weight_unmask_task=0.0)
-    parts = training_step(model, x0, ARITHMETIC, config, 5, seeded(distributed.rank()))
-    parts = distributed.average_gradients(model, parts, PARTS)
-    return gradients(model), parts
+    parallel = distributed.data_parallel(model, losses)
+    parts = training_step(model, x0, ARITHMETIC, config, 5, seeded(distributed.rank()), None, parallel)
+    return gradients(model), distributed.sum_parts(parts, PARTS)
 
 
 def train_here(out_dir, *words, stop_at=None, whom=None):
@@ -55,7 +56,7 @@ def train_here(out_dir, *words, stop_at=None, whom=None):
     train.py as from the command line: what its batches were, [(x0, input), ...]. At the batch number stop_at rank 0 sends SIGTERM
     to the process whom, and waits until it has arrived here.
     """
-    rows, corrupt, calls, seen = loader.random_rows, corruption.corrupt, [], []
+    rows, ask, calls, seen = loader.random_rows, corruption.ask, [], []
 
     def random_rows(*args):
         calls.append(args)
@@ -65,17 +66,17 @@ def train_here(out_dir, *words, stop_at=None, whom=None):
                 time.sleep(0.01)
         return rows(*args)
 
-    def watch(x0, *args, **more):
-        result = corrupt(x0, *args, **more)
+    def watch(x0, *args):
+        result = ask(x0, *args)
         seen.append((x0, result[0]))
         return result
 
-    loader.random_rows, corruption.corrupt = random_rows, watch
+    loader.random_rows, corruption.ask = random_rows, watch
     sys.argv = [os.path.join(ROOT, 'train.py'), *words, f'--out_dir={out_dir}']
     try:
         runpy.run_path(sys.argv[0], run_name='__main__')
     finally:
-        loader.random_rows, corruption.corrupt = rows, corrupt
+        loader.random_rows, corruption.ask = rows, ask
     return seen
 
 
@@ -154,7 +155,7 @@ def test_a_single_process_is_what_it_was():
     rows, parts = torch.arange(6).view(3, 2), {'unmask': torch.ones(2)}
     assert (distributed.rank(), distributed.world(), distributed.share(5), distributed.gather('a')) == (0, 1, 5, ['a'])
     assert distributed.rows_of_rank(rows) is rows and distributed.total(rows) is rows
-    assert distributed.average_gradients(None, parts, PARTS) is parts
+    assert distributed.sum_parts(parts, PARTS) is parts and distributed.data_parallel(None, losses) is None
     assert [distributed.connect(device) for device in ('auto', 'cuda:1', 'mps')] == ['auto', 'cuda:1', 'mps']
     assert distributed.anywhere(True) and not distributed.anywhere(False)
 
@@ -260,8 +261,8 @@ def test_ranks_share_the_rows_and_draw_masks_of_their_own(runs, tmp_path):
     batches = []
 
     def watch(module):
-        corrupt = module.corrupt
-        module.corrupt = lambda x0, *args, **more: batches.append(x0) or corrupt(x0, *args, **more)
+        ask = module.ask
+        module.ask = lambda x0, *args: batches.append(x0) or ask(x0, *args)
     start(str(tmp_path), *JOINT, patch=watch)
     assert len(first) == len(second) == len(batches) == 6
     for (a, hidden), (b, other), whole in zip(first, second, batches):

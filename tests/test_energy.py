@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from conftest import ARITHMETIC, ROOT, all_sequences, chi_square, default_config, load_script, tiny_gpt, write_checkpoint
 from test_sample import Oracle, distance, empty, product_law, random_law, remasked_share, seeded, within_noise
 
-from plumbing.checkpoint import load_checkpoint
-from configurator import UserError
 from model import GPT
-from rules import best_rules, choose_by_energy, choose_rules, text_of
-from sample import best_samples, fill, generate_diffusion, start_canvas
+from configurator import UserError
+from parts.energy import best_samples, choose_by_energy, text_of
+from parts.presets import best_rules, choose_rules
+from plumbing.text import start_canvas
+from sample import fill, generate_diffusion
 
 CPU = ['--device=cpu', '--dtype=float32']
 TINY = ['--max_iters=4', '--batch_size=12', '--own_samples=16', '--eval_rows=12', '--log_interval=2', *CPU]
@@ -301,7 +302,7 @@ def test_training_an_energy_head(trained):
     source, path, text = trained
     for words in ('joint on arithmetic', 'step 4/4  energy ', 'ROC-AUC against noise', f'python sample.py --init_from={path}'):
         assert words in text, text
-    before, (model, after) = torch.load(source, weights_only=True), load_checkpoint(path)
+    before, (model, after) = torch.load(source, weights_only=True), GPT.load(path)
     assert (after['config'] == {**before['config'], 'energy_head': 2}
             and after['model_args'] == {**before['model_args'], 'energy_head': 2})
     assert after['meta'] == before['meta'] and after['iter_num'] == 7 and not {'optimizers', 'rng'} & set(after)
@@ -327,7 +328,7 @@ def test_the_same_seed_gives_the_same_head(run, trained, tmp_path):
     for name, seed in (('a.pt', 1), ('b.pt', 1), ('c.pt', 2)):            # the checkpoint has a head already: it starts anew
         status, _, err = run('energy', f'--init_from={trained[1]}', f'--save={tmp_path / name}', f'--seed={seed}', *TINY)
         assert status == 0, err
-        heads.append(load_checkpoint(str(tmp_path / name))[0].state_dict())
+        heads.append(GPT.load(str(tmp_path / name))[0].state_dict())
     critics = [torch.cat([w.flatten() for name, w in head.items() if name.startswith('critic.')]) for head in heads]
     assert torch.equal(critics[0], critics[1]) and not torch.equal(critics[0], critics[2])
 

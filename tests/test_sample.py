@@ -18,7 +18,9 @@ import sample
 from configurator import UserError
 from rules import best_rules, close_rows, commit_order, draw, filtered, first_of, p_mask, p_wrong, propose, supports
 from plumbing.text import decode, encode, start_canvas
-from sample import fill, find_checkpoint, generate, generate_diffusion, load_merged, write_atomically
+from plumbing.checkpoint import find_checkpoint, load_merged
+from plumbing.files import write_atomically
+from sample import fill, generate, generate_diffusion
 
 
 def seeded(seed=0):

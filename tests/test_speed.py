@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from plumbing.text import until_end
 from configurator import UserError
-from model import GPT, places
+from model import GPT
+from plumbing.rows import places
 from sample import fill
 from suites import speed
 

@@ -9,15 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import default_config, tiny_gpt
+from conftest import ROOT, default_config, tiny_gpt
 from test_train import TINY, assert_same_run, newest, read, start
 
 import model as model_module
 from plumbing import optim
-import train
-from plumbing.checkpoint import GROWS, load_checkpoint, save_checkpoint
+from model import Block, GPT, GPTConfig, attention_bias, norm, rotary_table, rotate
+from plumbing.checkpoint import GROWS, save_checkpoint
 from configurator import UserError
-from model import GPT, GPTConfig, Block, Mixer, attention_bias, graph_edges, norm, rotary_table, rotate
+from parts.layers import Mixer, graph_edges
 from suites import diagnose
 
 ON = dict(time_dim=8, graph_window=1, graph_topk=2, mu_blocks=4)          # all parts, for a width of 16
@@ -433,30 +433,6 @@ def test_every_new_parameter_is_optimised_once(kind):
     assert len(new) == 6 and all(found[name] == [('AdamW', 0.0)] for name in new)
     assert found['blocks.1.qkv.weight'] == [('Muon' if kind == 'muon' else 'AdamW', 0.1)]
 
-
-def test_what_the_stages_turn_on():
-    names = ('time_dim', 'k1_credit', 'graph_window', 'mu_blocks', 'noise_condition')
-    for stage, wanted in enumerate(((0, False, 0, 0, False), (128, False, 0, 0, False), (128, True, 0, 0, False),
-                                    (128, True, 8, 0, False))):
-        config = default_config(stage=stage)
-        assert train.staged(config) == {**config, **dict(zip(names, wanted))}
-        assert config == default_config(stage=stage)                         # the settings themselves are left alone
-    chosen = dict(time_dim=32, k1_credit=True, graph_window=3, graph_topk=1, mu_blocks=2)
-    for stage in range(4):
-        config = default_config(stage=stage, **chosen)
-        assert train.staged(config) == config
-    assert train.staged(default_config(stage=3, time_dim=16))['graph_window'] == 8
-    for stage in (4, -1):
-        with pytest.raises(UserError, match=f'stage expects 0 to 3, got {stage}'):
-            train.staged(default_config(stage=stage))
-
-
-@pytest.mark.parametrize('stage', [4, -1])
-def test_a_stage_that_there_is_not_is_refused_before_any_work(tmp_path, stage):
-    with pytest.raises(UserError, match=f'stage expects 0 to 3, got {stage}'):
-        start(str(tmp_path / 'out'), f'--stage={stage}')
-    assert not (tmp_path / 'out').exists()
-
 # -----------------------------------------------------------------------------
 # going up
 
@@ -465,10 +441,14 @@ WORDS = [*TINY, '--training_type=joint', '--causal_ratio=0.5', '--eval_samples=0
          '--max_iters=3']
 
 
+def stage_file(stage):
+    return os.path.join(ROOT, 'config', f'stage{stage}.py')
+
+
 @functools.lru_cache
 def trained(folder, stage):
     """The path of a checkpoint of that stage, made in the folder."""
-    start(os.path.join(folder, str(stage)), *WORDS, f'--stage={stage}')
+    start(os.path.join(folder, str(stage)), *WORDS, stage_file(stage))
     return newest(os.path.join(folder, str(stage)))
 
 
@@ -481,7 +461,7 @@ def of_stage(tmp_path_factory):
 def test_going_up_a_stage_starts_where_the_checkpoint_stands(tmp_path, of_stage, stage):
     path = of_stage(stage)
     before = torch.load(path, weights_only=True)
-    start(str(tmp_path), *WORDS, f'--stage={stage + 1}', '--mu_blocks=4', f'--init_from={path}')
+    start(str(tmp_path), *WORDS, stage_file(stage + 1), '--mu_blocks=4', f'--init_from={path}')
     first = json.loads((tmp_path / 'log.jsonl').read_text().splitlines()[0])
     assert first.pop('step') == 0 and set(first) == set(before['result']) >= {'nelbo', 'causal_nll', 'auc'}
     assert first == pytest.approx(before['result'], abs=1e-5)
@@ -494,8 +474,7 @@ def test_going_up_a_stage_starts_where_the_checkpoint_stands(tmp_path, of_stage,
 def test_a_checkpoint_holds_what_its_stage_turns_on(of_stage):
     for stage, wanted in enumerate(((0, False, 0), (128, False, 0), (128, True, 0), (128, True, 8))):
         path = of_stage(stage)
-        model, checkpoint = load_checkpoint(path)
-        assert checkpoint['config']['stage'] == stage
+        model, checkpoint = GPT.load(path)
         assert tuple(checkpoint['config'][name] for name in ('time_dim', 'k1_credit', 'graph_window')) == wanted
         assert (checkpoint['model_args']['time_dim'], checkpoint['model_args']['graph_window']) == wanted[::2]
         assert (model.level is not None, model.blocks[0].aloof is not None) == (stage >= 1, stage >= 3)
@@ -503,9 +482,9 @@ def test_a_checkpoint_holds_what_its_stage_turns_on(of_stage):
 
 
 @pytest.mark.parametrize('before, words, message', [
-    (1, ['--stage=0'], 'time_dim is 128 and 0'), (3, ['--stage=2'], 'graph_window is 8 and 0'),
-    (3, ['--stage=3', '--graph_topk=2'], 'graph_topk is 4 and 2'), (1, ['--stage=2', '--time_dim=64'], 'time_dim is 128 and 64'),
-    (0, ['--stage=1', '--n_embd=32'], 'n_embd is 16 and 32'), (0, ['--stage=3', '--n_layer=2'], 'n_layer is 1 and 2')])
+    (1, [stage_file(0)], 'time_dim is 128 and 0'), (3, [stage_file(2)], 'graph_window is 8 and 0'),
+    (3, [stage_file(3), '--graph_topk=2'], 'graph_topk is 4 and 2'), (1, [stage_file(2), '--time_dim=64'], 'time_dim is 128 and 64'),
+    (0, [stage_file(1), '--n_embd=32'], 'n_embd is 16 and 32'), (0, [stage_file(3), '--n_layer=2'], 'n_layer is 1 and 2')])
 def test_what_is_no_way_up_is_refused(tmp_path, of_stage, before, words, message):
     path = of_stage(before)
     with pytest.raises(UserError, match=f'{path} and this run do not fit together: {message}'):
@@ -515,11 +494,11 @@ def test_what_is_no_way_up_is_refused(tmp_path, of_stage, before, words, message
 
 def test_a_level_that_an_mlp_would_replace_is_refused(tmp_path):
     """A fresh MLP does not begin where the linear layer of noise_condition stands; the other way round it stays."""
-    path, words = str(tmp_path / 'ckpt.pt'), [*WORDS, '--noise_condition', '--time_dim=8']
+    path, words = str(tmp_path / 'ckpt.pt'), [*WORDS, '--time_dim=8']
     checkpoint = dict(model_args=vars(tiny_gpt(18, 64, n_recur=1, noise_condition=True).config), iter_num=1,
                       config=default_config(), meta=diagnose.load_data('arithmetic')[0])
     save_checkpoint(path, dict(checkpoint, model=tiny_gpt(18, 64, n_recur=1, noise_condition=True).state_dict()))
-    with pytest.raises(UserError, match='do not fit together: time_dim is 0 and 8'):
+    with pytest.raises(UserError, match='do not fit together: noise_condition is True and False'):
         start(str(tmp_path / 'out'), *words, f'--init_from={path}')
     network = tiny_gpt(18, 64, n_recur=1, time_dim=8)
     save_checkpoint(path, dict(checkpoint, model=network.state_dict(), model_args=vars(network.config)))
@@ -528,9 +507,9 @@ def test_a_level_that_an_mlp_would_replace_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize('before, after, message', [
-    (0, ['--stage=1'], 'time_dim is 0 and 128'), (1, ['--stage=2'], 'k1_credit is False and True'),
-    (2, ['--stage=1'], 'k1_credit is True and False'), (2, ['--stage=3'], 'graph_window is 0 and 8'),
-    (3, ['--stage=0'], 'time_dim is 128 and 0'), (3, ['--stage=3', '--mu_blocks=4'], 'mu_blocks is 0 and 4')])
+    (0, [stage_file(1)], 'time_dim is 0 and 128'), (1, [stage_file(2)], 'k1_credit is False and True'),
+    (2, [stage_file(1)], 'k1_credit is True and False'), (2, [stage_file(3)], 'graph_window is 0 and 8'),
+    (3, [stage_file(0)], 'time_dim is 128 and 0'), (3, [stage_file(3), '--mu_blocks=4'], 'mu_blocks is 0 and 4')])
 def test_a_run_does_not_change_its_stage(of_stage, before, after, message):
     path = of_stage(before)
     with pytest.raises(UserError, match=f'do not fit together: {message}'):
@@ -538,7 +517,7 @@ def test_a_run_does_not_change_its_stage(of_stage, before, after, message):
 
 
 def test_a_run_with_everything_resumes_bit_identically(tmp_path):
-    words = [*WORDS, '--stage=3', '--mu_blocks=4', '--draft_head', '--eval_interval=2', '--max_iters=4']
+    words = [*WORDS, stage_file(3), '--mu_blocks=4', '--draft_head', '--eval_interval=2', '--max_iters=4']
     straight, resumed = str(tmp_path / 'straight'), str(tmp_path / 'resumed')
     start(straight, *words, '--keep_every=2')
     os.makedirs(resumed)
@@ -568,8 +547,8 @@ def test_all_that_grows_starts_as_the_identity():
 
 
 def test_the_doctor_finds_no_leak_in_a_network_with_everything():
-    words = 'config/remask_all.py --stage=3 --mu_blocks=16 --n_layer=1 --n_head=2 --n_embd=32'
-    config = train.staged(diagnose.set_up(SimpleNamespace(train_args=words, init_from='ckpt'))[0])
+    words = 'config/remask_all.py config/stage3.py --mu_blocks=16 --n_layer=1 --n_head=2 --n_embd=32'
+    config, *_ = diagnose.set_up(SimpleNamespace(train_args=words, init_from='ckpt'))
     meta, data = diagnose.load_data(config['dataset'])
     model = diagnose.fresh_network(config, meta)
     assert model.level is not None and model.mixer is not None and model.blocks[0].aloof is not None

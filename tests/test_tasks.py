@@ -17,7 +17,7 @@ import sample
 from plumbing.text import holes, spans, task_canvas
 from plumbing.checkpoint import load_checkpoint
 from configurator import UserError
-from corruption import mixed_noise
+from parts.noise import mixed_noise
 from plumbing.evaluate import causal_nll
 from rules import COMMIT_RULES, PRESETS, REMASK_RULES, REWRITE, TASKS, choose_rules
 from sample import judge_rows

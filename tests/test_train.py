@@ -15,19 +15,25 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ARITHMETIC, ROOT, default_config, load_script, tiny_gpt, write_checkpoint
+from conftest import ARITHMETIC, ROOT, default_config, load_script, tiny_gpt
 from test_corruption import MASK, T, V, WRONG, clean_rows, corrupted, seeded
 
 import configurator
 import train
-from plumbing.checkpoint import load_checkpoint
+from model import GPT, GPTConfig
 from configurator import UserError
-from corruption import corrupt, extent, own_guesses
+from corruption import Task, ask, own_guesses
 from data import loader
 from data.loader import load_data, random_rows, spread_rows
-from model import GPT, GPTConfig
-from plumbing.evaluate import nelbo
-from train import (checkpoint_name, draft_loss, loss, lr_scale, make_optimizers, ramp, start_log, steer, training_step)
+from plumbing.evaluate import causal_nll, evaluate, nelbo, per_token, roc_auc
+from parts.abstain import steer
+from parts.draft import draft_loss
+from plumbing import distributed, run as run_module
+from plumbing.checkpoint import checkpoint_name
+from plumbing.log import PARTS, draw_curves, start_log
+from plumbing.optim import lr_scale, make_optimizers, ramp
+from plumbing.pack import extent
+from train import loss, training_step
 
 # -----------------------------------------------------------------------------
 # the loss
@@ -282,8 +288,7 @@ def test_the_unmasking_loss_is_the_nelbo_a_position():
     bounds, losses = [], []
     for seed in range(12):
         bounds.append(nelbo(model, x0, free, seeded(seed)).mean() / n)
-        batch = corrupt(x0, free, free, training_type='unmasking', mask_token_id=3, wrong_token_id=4,
-                        generator=seeded(99 + seed))
+        batch = ask(x0, free, free, Task(training_type='unmasking'), (3, 4, None), seeded(99 + seed))
         losses.append(loss(model, *batch)[0] / len(x0))
     bounds, losses = torch.stack(bounds), torch.stack(losses)
     error = ((bounds.var() + losses.var()) / 12) ** 0.5
@@ -327,9 +332,9 @@ def test_training_step(training_type, ratio, views, accumulate):
     bidirectional = training_type != 'causal' and (views or num_causal < 8)
     if bidirectional:
         rows, generator = x0.repeat(views, 1) if views else x0[num_causal:], seeded(1)
-        batch = corrupt(rows, rows != 15, (rows != 15) & (rows != 17), training_type=training_type, mask_token_id=18,
-                        wrong_token_id=19, generator=generator, guess=own_guesses(model, generator), remask_ratio=0.25,
-                        penalty_mask_correct=0.25, weight_remask_task=0.5)
+        task = Task(training_type, remask_ratio=0.25, penalty_mask_correct=0.25, weight_remask_task=0.5)
+        batch = ask(rows, rows != 15, (rows != 15) & (rows != 17), task, (18, 19, 17), generator,
+                    own_guesses(model, generator))
         for row, n in enumerate(extent(batch[0], batch[2], 17, generator)):
             total = total + loss(model, *[part[row:row + 1, :n] for part in batch])[0] / max(1, views)
     (total / 8 / accumulate).backward()
@@ -341,10 +346,10 @@ def test_more_views_leave_the_scale_of_the_gradient_as_it_is(monkeypatch):
     """Where every view is corrupted alike they teach what one of them does; with 0 the causal rows have no part in it."""
     model, x0, asked = tiny_gpt(18, 64, n_recur=1), arithmetic_rows(8), []
 
-    def all_masked(x0, free, real, **more):
+    def all_masked(x0, free, real, *task):
         asked.append(x0)
         return x0.masked_fill(free, 18), x0, free / free.sum(1, keepdim=True)
-    monkeypatch.setattr(train, 'corrupt', all_masked)
+    monkeypatch.setattr(train, 'ask', all_masked)
     found = {}
     for ratio in (0.0, 0.5):
         for views in (0, 1, 3):
@@ -366,10 +371,10 @@ def test_rows_without_padding_are_not_packed():
     assert seen == [(3, None), (3, None)]
 
 
-@pytest.mark.parametrize('level', [False, True])
+@pytest.mark.parametrize('level', [0, 8])
 def test_what_a_conditioned_network_is_shown_in_training(level):
     """Of every other row its likeliest tokens at the masks, from a first pass that is told the same level and no prediction."""
-    model, asked = tiny_gpt(V, T, self_condition=True, noise_condition=level), []
+    model, asked = tiny_gpt(V, T, self_condition=True, time_dim=level), []
     model.mask_logit_bias.fill_(50.0)
     x0, input, _, _ = joint_batch()
     segment, noise = (torch.arange(T) > 5).long().expand(24, T), torch.rand(24, T, generator=seeded())
@@ -397,12 +402,12 @@ def test_the_level_is_the_share_of_the_row_that_is_noise(monkeypatch, kind):
     """
     asked, clean = [], arithmetic_rows(8)
     monkeypatch.setattr(train, 'conditioned', lambda model, *args: asked.append(args[:3]) or model(args[0], only=args[3]))
-    monkeypatch.setattr(train, 'corrupt', lambda *args, **more: asked.append(corrupt(*args, **more)) or asked[-1])
+    monkeypatch.setattr(train, 'ask', lambda *args: asked.append(ask(*args)) or asked[-1])
     config = default_config(training_type=kind, corruption='random', remask_ratio=0.5, proofreading_warmup_iters=0,
                             remask_target='wrong' if kind == 'joint' else 'original')
     for meta in (ARITHMETIC, dict(ARITHMETIC, pad=None)):
         asked.clear()
-        training_step(tiny_gpt(18, 64, n_recur=1, noise_condition=True), clean, meta, config, 5, seeded(1))
+        training_step(tiny_gpt(18, 64, n_recur=1, time_dim=8), clean, meta, config, 5, seeded(1))
         (input, target, _), (_, segment, level) = asked
         wrong = (input != clean) & (input != 18)
         share = ((input == 18) | (wrong & (kind == 'denoising'))).sum(1) / 64
@@ -414,26 +419,24 @@ def test_the_level_is_the_share_of_the_row_that_is_noise(monkeypatch, kind):
 
 
 def test_training_step_asks_for_what_the_settings_say(monkeypatch):
-    """Every setting of the task reaches corrupt, loss, or the network that guesses."""
+    """Every setting of the task reaches ask, loss, or the network that guesses."""
     asked, counted = [], []
-    monkeypatch.setattr(train, 'corrupt', lambda *args, **more: asked.append((args, more)) or corrupt(*args, **more))
+    monkeypatch.setattr(train, 'ask', lambda *args: asked.append(args) or ask(*args))
     monkeypatch.setattr(train, 'loss', lambda *args, **more: counted.append(more) or loss(*args, **more))
     model, x0 = tiny_gpt(18, 64, n_recur=1), arithmetic_rows(8)
-    config = default_config(training_type='denoising', remask_target='original', remask_ratio=0.8, sigma_min=0.2, sigma_max=0.7,
-                            high_noise_bias=0.4, noise_mix='mask:0.4,swap:0.6', corruption='sticky', weight_unmask_task=0.3,
-                            weight_remask_task=0.6, penalty_mask_correct=0.9, proofreading_warmup_iters=10,
-                            masking_warmup_iters=30, reward_correct_unmask=0.7, prefix_ratio=0.1, mask_weighting='token')
+    config = default_config(
+        training_type='denoising', remask_target='original', remask_ratio=0.8, sigma_min=0.2, sigma_max=0.7,
+        noise_mix='mask:0.4,swap:0.6', corruption='sticky', weight_unmask_task=0.3, weight_remask_task=0.6,
+        penalty_mask_correct=0.9, proofreading_warmup_iters=10, masking_warmup_iters=30, reward_correct_unmask=0.7,
+        prefix_ratio=0.1, mask_weighting='token')
     for meta, pad in ((ARITHMETIC, 17), (dict(ARITHMETIC, pad=None), None)):
         training_step(model, x0, meta, config, 5, seeded(1), price=0.25)
-        (clean, free, real), more = asked[-1]
+        clean, free, real, task, tokens, *_ = asked[-1]
         assert torch.equal(clean, x0) and torch.equal(free, x0 != 15)
         assert torch.equal(real, (x0 != 15) & (x0 != pad) if pad else x0 != 15)
-        expected = dict(training_type='denoising', remask_target='original', remask_ratio=3 / 8, sigma=(0.2, 0.7, 0.4),
-                        pad_id=pad, noise_mix=(('mask', 0.4), ('swap', 0.6)), corruption=(('sticky', 1.0),),
-                        weight_unmask_task=0.3, weight_remask_task=0.6, remasking_loss_type='all_positions',
-                        mask_token_id=18, wrong_token_id=19, prefix_ratio=0.1, mask_weighting='token')
-        assert {name: more[name] for name in expected} == expected
-        assert more['penalty_mask_correct'] == pytest.approx(0.15)
+        assert task.penalty_mask_correct == pytest.approx(0.15) and tokens == (18, 19, pad)
+        assert task == Task('denoising', 3 / 8, (('sticky', 1.0),), 'all_positions', 'original', 0.3, 0.6,
+                            task.penalty_mask_correct, 'token', (0.2, 0.7), (('mask', 0.4), ('swap', 0.6)), 0.1)
         hidden, at = (counted[-1].pop(name) for name in ('hidden', 'at'))         # see conditioned
         assert hidden.requires_grad and len(hidden) == len(at)
         assert counted[-1] == dict(reward_correct_unmask=0.7, keep_mask_price=0.25, pad_id=pad)
@@ -464,25 +467,6 @@ class Stub:
 
     def logits(self, hidden, real_only=False):
         return hidden.masked_fill((torch.arange(hidden.size(-1)) >= self.mask_token_id) & real_only, float('-inf'))
-
-
-def parrot(token):
-    """In the place of a network: it fills every hole with one token."""
-    return Stub(torch.full((19, 20), -60.0).index_fill(1, torch.tensor(token), 0.0))
-
-
-@pytest.mark.parametrize('training_type', ['joint', 'remasking'])
-def test_the_guesses_are_those_of_the_guesser(monkeypatch, training_type):
-    model, x0, inputs = tiny_gpt(18, 64, n_recur=1), arithmetic_rows(8), []
-    monkeypatch.setattr(train, 'loss',
-                        lambda model, input, *args, **more: inputs.append(input) or loss(model, input, *args, **more))
-    config = default_config(training_type=training_type, remask_ratio=1.0)
-    for guesser in (parrot(7), parrot(3), None):
-        training_step(model, x0, ARITHMETIC, config, 500, seeded(1), guesser=guesser)
-    for input, token in zip(inputs, (7, 3)):
-        wrong = input[(input != x0) & (input != 18)]
-        assert len(wrong) > 20 and (wrong == token).all()
-    assert len(set(inputs[2][(inputs[2] != x0) & (inputs[2] != 18)].tolist())) > 3
 
 
 # -----------------------------------------------------------------------------
@@ -525,7 +509,7 @@ def test_the_controller_holds_its_set_point(target, slope, offset):
 
 
 def test_without_a_price_the_bias_grows_without_end():
-    """The trap of the report: the optimiser undoes what the bias does, so that it grows at a constant rate, and in vain."""
+    """The trap: the optimiser undoes what the bias does, so that it grows at a constant rate, and in vain."""
     plant = Plant(lambda price: -3.0)
     control, history = plant.run(dict(CONTROL, price=0.0), 4000, limit=1e9)
     p, bias, price = history.T
@@ -577,7 +561,8 @@ def steer_on_a_rank(rank, path, parts, results):
     try:
         control = CONTROL
         for part in parts:
-            control = steer(control, torch.tensor(part[rank]), 0.3, 0.2, 20.0)
+            summed = distributed.sum_parts({'p(MASK)': torch.tensor(part[rank])}, PARTS)['p(MASK)']
+            control = steer(control, summed, 0.3, 0.2, 20.0)
         torch.save(control, f'{results}.{rank}')
     finally:
         torch.distributed.destroy_process_group()
@@ -848,21 +833,20 @@ def test_same_command_same_weights_and_other_seed_others(tmp_path):
     (['--training_type=joint', '--corruption=fragment:1,sticky:1', '--allow_abstain', '--penalty_keep_mask=0',
       '--target_mask_prob=0.2', '--proofreading_warmup_iters=0'], 'ckpt_joint_all_positions.pt'),
     (['--training_type=joint', '--corruption=own:1,noise:1', '--views=2', '--causal_ratio=1', '--prefix_ratio=0.5',
-      '--noise_condition', '--self_condition', '--proofreading_warmup_iters=0', '--draft_head'], 'ckpt_joint_all_positions.pt'),
+      '--time_dim=8', '--self_condition', '--proofreading_warmup_iters=0', '--draft_head'], 'ckpt_joint_all_positions.pt'),
 ])
 def test_every_kind_of_run(tmp_path, words, name):
     start(str(tmp_path), *words, '--max_iters=2', '--eval_interval=1')
     assert sorted(os.listdir(tmp_path)) == [name, 'log.jsonl']
-    model, checkpoint = load_checkpoint(str(tmp_path / name))
+    model, checkpoint = GPT.load(str(tmp_path / name))
     assert checkpoint['iter_num'] == 2 and checkpoint['meta']['name'] == 'arithmetic'
     assert all(math.isfinite(value) for value in checkpoint['result'].values())
     assert set(checkpoint['config']) == set(configurator.settings(train.__file__))
     fresh = GPT(GPTConfig(**checkpoint['model_args']))
     assert model.wte.weight.shape == fresh.wte.weight.shape
-    for field, part in (('noise_condition', model.level), ('self_condition', model.previous)):
-        wanted = f'--{field}' in words
-        assert (checkpoint['model_args'][field] == wanted == (part is not None)
-                and (not wanted or part.weight.any()))                    # it has learned
+    for word, part in (('--time_dim=8', model.level), ('--self_condition', model.previous)):
+        assert (word in words) == (part is not None)
+        assert part is None or all(p.any() for p in part.parameters())    # it has learned
 
 
 @pytest.mark.parametrize('fmt', ['rows', 'stream'])
@@ -905,19 +889,19 @@ def test_the_loss_of_the_draft_head_by_hand():
                         logits = F.layer_norm(state, (16,)) @ model.wte.weight[:3].T
                         ces.append(F.cross_entropy(logits, x0[row, at + ahead][None]).item())
                         ahead += 1
-            mean, parts = train.draft_loss(model, hidden, x0, weight, depth)
+            mean, parts = draft_loss(model, hidden, x0, weight, depth)
             assert len(ces) == {1: 4 + 1, 2: 4 + 3 + 1}.get(depth, 4 + 3 + 2 + 1 + 1)
             assert mean.item() == pytest.approx(sum(ces) / len(ces), rel=1e-5)
             assert set(parts) == {'draft'} and parts['draft'].tolist() == pytest.approx([mean.item(), 1.0])
-        assert len({train.draft_loss(model, hidden, x0, weight, depth)[0].item() for depth in (1, 2, 4)}) == 3
-        assert train.draft_loss(model, hidden, x0, weight)[0] == train.draft_loss(model, hidden, x0, weight, 6)[0]
-        nothing, _ = train.draft_loss(model, hidden, x0, torch.eye(6)[:3])   # one token a row: nothing comes after it
+        assert len({draft_loss(model, hidden, x0, weight, depth)[0].item() for depth in (1, 2, 4)}) == 3
+        assert draft_loss(model, hidden, x0, weight)[0] == draft_loss(model, hidden, x0, weight, 6)[0]
+        nothing, _ = draft_loss(model, hidden, x0, torch.eye(6)[:3])   # one token a row: nothing comes after it
         assert nothing == 0
 
 
 def test_the_loss_of_the_draft_head_teaches_the_head_alone():
     model, x0 = tiny_gpt(18, 64, n_recur=1, draft_head=True), arithmetic_rows(4)
-    mean, _ = train.draft_loss(model, model(x0, causal=True), x0, (x0 < 17).float())
+    mean, _ = draft_loss(model, model(x0, causal=True), x0, (x0 < 17).float())
     mean.backward()
     grads = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert grads == {'drafter.fc.weight', 'drafter.proj.weight'}
@@ -940,7 +924,7 @@ def test_a_training_step_teaches_the_draft_head_beside_the_rest(kind, ratio, dra
     if drafts:
         rows = x0[:8 if kind == 'causal' else 4]
         real = ((rows != 15) & (rows != 17)).float()
-        (train.draft_loss(model, model(rows, causal=True), rows, real)[0] / 2).backward()     # a mean, so no share of the rows
+        (draft_loss(model, model(rows, causal=True), rows, real)[0] / 2).backward()     # a mean, so no share of the rows
         for name, grad in gradients(model).items():
             assert torch.allclose(grad, more[name], rtol=1e-4, atol=1e-6), name
 
@@ -1020,7 +1004,7 @@ def test_control_of_a_run(tmp_path):
     for decay, control in ((1 / 10, second[0]), (2 / 11, last)):          # a young average forgets its start
         average = decay * average + (1 - decay) * control['bias']
     assert checkpoint['ema']['mask_logit_bias'].item() == pytest.approx(average, rel=1e-5)
-    assert float(load_checkpoint(newest(str(tmp_path)))[0].mask_logit_bias) == pytest.approx(average, rel=1e-5)
+    assert float(GPT.load(newest(str(tmp_path)))[0].mask_logit_bias) == pytest.approx(average, rel=1e-5)
 
 
 def test_without_a_target_nothing_is_steered(tmp_path):
@@ -1034,37 +1018,6 @@ def test_without_a_target_nothing_is_steered(tmp_path):
         assert not words or (line['mask_logit_bias'], line['penalty_keep_mask']) == (bias, 0.3)
         weights.append(checkpoint['model']['wte.weight'])
     assert not torch.equal(*weights[:2]) and not torch.equal(*weights[1:])   # abstaining is another loss, the bias has its say
-
-
-@pytest.mark.parametrize('training_type', ['joint', 'remasking'])
-def test_guess_from(tmp_path, training_type):
-    """The guesses are those of that checkpoint, its averaged weights, in training and in the evaluation; it learns nothing."""
-    start(str(tmp_path / 'a'), *PLAIN, '--ema_decay=0.9', '--max_iters=3', '--n_embd=32')  # the networks may differ
-    source, asked = newest(str(tmp_path / 'a')), []
-    before = open(source, 'rb').read()
-
-    def watch(module):
-        step, evaluate = module.training_step, module.evaluate
-        module.training_step = lambda *args: asked.append(args[-1]) or step(*args)
-        module.evaluate = lambda *args, **more: asked.append(more['guesser']) or evaluate(*args, **more)
-
-    out = str(tmp_path / 'b')
-    start(out, f'--training_type={training_type}', f'--guess_from={source}', '--max_iters=2', '--eval_samples=0', patch=watch)
-    assert len(asked) == 4
-    weights = torch.load(source, weights_only=True)['ema']
-    for guesser in asked:
-        assert_same(dict(guesser.state_dict()), dict(weights))
-    assert 0 <= read(out)['result']['auc'] <= 1 and open(source, 'rb').read() == before
-
-
-def test_guess_from_a_checkpoint_that_does_not_fit(tmp_path):
-    other = dict(ARITHMETIC, itos=[*'9876543210()+*=', '<bos>', '<eos>', '<pad>'])
-    for meta, kind, message in ((ARITHMETIC, 'remasking', 'guess_from=.*j.pt cannot unmask.*training_type=remasking'),
-                                (ARITHMETIC, 'causal', 'cannot unmask'), (other, 'unmasking', 'do not fit together: itos')):
-        path = write_checkpoint(tmp_path / 'j.pt', meta=meta, training_type=kind)
-        with pytest.raises(UserError, match=message):
-            start(str(tmp_path / 'out'), '--training_type=remasking', f'--guess_from={path}')
-    assert os.listdir(tmp_path) == ['j.pt']
 
 
 def test_log(tmp_path):
@@ -1140,32 +1093,33 @@ def test_curves(tmp_path, monkeypatch, capsys):
     with open(tmp_path / 'log.jsonl', 'w') as file:
         for record in ({'step': 0, 'nelbo': 2.0}, {'step': 2, 'unmask': 1.0, 'learning_rate': 0.5}, {'step': 4, 'nelbo': 1.0}):
             file.write(json.dumps(record) + '\n')
-    assert not train.draw_curves(str(tmp_path / 'log.jsonl'), str(tmp_path / 'curves.png'))
+    assert not draw_curves(str(tmp_path / 'log.jsonl'), str(tmp_path / 'curves.png'))
     assert os.listdir(tmp_path) == ['log.jsonl']
     monkeypatch.delitem(sys.modules, 'matplotlib.figure')                 # see tidy in conftest.py
     (tmp_path / 'empty.jsonl').write_text('{"step": 0}\n')
-    assert not train.draw_curves(str(tmp_path / 'empty.jsonl'), str(tmp_path / 'curves.png'))
+    assert not draw_curves(str(tmp_path / 'empty.jsonl'), str(tmp_path / 'curves.png'))
     (tmp_path / 'empty.jsonl').unlink()
     from matplotlib.axes import Axes
     drawn, plot = {}, Axes.plot
     monkeypatch.setattr(Axes, 'plot', lambda axes, x, y, label, **more: drawn.update(
         {label: (axes.get_title(), list(zip(x, y)))}) or plot(axes, x, y, label=label, **more))
-    assert train.draw_curves(str(tmp_path / 'log.jsonl'), str(tmp_path / 'curves.png'))
+    assert draw_curves(str(tmp_path / 'log.jsonl'), str(tmp_path / 'curves.png'))
     assert (tmp_path / 'curves.png').read_bytes().startswith(b'\x89PNG')
     assert sorted(os.listdir(tmp_path)) == ['curves.png', 'log.jsonl']
     assert drawn == {'unmask': ('nats, training', [(2, 1.0)]), 'nelbo': ('nats a token, validation', [(0, 2.0), (4, 1.0)]),
                      'learning_rate': ('learning rate', [(2, 0.5)])}
 
 
-def test_a_run_says_where_its_curves_are(tmp_path, capsys):
+def test_a_run_says_where_its_curves_are(tmp_path, capsys, monkeypatch):
     drawn = []
 
     def draw(log, path):
         drawn.append((log, path))
         return True
-    for patch, message in ((lambda module: setattr(module, 'draw_curves', draw), 'log.jsonl, curves.png'),
-                           (None, 'log.jsonl (pip install matplotlib for curves.png)')):
-        start(str(tmp_path), *PLAIN, '--max_iters=2', '--eval_interval=1', patch=patch)
+    for drawer, message in ((draw, 'log.jsonl, curves.png'),
+                            (draw_curves, 'log.jsonl (pip install matplotlib for curves.png)')):
+        monkeypatch.setattr(run_module, 'draw_curves', drawer)
+        start(str(tmp_path), *PLAIN, '--max_iters=2', '--eval_interval=1')
         assert f'losses and validation: {tmp_path}/{message}\n' in capsys.readouterr().out
     assert drawn == [(f'{tmp_path}/log.jsonl', f'{tmp_path}/curves.png')] * 2
 
@@ -1361,9 +1315,9 @@ def test_a_full_disk_ends_a_run_only_at_its_end(tmp_path, monkeypatch, capsys, e
     assert read(str(tmp_path))['iter_num'] == 4 and len(os.listdir(tmp_path)) == 2
 
 
-def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
-    start(str(tmp_path), *PLAIN, '--max_iters=2',
-          patch=lambda module: setattr(module, 'start_log', lambda path, start: os.mkdir(path)))   # a folder takes no line
+def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run_module, 'start_log', lambda path, start: os.mkdir(path))      # a folder takes no line
+    start(str(tmp_path), *PLAIN, '--max_iters=2')
     out = capsys.readouterr().out
     assert f'{tmp_path}/log.jsonl: cannot be written: Is a directory; the run goes on' in out
     assert read(str(tmp_path))['iter_num'] == 2
@@ -1386,22 +1340,20 @@ def spoiled(when, where):
 
 
 @pytest.mark.parametrize('where', ['parts', 'wte.weight', 'blocks.0.fc.weight', 'drafter.fc.weight'])
-def test_a_step_that_is_not_finite_is_skipped(tmp_path, capsys, where):
+def test_a_step_that_is_not_finite_is_skipped(tmp_path, capsys, monkeypatch, where):
     """The weights stay what they are, the optimisers do not count it, the sums stay finite; how many there were is shown."""
     words = ['--training_type=unmasking', '--causal_ratio=0.5', '--draft_head', '--eval_samples=0', '--log_interval=4',
              '--max_iters=6', '--eval_interval=6']
     seen = []                                                             # the weights as every step found them
 
-    def watch(module):
-        spoiled((2, 3), where)(module)
-        decide = module.is_finite
+    decide = run_module.is_finite
 
-        def is_finite(model, parts):
-            seen.append({name: p.detach().clone() for name, p in model.state_dict().items()})
-            return decide(model, parts)
-        module.is_finite = is_finite
+    def is_finite(model, parts):
+        seen.append({name: p.detach().clone() for name, p in model.state_dict().items()})
+        return decide(model, parts)
 
-    start(str(tmp_path), *words, patch=watch)
+    monkeypatch.setattr(run_module, 'is_finite', is_finite)
+    start(str(tmp_path), *words, patch=spoiled((2, 3), where))
     assert_same(seen[2], seen[4])
     for step in (1, 4):
         assert not torch.equal(seen[step]['wte.weight'], seen[step + 1]['wte.weight'])
@@ -1445,8 +1397,7 @@ def test_lines_on_screen(capsys, tmp_path):
 def test_check_settings_table():
     train.check_settings(default_config())
     remasking, abstaining = dict(training_type='remasking'), dict(allow_abstain=True)
-    for changes in (dict(remasking, corruption='random'), dict(remasking, guess_from='a.pt'), dict(guess_from='a.pt'),
-                    dict(remasking, guess_from='a.pt', corruption='random:1,own:1'),
+    for changes in (dict(remasking, corruption='random'),
                     dict(training_type='denoising', remask_target='original', sigma_min=0.5, sigma_max=0.5),
                     dict(abstaining, target_mask_prob=0.5, penalty_keep_mask=0.0), dict(abstaining, penalty_keep_mask=0.999),
                     dict(abstaining, training_type='denoising', remask_target='original', penalty_keep_mask=0.00001),
@@ -1469,21 +1420,12 @@ def test_check_settings_table():
                              (dict(ema_decay=1.1), 'ema_decay'), (dict(decay_share=-1.0), 'decay_share'),
                              (dict(sigma_min=-0.1), 'sigma_min must be in 0..1'),
                              (dict(sigma_max=1.1), 'sigma_max must be in 0..1'),
-                             (dict(high_noise_bias=1.1), 'high_noise_bias must be in 0..1'),
                              (dict(target_mask_prob=1.1), 'target_mask_prob must be in 0..1'),
                              (dict(prefix_ratio=1.1), 'prefix_ratio must be in 0..1'),
                              (dict(prefix_ratio=-0.1), 'prefix_ratio must be in 0..1'),
                              (dict(sigma_min=0.6, sigma_max=0.5), 'sigma_min=0.6 is above sigma_max=0.5'),
-                             (remasking, 'no guesses of its own.*--guess_from=PATH'),
-                             (dict(remasking, corruption='random:1,own:1'), 'no guesses of its own'),
-                             (dict(guess_from='a.pt', corruption='random'), 'guess_from makes the wrong tokens of'),
-                             (dict(guess_from='a.pt', training_type='unmasking'), 'guess_from makes the wrong tokens of'),
-                             (dict(guess_from='a.pt', training_type='causal'), 'guess_from makes the wrong tokens of'),
-                             (dict(guess_from='a.pt', training_type='denoising', remask_target='original'), 'guess_from'),
+                             (remasking, 'no guesses of its own'),
                              (dict(corruption='onw'), "corruption knows own, random, fragment, sticky.*'onw'"),
-                             (dict(noise_mix='mask:1,own:1'), 'noise_mix knows mask, replace, swap, delete, insert'),
-                             (dict(noise_mix='mask:0'), 'noise_mix knows'),
-                             (dict(noise_mix='mask:x'), 'noise_mix expects'),
                              (dict(training_type='denoising'), 'set --remask_target=original'),
                              (dict(abstaining, penalty_keep_mask=1.0), 'penalty_keep_mask must be 0, or in 0.00001..0.99999'),
                              (dict(penalty_keep_mask=-0.1), 'penalty_keep_mask must be 0, or in'),

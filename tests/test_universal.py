@@ -11,10 +11,10 @@ from test_sample import seeded
 
 import sample
 from plumbing.text import encode, start_canvas
-from plumbing.checkpoint import load_checkpoint
+from model import GPT
 from configurator import UserError
 from data import loader
-from rules import choose_rules
+from parts.presets import choose_rules
 from suites import runs, universal
 
 BOS, EOS, PAD, MASK = 15, 16, 17, 18
@@ -227,7 +227,7 @@ def test_anchors_are_where_the_training_strings_have_them():
 
 def test_what_the_network_is_told_of_the_noise_is_no_secret_kept_in_it(s, trainings):
     """Another level, other samples; and the row after it is told nothing."""
-    found = load_checkpoint(runs.trained(s, universal.RUNS, 'noise conditioning'))
+    found = GPT.load(runs.trained(s, universal.RUNS, 'noise conditioning'))
 
     def texts_of(**how):
         samples = universal.draw_samples(s, lambda name: found, 'x', dict(steps=1, **how), 0)

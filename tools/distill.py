@@ -27,12 +27,15 @@ import torch
 from configurator import UserError
 from corruption import corrupt
 from data.loader import data_of, random_rows
-from plumbing.checkpoint import load_checkpoint, make_folder, save_checkpoint
+from model import GPT
+from plumbing.checkpoint import find_checkpoint
+from plumbing.checkpoint import save_checkpoint
+from plumbing.files import make_folder
 from plumbing.device import configure_compute
 from plumbing.optim import make_optimizers
 from plumbing.text import load_task, modelled
-from rules import PRESETS, choose_rules, supports
-from sample import find_checkpoint, generate, generate_diffusion
+from parts.presets import PRESETS, choose_rules, supports
+from sample import generate, generate_diffusion
 from train import loss
 
 # -----------------------------------------------------------------------------
@@ -101,7 +104,7 @@ def main():
     path = find_checkpoint(init_from, out_dir)
     if os.path.realpath(path) == os.path.realpath(goal):
         raise UserError(f'{goal} would overwrite its own teacher: name another one as --init_from')
-    teacher, checkpoint = load_checkpoint(path)
+    teacher, checkpoint = GPT.load(path)
     meta, config = checkpoint['meta'], checkpoint['config']
     if not supports(config)[0]:
         raise UserError(f"{path} cannot unmask (training_type={config['training_type']}), so it cannot teach")

@@ -28,16 +28,22 @@ import torch
 import torch.nn.functional as F
 
 from configurator import UserError
-from corruption import NOISE, mixed_noise, noise_level, own_errors, parse_mixture
+from corruption import own_errors
+from parts.noise import NOISE, mixed_noise, noise_level
+from plumbing.checkpoint import find_checkpoint
+from plumbing.checks import parse_mixture
 from data.loader import data_of, random_rows, spread_rows
 from model import GPT, GPTConfig
-from plumbing.checkpoint import load_checkpoint, make_folder, save_checkpoint
+from plumbing.checkpoint import save_checkpoint
+from plumbing.files import make_folder
 from plumbing.device import configure_compute
 from plumbing.evaluate import roc_auc
 from plumbing.rows import places
 from plumbing.text import load_task, modelled, rows_of
-from rules import choose_rules, draw, filtered, supports, text_of
-from sample import find_checkpoint, generate
+from parts.energy import text_of
+from parts.presets import choose_rules, supports
+from plumbing.draw import draw, filtered
+from sample import generate
 
 # -----------------------------------------------------------------------------
 init_from = 'ckpt'       # 'ckpt': the newest checkpoint under out_dir; or the path of one
@@ -199,7 +205,7 @@ def measure(model, meta, x0, own, texts, generator):
 
 def load_trunk(path):
     """(the network of a checkpoint, averaged and frozen, with a fresh critic that learns; the checkpoint)."""
-    trunk, checkpoint = load_checkpoint(path)
+    trunk, checkpoint = GPT.load(path)
     if not supports(checkpoint['config'])[0]:
         raise UserError(f"{path} cannot unmask (training_type={checkpoint['config']['training_type']}), "
                         f'so it has no samples of its own to learn from')
