@@ -1,5 +1,6 @@
 """The suite of speed, on networks so small that what it counts is known and what it compares can be computed twice."""
 
+import functools
 import itertools
 import json
 
@@ -153,10 +154,11 @@ def test_plain_ancestral_draws_from_the_ancestral_law():
 
 def test_functions_take_turns(monkeypatch):
     calls = []
-    times = speed.alternate({name: lambda name=name: calls.append(name) for name in 'abc'}, 4)
-    assert ''.join(calls) == 'abc' * 5 and [len(seconds) for seconds in times.values()] == [4] * 3    # the first is not timed
+    rows = speed.compare('table', 'shape', {name: functools.partial(calls.append, name) for name in 'abc'}, 4)
+    assert ''.join(calls) == 'abc' * 5 and [row['n'] for row in rows] == [4] * 3     # the first round is not timed
+    assert [(row['table'], row['shape'], row['name']) for row in rows] == [('table', 'shape', name) for name in 'abc']
     monkeypatch.setattr(speed, 'SECONDS', 0)                                   # the time is up at once
-    assert [len(seconds) for seconds in speed.alternate({'a': int}, 100).values()] == [speed.ROUNDS]
+    assert [row['n'] for row in speed.compare('', '', {'a': int}, 100)] == [speed.ROUNDS]
 
 
 def test_median_and_quartiles():
@@ -248,7 +250,7 @@ def test_help_imports_nothing_that_it_can_do_without():
 
 def test_growth_table(small, tmp_path, monkeypatch):
     memory = {8: 2**20, 16: 3 * 2**20}
-    monkeypatch.setattr(speed, 'peak_memory', lambda s, what, config: memory[config['block_size']])
+    monkeypatch.setattr(speed, 'peak_memory', lambda make, s, config: memory[config['block_size']])
     rows, text = speed.growth(small(f'--out_dir={tmp_path}/new'))
     check_rows(rows, None, ('memory', 'exponent'))
     assert [(row['shape'], row.get('block_size', row.get('n_layer'))) for row in rows] == [('block_size', 8), ('block_size', 16),
@@ -261,11 +263,12 @@ def test_growth_table(small, tmp_path, monkeypatch):
 def test_peak_memory_sees_what_a_step_takes(small):
     """Logits of 512 x 30,000 in float32 are 61 MB, and so is their gradient; what the process had before does not count."""
     config = speed.recipe(**dict(SHAPE, block_size=64, vocab_size=30000))
-    assert 120 < speed.peak_memory(small(), 'full head', config) / 2**20 < 260
+    assert 120 < speed.peak_memory(speed.HEADS['full head'], small(), config) / 2**20 < 260
 
 
 def test_head_table(small, monkeypatch):
-    monkeypatch.setattr(speed, 'peak_memory', lambda s, what, config: 5 * 2**20 if what == 'full head' else 2**20)
+    memory = {speed.HEADS['full head']: 5 * 2**20, speed.HEADS['sparse head']: 2**20}
+    monkeypatch.setattr(speed, 'peak_memory', lambda make, s, config: memory[make])
     rows, text = speed.head(small())
     check_rows(rows, 'full head', ('memory',))
     assert [(row['name'], row['memory']) for row in rows] == [('full head', 5 * 2**20), ('sparse head', 2**20)]
