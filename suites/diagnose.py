@@ -1,9 +1,9 @@
 """
-The doctor: can this training set-up learn, and is what it learns honest? Run it before a long run or after a bad one.
+The doctor: can this training set-up learn, and is what it learns honest? Run it before the long run.
 
-The set-up is what train_args says, words for train.py, or the config of a checkpoint, whose weights are examined too.
-A check returns (status, what was measured, what to do). It examines a fresh network, as train.py would start it; the
-checks for leaks take one that has learned a batch by heart, because the blocks of a fresh one are the identity.
+The set-up is what train_args says, words for train.py, or the config of a checkpoint, whose weights are then
+examined too. A check returns (status, what was measured, what to do). It examines a fresh network; for leaks
+one that has learned a batch by heart, because the blocks of a fresh one are the identity.
 """
 
 import copy
@@ -55,13 +55,12 @@ def half_of(places, rng):
     """A random half of the places (N, T) in every row, rounded up."""
     return random_subset(places, (places.sum(1) + 1) // 2, rng)
 
-
 # -----------------------------------------------------------------------------
 # the data
 
 
 def token_counts(ids):
-    """How often every id 0..65535 occurs in a split of a dataset, (65536,), piece by piece as it may be long."""
+    """How often every id 0..65535 occurs in a split, (65536,), piece by piece as a stream may be long."""
     ids = ids.reshape(-1)
     return sum(np.bincount(ids[start:start + PIECE], minlength=2**16) for start in range(0, len(ids), PIECE))
 
@@ -82,13 +81,13 @@ def check_vocabulary(counts, meta):
     again = 'prepare the dataset again'
     return verdict(
         f'ids up to {top}, vocabulary 0..{V - 1}',
-        (top >= V, 'problem', f'id {top} would be taken for [MASK] or [WRONG]: {again}, with vocab_size={top + 1}'),
+        (top >= V, 'problem', f'id {top} would be taken for [MASK] or [WRONG]: {again} with V > {top}'),
         (known != V, 'problem', f'itos has {known} tokens, vocab_size is {V}: {again}'),
         (unused, 'warning', f'the ids above {top} never occur: is vocab_size one too many?'))
 
 
 def check_special(model, meta, data, counts):
-    """[MASK] and [WRONG] are V and V+1, in no data, never drawn; start, end and padding stand where they should."""
+    """[MASK] and [WRONG] are V and V+1, in no data, never drawn; start, end, padding are in place."""
     V, mask, wrong = meta['vocab_size'], model.mask_token_id, model.wrong_token_id
     other = f'[MASK] and [WRONG] are not {V} and {V + 1}: the network was made for another dataset'
     faults = [((mask, wrong) != (V, V + 1), 'problem', other)]
@@ -101,9 +100,10 @@ def check_special(model, meta, data, counts):
         masks = torch.full((1, 2), mask, device=next(model.parameters()).device)
         logits = model.logits(model(masks)[0], real_only=True)                 # (2, V+2)
     drawn = logits.size(1) != wrong + 1 or (logits[:, mask:] != float('-inf')).any()
-    advice = 'the sampler may draw [MASK] or [WRONG]: GPT.logits(real_only=True) must give them -inf'
-    measured = f'[MASK] {mask}, [WRONG] {wrong}, bos {meta["bos"]}, eos {meta["eos"]}, pad {meta["pad"]}'
-    return verdict(measured, *faults, (drawn, 'problem', advice))
+    return verdict(
+        f'[MASK] {mask}, [WRONG] {wrong}, bos {meta["bos"]}, eos {meta["eos"]}, pad {meta["pad"]}', *faults,
+        (drawn, 'problem',
+         'the sampler may draw [MASK] or [WRONG]: GPT.logits(real_only=True) must give them -inf'))
 
 
 def misplaced(x0, meta):
@@ -130,23 +130,25 @@ def check_statistics(counts, meta, data):
         val, known = data['val'].numpy(), {row.tobytes() for row in data['train'].numpy()}
         twice = 1 - len(known) / len(data['train'])
         seen = sum(row.tobytes() in known for row in val) / len(val)
-        measured += f'; {twice:.0%} of the training rows are repetitions, {seen:.1%} of the validation rows stand in train'
+        measured += (f'; {twice:.0%} of the training rows are repetitions, '
+                     f'{seen:.1%} of the validation rows stand in train')
     return verdict(
         measured,
         (len(share) <= 1, 'problem', 'there is nothing to learn: all tokens are the same'),
-        (len(share) > 1 and most > 0.5, 'warning', 'one token is most of the data: is it padding, unknown to meta.json?'),
+        (len(share) > 1 and most > 0.5, 'warning',
+         'one token is most of the data: is it padding that meta.json does not call so?'),
         (twice > 0.9, 'warning', 'few rows are new: the network may learn them by heart'),
         (seen > 0.03, 'problem', 'the validation split measures memory: take what stands in train out of it'))
-
 
 # -----------------------------------------------------------------------------
 # the settings
 
 
 def check_size(params, tokens, rows, config):
-    """Parameters against the tokens of an epoch, and how many epochs the run takes; rows: as many as a split has."""
+    """Parameters against the tokens of an epoch, and how many epochs of these rows the run takes."""
     epochs = config['max_iters'] * config['batch_size'] * config['gradient_accumulation_steps'] / rows
-    by_heart = 'far more parameters than tokens, to learn by heart: more data, a smaller network, or --dropout=0.1'
+    by_heart = ('far more parameters than there are tokens: the network will learn the data by heart; '
+                'more data, a smaller network, or --dropout=0.1')
     return verdict(
         f'{params:,} parameters, {tokens:,} tokens an epoch, {epochs:.3g} epochs',
         (params > 10 * tokens, 'warning', by_heart),
@@ -178,7 +180,7 @@ def check_rates(config):
 
 
 def check_speed(choices, seconds, config):
-    """choices: the line of configure_compute; seconds: of every step, the first of which prepares the device."""
+    """choices: the line of configure_compute; seconds: of all steps; the first prepares the device."""
     step = statistics.median(seconds[1:])
     hours = step * config['max_iters'] / 3600
     expected = f'{60 * hours:.1f} minutes' if hours < 2 else f'{hours:.1f} hours'
@@ -186,7 +188,6 @@ def check_speed(choices, seconds, config):
     return verdict(
         f"{choices}; {took}, {config['max_iters']} steps in {expected}, evaluations aside",
         (hours > 24, 'warning', 'a long time: a smaller network, fewer steps, or a GPU'))
-
 
 # -----------------------------------------------------------------------------
 # learning
@@ -196,8 +197,8 @@ def initial_losses(model, x0, meta, generator):
     """
     What an untrained network says of rows x0 (N, T): [(mode, mean CE, what it should be, remark)].
 
-    All distinct tokens count alike, as a uniform guess does not know which are frequent. A tied head expects the
-    token that it has just read once more, so the causal mode is also judged without it.
+    All distinct tokens count alike, as which are frequent has no say in a uniform guess. A tied head expects
+    the token that it has just read once more, so the causal mode is also judged without it.
     """
     real, V = modelled(x0, meta)[1], model.config.vocab_size
     before = beside(x0, 1, model.mask_token_id)      # (N, T) what the causal pass has just read
@@ -225,22 +226,24 @@ def check_initial_loss(found):
     for mode, nats, ideal, _ in found:
         wrong = not abs(nats - ideal) <= 0.2 * ideal                           # also true of NaN
         skewed = not wrong and abs(nats - ideal) > 0.05 * ideal
-        faults += [(wrong, 'problem', f'{mode}: a fresh network must guess uniformly; see how it starts, which logits are open'),
-                   (skewed, 'warning', f'{mode}: not uniform; usual in wide networks for few tokens, else see how it starts')]
-    measured = [f'{mode} {nats:.3f} nats (uniform: {ideal:.3f}{remark})' for mode, nats, ideal, remark in found]
-    return verdict('; '.join(measured), *faults)
+        faults += [(wrong, 'problem', f'{mode}: a fresh network must guess uniformly; see how it starts, '
+                                      'which logits are open'),
+                   (skewed, 'warning', f'{mode}: not uniform; usual in a wide network for few tokens, '
+                                       'else see how it starts')]
+    said = [f'{mode} {nats:.3f} nats (uniform: {ideal:.3f}{remark})' for mode, nats, ideal, remark in found]
+    return verdict('; '.join(said), *faults)
 
 
 def first_steps(model, ids, meta, config, num=5):
     """
     Makes num real steps on a split ids, then the gradients of one more batch, not clipped.
 
-    Returns ([seconds of each step], {name: norm of the gradient, None without one}) of the tensors that the run trains.
-    More than one step, because the output projections start at zero: at first nothing behind them has a gradient.
+    Returns ([seconds of each step], {name: norm of the gradient, None without one}), of trained tensors. The
+    output projections start at zero, so that in the first step nothing behind them has a gradient.
     """
     device, seed = next(model.parameters()).device, config['seed']
     rng, noise = seeded('cpu', seed), seeded(device, seed + 1)
-    late = max(config['proofreading_warmup_iters'], config['masking_warmup_iters'])       # behind the curricula
+    late = max(config['proofreading_warmup_iters'], config['masking_warmup_iters'])   # behind the curricula
     price = config['penalty_keep_mask'] if config['allow_abstain'] else None
     optimizers, seconds = optimizers_of(model, config), []
     model.train()
@@ -250,8 +253,9 @@ def first_steps(model, ids, meta, config, num=5):
             x0 = random_rows(ids, config['batch_size'], config['block_size'], rng).to(device)
             train.training_step(model, x0, meta, config, late, noise, price)
         if step < num:
-            at = min(step, config['max_iters'] - 1)                            # a rate behind the end is negative
-            optim.update(model, optimizers, config, optim.lr_scale(at, *[config[name] for name in SCHEDULE]))
+            at = min(step, config['max_iters'] - 1)                      # behind the end the rate is negative
+            scale = optim.lr_scale(at, *[config[name] for name in SCHEDULE])
+            optim.update(model, optimizers, config, scale)
             model.zero_grad(set_to_none=True)
             next(model.parameters()).sum().item()                              # wait for the device
             seconds.append(time.time() - t0)
@@ -268,10 +272,10 @@ def optimizers_of(model, config):
 def trained_tensors(model, config):
     """(name, tensor) of what a run trains: not the energy head, no part whose mode it never uses."""
     causal = supports(config)[1]
-    bidirectional = config['training_type'] != 'causal' and (config['causal_ratio'] < 1 or config['views'] > 0)
+    both_ways = config['training_type'] != 'causal' and (config['causal_ratio'] < 1 or config['views'] > 0)
     idle = ['critic.'] + ['causal_embd', 'drafter.'] * (not causal)
-    idle += ['level.', 'previous.', 'bigrams.around'] * (not bidirectional)
-    idle += ['blocks.0.shortcuts'] * (config['n_recur'] == 1)                  # a first block has nothing to be shown again
+    idle += ['level.', 'previous.', 'bigrams.around'] * (not both_ways)
+    idle += ['blocks.0.shortcuts'] * (config['n_recur'] == 1)     # the first block sees nothing again
     return [(name, p) for name, p in model.named_parameters() if not name.startswith(tuple(idle))]
 
 
@@ -282,14 +286,14 @@ def check_gradients(norms):
     median = statistics.median(values) if values else 0.0
     faults = []
     for kind, status, advice, is_so in (
-            ('not finite', 'problem', 'lower the learning rates, or --dtype=float32',
-             lambda norm: not math.isfinite(norm)),
-            ('without any gradient', 'problem', 'the loss does not depend on it, or what follows has a rate of 0',
-             lambda norm: norm == 0),
-            ('vanishing', 'warning', 'what follows it passes next to nothing back',
-             lambda norm: 0 < norm < 1e-7 * median),
-            ('exploding', 'warning', 'look at its input, or let its weights start smaller',
-             lambda norm: 1e3 * median < norm < math.inf)):
+            ('not finite', 'problem',
+             'lower the learning rates, or --dtype=float32', lambda x: not math.isfinite(x)),
+            ('without any gradient', 'problem',
+             'the loss does not depend on it, or the rate of what follows it is 0', lambda x: x == 0),
+            ('vanishing', 'warning',
+             'what follows it passes next to nothing back', lambda x: 0 < x < 1e-7 * median),
+            ('exploding', 'warning',
+             'look at its input, or let its weights start smaller', lambda x: 1e3 * median < x < math.inf)):
         names = [name for name, norm in norms.items() if is_so(norm)]
         more = f' and {len(names) - 6} more' if len(names) > 6 else ''
         faults.append((names, status, f"{', '.join(names[:6])}{more}: {kind}; {advice}"))
@@ -303,8 +307,9 @@ def memorise(model, ids, meta, config, steps=100):
     """
     Learns one small batch of the split ids by heart, at the run's own peak rates, without dropout.
 
-    Half of the tokens are masked, always the same; training_type causal reads left to right. Ends at MEMORISED, or
-    when the loss is not finite. Returns (the loss, nats a token, at every step; the lowest possible loss).
+    Half of the tokens are masked, always the same; the training_type causal reads left to right. Ends at
+    MEMORISED, or if the loss is not finite. Returns (the loss, nats a token, at every step; the lowest
+    that is possible, as which row it is has to be guessed).
     """
     device, T = next(model.parameters()).device, config['block_size']
     causal = config['training_type'] == 'causal'
@@ -312,10 +317,9 @@ def memorise(model, ids, meta, config, steps=100):
     most = min(2048, 2**24 // meta['vocab_size'])    # tokens; a large vocabulary makes them dear
     x0 = random_rows(ids, min(16, max(2, most // T)), T, rng)                  # (N, T)
     real = modelled(x0, meta)[1]
-    length = int(real.any(0).nonzero().max()) + 1                              # no need to learn the padding
+    length = int(real.any(0).nonzero().max()) + 1                              # padding need not be learned
     x0, real = x0[:, :length], real[:, :length]
     where = (real if causal else half_of(real, rng)).to(device)
-    # which row it is has to be guessed
     floor = math.log(len(x0)) * len(x0) / int(real.sum()) if causal else 0.0
     x0 = x0.to(device)
     input = x0 if causal else x0.masked_fill(where, model.mask_token_id)
@@ -347,23 +351,22 @@ def check_memory(losses, floor, config):
     elif min(losses[-20:]) < 0.9 * min(losses[:-20], default=0):
         status, advice = 'warning', f'the loss falls, but slowly: raise {rates}'
     else:
-        advice = f'the loss stands still: more capacity (--n_embd, --n_layer), or other {rates}'
+        advice = f'the loss stands still: use more capacity (--n_embd, --n_layer), or other {rates}'
     return verdict(measured, (not last <= goal, status, advice))
-
 
 # -----------------------------------------------------------------------------
 # leaks
 
 
 def largest(change, where):
-    """The largest change of hidden states (N, T, C) at the positions where (N, T); NaN if anything is not finite."""
+    """The largest change of hidden states (N, T, C) at places where (N, T); NaN if anything is not finite."""
     return (change.float().abs().amax(-1) * where).max().item()
 
 
 @torch.no_grad()
 def check_hidden_tokens(model, x0, meta):
     """
-    Two batches (N, T) that differ only in what is masked must look the same to the network, and be answered the same.
+    Two batches (N, T) that differ only in what is masked must look the same, and be answered the same.
 
     Every position that carries weight is a target, so the network may know of it only that it is masked.
     """
@@ -374,16 +377,16 @@ def check_hidden_tokens(model, x0, meta):
                        generator=seeded(x0.device))
     input, _, weight = asked(x0)
     target = weight > 0
-    answer = model(input)                                                      # before the other batch is even made
+    answer = model(input)                                                # before the other batch is even made
     other = asked(torch.where(target, another_token(x0, V, seeded(x0.device)), x0))[0]
     shown = int((other != input).sum())
     moved = largest(model(other) - answer, target)
-    peeks = ('label leak: the network knows what is masked although its input does not say so; '
-             'look for what else its forward reads')
+    peeks = ('label leak: the network knows what is masked although its input does not say so; look for what '
+             'else its forward reads')
     return verdict(
         f'{int(target.sum())} hidden tokens exchanged, the outputs there moved by {moved:.1e}',
         (not target.any(), 'problem', 'corrupt asks for nothing: no position carries weight'),
-        (shown, 'problem', f'label leak: {shown} inputs show the token that is asked for; corrupt must mask them'),
+        (shown, 'problem', f'label leak: {shown} inputs show what is asked for; corrupt must mask them'),
         (not shown and not moved <= TOLERANCE, 'problem', peeks))
 
 
@@ -391,15 +394,15 @@ def check_hidden_tokens(model, x0, meta):
 def check_causal(model, x0):
     """In the causal mode a token must not move any prediction up to its own: x0 (N, T), its first row."""
     T, V = x0.size(1), model.config.vocab_size
-    at = torch.linspace(0, T - 1, min(T, 16), device=x0.device).long()[:, None]   # (n, 1)
-    rows = x0[:1].repeat(len(at), 1)                                           # (n, T)
+    at = torch.linspace(0, T - 1, min(T, 16), device=x0.device).long()[:, None]    # (n, 1)
+    rows = x0[:1].repeat(len(at), 1)                                               # (n, T)
     position = torch.arange(T, device=x0.device)
     changed = torch.where(position == at, another_token(rows, V, seeded(x0.device)), rows)
     moved = largest(model(changed, causal=True) - model(rows, causal=True), position <= at)
     return verdict(
         f'{len(at)} tokens exchanged, the predictions up to them moved by {moved:.1e}',
-        (not moved <= TOLERANCE, 'problem',
-         'the causal mode sees what it has to predict: look at the attention mask and the shift of the input'))
+        (not moved <= TOLERANCE, 'problem', 'the causal mode sees what it has to predict: look at the '
+                                            'attention mask and at the shift of the input'))
 
 
 @torch.no_grad()
@@ -441,7 +444,6 @@ def leak_checks(prefix, network, x0, meta):
             (f'{prefix}leak: packed texts', lambda: check_packed(network(), x0)),
             (f'{prefix}context', lambda: check_context(network(), x0, meta))]
 
-
 # -----------------------------------------------------------------------------
 # the weights of a checkpoint
 
@@ -453,17 +455,18 @@ def check_tensors(model, checkpoint, config):
     for kind in kinds:
         for name, tensor in checkpoint[kind].items():
             finite = torch.isfinite(tensor).all()
-            faults += [(not finite, 'problem', f'{kind}: {name} holds NaN or infinity, take an older checkpoint'),
-                       (finite and name in trained and not tensor.any(), 'problem',
-                        f'{kind}: {name} is all zero, so it never learned')]
+            idle = finite and name in trained and not tensor.any()
+            bad = f'{kind}: {name} holds NaN or infinity, take an older checkpoint'
+            faults += [(not finite, 'problem', bad),
+                       (idle, 'problem', f'{kind}: {name} is all zero, so it never learned')]
     num = sum(len(checkpoint[kind]) for kind in kinds)
     return verdict(f"{num} tensors ({', '.join(kinds)}), {checkpoint['iter_num']} steps", *faults)
 
 
 @torch.no_grad()
 def silent_units(model, x0, meta, config):
-    """The share of each block's ReLU units that are never active on rows x0 (N, T) in the trained modes: [share]."""
-    active = [torch.zeros(block.fc.out_features, dtype=torch.bool, device=x0.device) for block in model.blocks]
+    """The share of each block's ReLU units that are never active on rows x0 (N, T) in any trained mode."""
+    active = [x0.new_zeros(block.fc.out_features, dtype=torch.bool) for block in model.blocks]
 
     def watch(seen, layer, args, h):
         seen.logical_or_((h > 0).flatten(0, -2).any(0))
@@ -486,14 +489,13 @@ def check_units(shares):
         'never active: ' + ', '.join(f'{share:.1%}' for share in shares) + ' of the units, by block',
         (dead, status, f"{', '.join(dead)}: most units are dead, lower the learning rates or warm up longer"))
 
-
 # -----------------------------------------------------------------------------
 # the suite
 
 
 def set_up(s):
     """
-    What is to be diagnosed: (the settings of train.py as a dict, model, checkpoint), the last two None for train_args.
+    What is to be diagnosed: (the settings of train.py, a dict, model or None, its checkpoint or None).
 
     Raises UserError for words that train.py would refuse, and where it is not clear what is meant.
     """
@@ -503,15 +505,16 @@ def set_up(s):
         config = {name: checkpoint['config'].get(name, setting.default) for name, setting in known.items()}
         return config, model, checkpoint
     if s.init_from != 'ckpt':
-        raise UserError('diagnose takes train_args, a set-up, or init_from, a checkpoint and its set-up, but not both')
+        raise UserError('diagnose takes train_args, a set-up, or init_from, a checkpoint and its set-up, '
+                        'but not both')
     try:
         words = shlex.split(s.train_args)
     except ValueError as error:
         raise UserError(f"train_args='{s.train_args}': {error}") from None
     config = configurator.configure(dict(vars(train)), words)
     if config['init_from'] != 'scratch':
-        raise UserError('train_args starts from a checkpoint, but what is diagnosed is a fresh network: leave its '
-                        "init_from out; the checkpoint itself is diagnosed by "
+        raise UserError('train_args starts from a checkpoint, but what is diagnosed is a fresh network: '
+                        'leave its init_from out; the checkpoint itself is diagnosed by '
                         f"--init_from={config['init_from']} without train_args")
     return config, None, None
 
@@ -528,7 +531,7 @@ def fresh_network(config, meta):
 
 def set_up_checks(s, config, meta, data, model, choices):
     """
-    [(name, the check, to be called)] of a set-up; model is its fresh network. What several of them need is made once.
+    [(name, the check, to be called)] of a set-up with its fresh model. What several need is made once.
 
     If there are ids that the network has no row for, that is the one check: the others need them.
     """
@@ -574,7 +577,7 @@ def run(s):
         meta, data = load_data(config['dataset'], config['coarse'])
     train.check_fits(config, meta)
 
-    # the set-up's own choices unless bench was told others; a checkpoint's were for the machine that trained it
+    # the set-up's own choices unless bench was told others; those of a checkpoint were for another machine
     chosen = {name: getattr(s, name) for name in ('device', 'dtype', 'attention')}
     if not checkpoint:
         chosen = {name: config[name] if choice == 'auto' else choice for name, choice in chosen.items()}

@@ -14,7 +14,7 @@ compile   eager against torch.compile, only if --only=compile asks for it
 
 --only=training,head takes some of the tables. What is compared takes turns, so that noise hits all of it.
 --steps is the most rounds of a comparison; after SECONDS it ends with the round it is in. A time is a median,
-with its quartiles. keep_memory (plumbing/device.py) helps the baselines too, so the ratios are rather too low.
+with its quartiles. keep_memory (plumbing/device.py) helps the baselines too, so ratios are rather too low.
 """
 
 import copy
@@ -191,7 +191,7 @@ def our_step(s, config, compile=False):
     """
     A step of train.py: forward and backward, clipping, the optimisers, the average of the weights.
 
-    step(at) is at that step of the curricula, step() behind them. The rates are tiny: random ids teach nothing.
+    step(at) is at that step of the curricula, step() behind them. The rates are tiny, as ids are random.
     """
     model = network(s, config, compile=compile)
     ema = copy.deepcopy(model) if config['ema_decay'] else None
@@ -253,7 +253,7 @@ def step_flops(config):
     logits = (config['vocab_size'] + 2) * C              # the same of all logits of a position
     behind = 9 * C * C                                   # of the last block behind its attention
 
-    # rows of each task; all positions with wrong tokens around have loss, and half of the masked rows (k is uniform)
+    # rows of each task; of rows with wrong tokens all positions have loss, of masked ones half (k is uniform)
     causal = B if config['training_type'] == 'causal' else round(B * config['causal_ratio'])
     others = B * config['views'] if config['views'] else B - causal
     proofread = round(others * config['remask_ratio']) if config['training_type'] == 'joint' else 0
@@ -331,7 +331,7 @@ def peak(s):
 
 @torch.no_grad()
 def plain_ancestral(model, canvas, generator):
-    """Fills canvas (B, T), equally many masks a row: a token a pass, anywhere, with every logit of all rows."""
+    """Fills canvas (B, T), equally many masks a row: a token a pass, anywhere, by all logits of all rows."""
     x, row = canvas.clone(), torch.arange(len(canvas), device=canvas.device)
     for _ in range(int((x == model.mask_token_id).sum(1).max())):
         ids = draw(model.logits(model(x), real_only=True).softmax(-1), generator)            # (B, T)
@@ -516,7 +516,7 @@ def peak_memory(make, s, config):
 
 
 def head_step(everywhere, s, config):
-    """Loss and gradients of plain unmasking from given hidden states: logits everywhere, or where they count."""
+    """Loss and gradients of plain unmasking from hidden states: logits everywhere, or where they count."""
     model = network(s, config)
     x0, meta, rng = random_batch(s, model, config)
     input, target, weight = masked_batch(model, x0, meta, rng)
@@ -584,20 +584,22 @@ def draw_growth(rows, path):
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    panels = Figure(figsize=(3 * len(GROWTH), 5), layout='constrained').subplots(2, len(GROWTH), squeeze=False)
+    figure = Figure(figsize=(3 * len(GROWTH), 5), layout='constrained')
+    panels = figure.subplots(2, len(GROWTH), squeeze=False)
+    lines = (('seconds', 'ms a step', 1e3), ('memory', 'peak memory, MB', 2**-20))
     for axis, column in zip(GROWTH, panels.T):
         points = [row for row in rows if row['shape'] == axis]
         sizes = [row[axis] for row in points]
-        for panel, (name, unit, scale) in zip(column, (('seconds', 'ms a step', 1e3), ('memory', 'MB', 2**-20))):
+        for panel, (name, unit, scale) in zip(column, lines):
             panel.loglog(sizes, [scale * row[name] for row in points], marker='.')
             panel.set(xlabel=axis, ylabel=unit)
-            panel.set_xticks(sizes, [f'{size:,}' for size in sizes])     # plain numbers, and no others between
+            panel.set_xticks(sizes, [f'{size:,}' for size in sizes])     # plain numbers, none between them
             panel.tick_params(which='minor', bottom=False, labelbottom=False)
             panel.yaxis.set_major_formatter('{x:g}')
             panel.yaxis.set_minor_formatter('{x:g}')
             panel.grid(alpha=0.3)
     with atomically(path) as temporary:
-        panels[0, 0].figure.savefig(temporary, format='png', dpi=110)
+        figure.savefig(temporary, format='png', dpi=110)
     return True
 
 # -----------------------------------------------------------------------------

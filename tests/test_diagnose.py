@@ -84,7 +84,8 @@ def test_what_a_run_does_not_train_is_no_fault(kind, n_recur):
     assert ('level.weight' in norms) == ('previous.weight' in norms) == ('bigrams.around.weight' in norms) == (kind != 'causal')
     assert ('blocks.0.shortcuts' in norms) == (n_recur == 2)
     seconds, norms = diagnose.first_steps(fresh(**changes), DATA['train'], META, {**CONFIG, **changes, 'max_iters': 1}, num=2)
-    assert diagnose.check_gradients(norms)[0] == 'ok' and len(seconds) == 2    # shorter than that: the rate is never negative
+    # shorter than that: the rate is never negative
+    assert diagnose.check_gradients(norms)[0] == 'ok' and len(seconds) == 2
 
 
 def test_a_checkpoint_is_diagnosed_with_its_set_up(small, tmp_path):
@@ -103,7 +104,7 @@ def test_a_checkpoint_is_diagnosed_with_its_set_up(small, tmp_path):
     assert 'model: blocks.0.fc.weight is all zero' in result(rows, 'checkpoint, tensors')['advice']
     assert '100.0%' in result(rows, 'checkpoint, silent units')['measured']
     assert 'learning_rate is 0' in result(rows, 'rates')['advice']
-    small.update(dataset='small', sha256=dict(train='new'))                    # the folder holds other text by now
+    small.update(dataset='small', sha256=dict(train='new'))  # the folder holds other text by now
     write_checkpoint(path, model, dict(small, sha256=dict(train='old')), **SIZE)
     with pytest.raises(UserError, match='data/small holds other data than what the checkpoint was trained on'):
         diagnose.run(bench_settings('--suite=diagnose', f'--init_from={path}'))
@@ -240,7 +241,8 @@ def test_size_and_rates():
 
 def test_initial_loss():
     found = diagnose.initial_losses(fresh(), DATA['train'], META, seeded())
-    assert [(mode, round(ideal, 3)) for mode, _, ideal, _ in found] == [('unmasking', 2.197), ('causal', 2.079)]   # ln 9, ln 8
+    # ln 9, ln 8
+    assert [(mode, round(ideal, 3)) for mode, _, ideal, _ in found] == [('unmasking', 2.197), ('causal', 2.079)]
     assert diagnose.check_initial_loss(found)[0] == 'ok'
     loud = fresh()
     with torch.no_grad():
@@ -340,7 +342,7 @@ def test_a_corrupt_that_does_not_mask_is_caught(x0, monkeypatch):
         return input, target, weight
     monkeypatch.setattr(diagnose, 'corrupt', corrupt)
     status, _, advice = diagnose.check_hidden_tokens(tiny_gpt(V, 12), x0, META)
-    assert status == 'problem' and 'inputs show the token that is asked for' in advice
+    assert status == 'problem' and 'inputs show what is asked for' in advice
     monkeypatch.setattr(diagnose, 'corrupt', lambda x0, *args, **how: (x0, x0, torch.zeros(x0.shape)))
     assert 'no position carries weight' in diagnose.check_hidden_tokens(tiny_gpt(V, 12), x0, META)[2]
 
@@ -351,11 +353,11 @@ def test_a_causal_pass_that_sees_too_much_is_caught(x0, plain):
     model.plain_attention = plain
     assert diagnose.check_causal(model, x0)[0] == 'ok' and diagnose.check_packed(model, x0)[0] == 'ok'
 
-    class Unshifted(GPT):                                                      # reads the token that it predicts
+    class Unshifted(GPT):  # reads the token that it predicts
         def forward(self, idx, causal=False, **how):
             return super().forward(idx.roll(-1, 1) if causal else idx, causal=causal, **how)
 
-    class Unmasked(GPT):                                                       # sees what comes later, and other texts
+    class Unmasked(GPT):  # sees what comes later, and other texts
         def forward(self, idx, causal=False, segment=None, **how):
             return super().forward(idx, **how)
 
@@ -369,7 +371,7 @@ def test_a_causal_pass_that_sees_too_much_is_caught(x0, plain):
 
 def test_the_visible_text_has_to_matter(x0):
     assert diagnose.check_context(tiny_gpt(V, 12), x0, META)[0] == 'ok'
-    status, measured, advice = diagnose.check_context(fresh(), x0, META)       # every block is still the identity
+    status, measured, advice = diagnose.check_context(fresh(), x0, META)  # every block is still the identity
     assert status == 'problem' and measured.endswith('0.0e+00') and 'without looking' in advice
 
 # -----------------------------------------------------------------------------

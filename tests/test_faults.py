@@ -28,7 +28,8 @@ from suites import faults
 pytest.importorskip('hypothesis')
 from hypothesis import HealthCheck, assume, configuration, given, settings, strategies as st  # noqa: E402
 
-configuration.set_hypothesis_home_dir(os.path.join(tempfile.gettempdir(), 'hypothesis'))   # it would write here
+# it would write here
+configuration.set_hypothesis_home_dir(os.path.join(tempfile.gettempdir(), 'hypothesis'))
 
 # -----------------------------------------------------------------------------
 # kills
@@ -65,7 +66,8 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     assert not os.path.exists(tmp_path / 'train.lock')                    # taken away at the end
     before = sorted((name, (tmp_path / name).read_bytes()) for name in os.listdir(tmp_path))
     for words in ([], ['--overwrite'], ['--init_from=resume', '--max_iters=9']):
-        (tmp_path / 'train.lock').write_text(f'{os.getppid()} {files.socket.gethostname()}\n')       # this process's parent lives
+        # this process's parent lives
+        (tmp_path / 'train.lock').write_text(f'{os.getppid()} {files.socket.gethostname()}\n')
         with pytest.raises(UserError, match=f'{tmp_path} is in use: process {os.getppid()} on .*delete {tmp_path}/train.lock'):
             start(str(tmp_path), *PLAIN, *words)
         os.remove(tmp_path / 'train.lock')                                # it was left alone
@@ -270,7 +272,7 @@ def test_unknown_settings(name, value):
 @given(st.sampled_from(NUMBERS), junk)
 def test_settings_that_are_no_number(name, value):
     try:
-        assume(isinstance(eval(value, {'__builtins__': {}}), str))        # a number after all, or a word like None
+        assume(isinstance(eval(value, {'__builtins__': {}}), str))  # a number after all, or a word like None
     except (Exception, SystemExit):
         pass
     assume(value not in ('None',) and not value.isdecimal())
@@ -315,7 +317,7 @@ CONFIG = open(os.path.join(ROOT, 'config', 'remask_all.py'), encoding='utf-8').r
 def test_torn_config_files(place, cut, tail):
     path = place / 'torn.py'
     path.write_text(CONFIG[:cut] + tail, encoding='utf-8')
-    refused(lambda: configure([str(path)]), path, may_pass=True)          # a whole statement more or less is no error
+    refused(lambda: configure([str(path)]), path, may_pass=True)  # a whole statement more or less is no error
 
 # -----------------------------------------------------------------------------
 # checkpoints
@@ -354,7 +356,7 @@ def test_torn_checkpoints(place, where, byte, cut):
     at = int(where * len(data))
     if cut:
         try_to_load(place, data[:at])
-    else:                                                                 # one wrong byte can make another number
+    else:  # one wrong byte can make another number
         try_to_load(place, data[:at] + bytes([byte]) + data[at + 1:], may_pass=True)
 
 
@@ -367,7 +369,7 @@ def test_torn_exports(place, where, byte, cut):
     if not path.exists():
         files.export_safetensors(str(path), tiny_gpt(18, 8, n_recur=1), SMALL)
     data = path.read_bytes()
-    at = int(where ** 3 * len(data))                                      # the header is what there is to harm
+    at = int(where ** 3 * len(data))  # the header is what there is to harm
     if cut:
         try_to_load(place, data[:at], name='w.safetensors')
     else:
@@ -395,7 +397,8 @@ def as_bytes_now(content):
 @cases(80)
 @given(st.sampled_from(['block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout']), values)
 def test_model_args_that_make_no_network(place, name, value):
-    assume(not (name == 'n_layer' and isinstance(value, int) and value > 1))                 # so many would only take for ever
+    # so many would only take for ever
+    assume(not (name == 'n_layer' and isinstance(value, int) and value > 1))
     try_to_load(place, as_bytes_now({**SMALL, 'model_args': {**SMALL['model_args'], name: value}}))
 
 
@@ -445,7 +448,7 @@ def stopped(tmp_path_factory):
     """The folder of a run that could go on, and its checkpoint."""
     folder = tmp_path_factory.mktemp('stopped')
     start(str(folder), *PLAIN, '--max_iters=1')
-    for name in set(os.listdir(folder)) - {'ckpt_unmasking.pt'}:              # the log, and curves if they can be drawn
+    for name in set(os.listdir(folder)) - {'ckpt_unmasking.pt'}:  # the log, and curves if they can be drawn
         os.remove(folder / name)
     return folder, read(str(folder))
 
@@ -455,7 +458,8 @@ def stopped(tmp_path_factory):
 def test_a_run_that_cannot_be_resumed(stopped, key, value, inside):
     folder, whole = stopped
     part = whole[key]
-    assume(not (key == 'control' and inside and isinstance(value, float) and value == 3.5))  # which is a number like any other
+    # which is a number like any other
+    assume(not (key == 'control' and inside and isinstance(value, float) and value == 3.5))
     if inside and isinstance(part, dict):
         value = {**part, sorted(part)[0]: value}
     assume(key != 'sums' or not isinstance(value, dict) or not all(isinstance(part, torch.Tensor) for part in value.values()))

@@ -85,12 +85,13 @@ def test_a_baseline_step_is_a_step_of_ours(small):
         step()
         step()
     moved = [network.wte.weight.detach() - before for network in networks]
-    assert moved[0].abs().max() > 1e-6                                         # the rate is 1e-5, the weights float32
+    assert moved[0].abs().max() > 1e-6  # the rate is 1e-5, the weights float32
     torch.testing.assert_close(*moved, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize('sizes', [dict(n_layer=2, n_recur=2, n_embd=32, vocab_size=62),       # nearly all is in the blocks,
-                                   dict(n_layer=1, n_recur=1, n_embd=16, vocab_size=1022)])     # or in the head
+# nearly all is in the blocks,
+@pytest.mark.parametrize('sizes', [dict(n_layer=2, n_recur=2, n_embd=32, vocab_size=62),
+                                   dict(n_layer=1, n_recur=1, n_embd=16, vocab_size=1022)])  # or in the head
 @pytest.mark.parametrize('changes', [speed.PLAIN, {}, dict(corruption='own:1,random:1', remask_ratio=1.0),
                                      dict(views=2, draft_head=False)])
 def test_step_flops_are_those_that_torch_counts(small, sizes, changes):
@@ -155,7 +156,8 @@ def test_plain_ancestral_draws_from_the_ancestral_law():
 def test_functions_take_turns(monkeypatch):
     calls = []
     rows = speed.compare('table', 'shape', {name: functools.partial(calls.append, name) for name in 'abc'}, 4)
-    assert ''.join(calls) == 'abc' * 5 and [row['n'] for row in rows] == [4] * 3     # the first round is not timed
+    # the first round is not timed
+    assert ''.join(calls) == 'abc' * 5 and [row['n'] for row in rows] == [4] * 3
     assert [(row['table'], row['shape'], row['name']) for row in rows] == [('table', 'shape', name) for name in 'abc']
     monkeypatch.setattr(speed, 'SECONDS', 0)                                   # the time is up at once
     assert [row['n'] for row in speed.compare('', '', {'a': int}, 100)] == [speed.ROUNDS]
@@ -213,7 +215,7 @@ def test_sampling_table(small, tmp_path, monkeypatch):
     path = write_checkpoint(tmp_path / 'plain.pt', tiny_gpt(V, T, n_recur=1), META, block_size=T, training_type='unmasking')
     rows, _ = speed.sampling(small(f'--init_from={path}'))                     # it has no causal mode
     assert {row['name'] for row in rows} == {'plain ancestral', 'ours, ancestral', 'ours, default (remask=none)'}
-    monkeypatch.setattr(speed, 'MOST_LOGITS', 2 * T * V)                       # all logits of two samples: no more at a time
+    monkeypatch.setattr(speed, 'MOST_LOGITS', 2 * T * V)  # all logits of two samples: no more at a time
     assert {row['shape'] for row in speed.sampling(small(f'--init_from={path}'))[0]} == {'batch 1', 'batch 2'}
     with pytest.raises(UserError, match='nowhere.pt'):
         speed.sampling(small('--init_from=nowhere.pt'))
@@ -245,7 +247,7 @@ def test_startup_table(small, monkeypatch):
 
 def test_help_imports_nothing_that_it_can_do_without():
     seconds, said = speed.until(['-X', 'importtime', 'sample.py', '--help'], None)
-    assert '--init_from=' in said and '| configurator' in said and not speed.imports(said)                # not even torch
+    assert '--init_from=' in said and '| configurator' in said and not speed.imports(said)  # not even torch
 
 
 def test_growth_table(small, tmp_path, monkeypatch):
@@ -257,7 +259,8 @@ def test_growth_table(small, tmp_path, monkeypatch):
                                                                                            ('n_layer', 1)]
     slope = (torch.tensor(rows[1]['seconds'] / rows[0]['seconds'], dtype=torch.float64).log2()).item()
     assert rows[0]['exponent'] == pytest.approx(slope, abs=1e-4) and rows[2]['exponent'] is None
-    assert [row['memory'] for row in rows] == [2**20, 3 * 2**20, 2**20] and 'plot' not in text    # there is no matplotlib
+    # there is no matplotlib
+    assert [row['memory'] for row in rows] == [2**20, 3 * 2**20, 2**20] and 'plot' not in text
 
 
 def test_peak_memory_sees_what_a_step_takes(small):
@@ -280,7 +283,8 @@ def test_tables_that_are_asked_for(small, monkeypatch):
     rows, text = speed.run(small('--only=head,compile'))
     assert [row['table'] for row in rows] == ['head', 'compile'] and 'text of head' in text
     rows, _ = speed.run(small())
-    assert [row['table'] for row in rows] == [name for name in tables if name != 'compile']                     # it takes minutes
+    # it takes minutes
+    assert [row['table'] for row in rows] == [name for name in tables if name != 'compile']
     with pytest.raises(UserError, match="contains 'speling'"):
         speed.run(small('--only=speling'))
 
