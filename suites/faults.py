@@ -144,7 +144,7 @@ def same_run(folder, other):
 
 
 def survive(s, words=()):
-    """Disturbs runs s.num_samples times: rows of what was found, one for each kind, and one row of the runs."""
+    """Disturbs runs s.num_samples times: rows of what was found, one for each kind, and one of the runs."""
     place = os.path.join(s.out_dir, 'faults')
     rng = random.Random(s.seed)
     shutil.rmtree(place, ignore_errors=True)
