@@ -162,7 +162,7 @@ def test_words_are_those_of_train_py(small):
 
 @pytest.mark.parametrize('changes, status, words', [
     (dict(), 'ok', []),
-    (dict(vocab_size=V - 1), 'problem', ['id 8 would be taken for [MASK]', 'itos has 9 tokens, vocab_size is']),
+    (dict(vocab_size=V - 1), 'problem', ['id 8 would be taken for [MASK]', 'itos has 9 tokens, vocab_size']),
     (dict(vocab_size=V + 1), 'problem', ['itos has 9', 'ids above 8 never occur']),
     (dict(vocab_size=V + 1, itos=[*META['itos'], 'x']), 'warning', ['one too many']),
     (dict(vocab_size=50257, itos=None, tokenizer='gpt2'), 'ok', [])])
@@ -249,13 +249,15 @@ def test_size(sizes, status, measured):
 
 @pytest.mark.parametrize('changes, status, word', [
     (dict(), 'ok', ''),
-    (dict(learning_rate=0.0), 'problem', 'learning_rate is 0'), (dict(muon_lr=0.0), 'problem', 'muon_lr is 0'),
-    (dict(learning_rate=0.3), 'warning', 'learning_rate'), (dict(muon_lr=1.0), 'warning', 'muon_lr'),
-    (dict(warmup_iters=601), 'warning', 'warmup_iters=601'), (dict(ema_decay=0.999), 'warning', 'ema_decay'),
+    (dict(learning_rate=0.0), 'problem', 'learning_rate is 0'),
+    (dict(learning_rate=0.3), 'warning', 'learning_rate'), (dict(muon_lr=0.0), 'problem', 'muon_lr is 0'),
+    (dict(muon_lr=1.0), 'warning', 'muon_lr'),
+    (dict(warmup_iters=601), 'warning', 'warmup_iters=601'),
+    (dict(ema_decay=0.999), 'warning', 'ema_decay'),
     (dict(proofreading_warmup_iters=601), 'warning', 'remask_ratio is never reached'),
     (dict(masking_warmup_iters=601), 'warning', 'penalty_mask_correct is never reached'),
     # neither has a say there
-    (dict(optimizer='adamw', muon_lr=0.0, training_type='unmasking', proofreading_warmup_iters=999), 'ok', '')])
+    (dict(training_type='unmasking', proofreading_warmup_iters=999, optimizer='adamw', muon_lr=0), 'ok', '')])
 def test_rates(changes, status, word):
     found, _, advice = diagnose.check_rates({**CONFIG, **changes})
     assert found == status and word in advice and ';' not in advice

@@ -1,4 +1,4 @@
-"""The suite of speed, on networks so small that what it counts is known and what it compares is computed twice."""
+"""The suite of speed, on networks so small that what it counts is known, what it compares computed twice."""
 
 import functools
 import itertools
@@ -50,7 +50,7 @@ def check_rows(rows, base, more=()):
 
 
 def test_baseline_has_our_loss_and_gradients():
-    """Also where one token alone is masked. Logits where they count have the gradients of logits everywhere."""
+    """Also where one token alone is masked. Logits where they count give the gradients of all logits."""
     model, x0 = tiny_gpt(V, T), torch.randint(V, (6, T), generator=seeded())
     meta = dict(META, bos=None, eos=None, pad=None)
     batch = speed.masked_batch(model, x0, meta, seeded(1))
@@ -74,7 +74,7 @@ def test_baseline_has_our_loss_and_gradients():
 
 
 def test_a_baseline_step_is_a_step_of_ours(small):
-    """From the same weights, on the same rows: with AdamW, without averages, ours goes where the baseline goes."""
+    """From the same weights and rows, with AdamW, without averages, ours goes where the baseline goes."""
     s, networks = small(), []
     make = speed.network
 
@@ -221,7 +221,8 @@ def test_sampling_table(small, tmp_path, monkeypatch):
     assert [row['name'] for row in rows] == names * 2
     check_rows(rows, 'plain ancestral', ('samples_per_second', 'against_cached_ar', 'checkpoint'))
     cached, ours = rows[8:]
-    assert cached['against_cached_ar'] == 1 and ours['samples_per_second'] == pytest.approx(3 / ours['seconds'])
+    assert cached['against_cached_ar'] == 1
+    assert ours['samples_per_second'] == pytest.approx(3 / ours['seconds'])
     assert ours['against_cached_ar'] == pytest.approx(cached['seconds'] / ours['seconds']) and path in text
 
     path = write_checkpoint(tmp_path / 'plain.pt', model, META, block_size=T, training_type='unmasking')
@@ -278,7 +279,7 @@ def test_growth_table(small, tmp_path, monkeypatch):
 
 
 def test_peak_memory_sees_what_a_step_takes(small):
-    """Logits of 512 x 30,000 in float32 are 61 MB, as is their gradient; what was there before does not count."""
+    """Logits of 512 x 30,000 in float32 are 61 MB, as is their gradient; what was before does not count."""
     config = speed.recipe(**dict(SHAPE, block_size=64, vocab_size=30000))
     assert 120 < speed.peak_memory(speed.HEADS['full head'], small(), config) / 2**20 < 260
 
@@ -314,7 +315,7 @@ def test_peak_through_bench(small, run, tmp_path):
 
 
 def test_peak_counts_a_product(small, monkeypatch):
-    """(64, 16) x (16, 64) is 2 * 64 * 16 * 64 FLOPs; by a clock that ticks at every look four take a second."""
+    """(64, 16) x (16, 64) is 2 * 64 * 16 * 64 FLOPs; by a clock that ticks a look four take a second."""
     clock = itertools.count()
     monkeypatch.setattr(speed.time, 'perf_counter', lambda: next(clock))
     flops, dtype = speed.peak_flops(small(), SHAPE, least=3)
