@@ -17,10 +17,9 @@ n_layer = 4
 n_head = 4                        # 32 channels a head; at this size 64 are a little worse, 16 much
 n_embd = 128                      # in ten minutes a narrow network that reads more gets further than a wide one
 n_recur = 1
-time_dim = 32                     # it is told how much is masked: a lower bound for half a per cent of the parameters
-short_conv = 2                    # every block looks at two neighbours to each side first: a lower bound for 6 % of the time
-shortcuts = True                  # every block is shown the embedding and the first block's values again: lower for 3 % of the time
-bigram_rows = 8192                # it looks up what two neighbours mean together: a lower bound for 2 % of the time
+# each of these lowers the bound: it is told how much is masked; every block looks at two neighbours to each side first,
+# and is shown the embedding and the first block's values again; pairs of neighbours have embeddings of their own
+parts = 'level:32,short_conv:2,shortcuts,bigrams:8192'
 max_iters = 2800
 learning_rate = 1e-2
 decay_share = 0.7

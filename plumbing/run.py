@@ -15,7 +15,8 @@ import torch
 
 from configurator import UserError
 from plumbing import distributed
-from plumbing.checkpoint import check_overwrite, checkpoint_name, make_checkpoint, random_states_of_ranks, restore, save_checkpoint
+from plumbing.checkpoint import (check_overwrite, checkpoint_name, make_checkpoint, random_states_of_ranks,
+                                 restore, save_checkpoint)
 from plumbing.files import append_line, lock, make_folder, sweep
 from plumbing.log import draw_curves, start_log
 from plumbing.optim import make_optimizers

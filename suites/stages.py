@@ -20,8 +20,10 @@ import configurator
 from configurator import UserError
 from data.loader import data_of, load_data, spread_rows
 from parts.presets import choose_rules
-from suites.common import COST, averaged, cell, cells, headings, markdown, measure, training_strings, wanted, worth
-from suites.runs import ROOT, check_train_args, folder_name, known_settings, measure_all, network_of, setting_of, training_cost
+from suites.common import (COST, averaged, cell, cells, headings, markdown, measure, training_strings, wanted,
+                           worth)
+from suites.runs import (ROOT, check_train_args, folder_name, known_settings, measure_all, network_of,
+                         setting_of, training_cost)
 from suites.speed import compare, ms, our_step, times_as_fast, with_ratios
 from suites.text import DRAWS
 

@@ -14,12 +14,15 @@ from tqdm import tqdm
 from plumbing.text import decode, encode, modelled, rows_of, start_canvas
 from data.loader import data_of, load_data, spread_rows
 from plumbing.evaluate import causal_nll, p_wrong, roc_auc
-from parts.energy import text_of
+from parts.energy import energy, text_of
+from plumbing.rows import Ends
 from parts.presets import PRESETS, choose_rules, supports
 from sample import fill, generate
-from suites.common import cell, cells, grammar_itself, markdown, mean_nfe, measure_draws, table_of, training_strings, wanted, with_errors, worth
+from suites.common import (cell, cells, grammar_itself, markdown, mean_nfe, measure_draws, table_of,
+                           training_strings, wanted, with_errors, worth)
 from suites.runs import check_train_args, folder_name, measure_all, network_of
-from suites.tasks import WITHOUT_INSERTIONS, canvas_of, first_operand_open, repair_rows, right_shares, with_noise
+from suites.tasks import (WITHOUT_INSERTIONS, canvas_of, first_operand_open, repair_rows, right_shares,
+                          with_noise)
 
 # name: the script and its arguments; {base} stands for the checkpoint of the run base
 DENOISE = ['train.py', 'config/denoise.py']
@@ -250,7 +253,7 @@ def suspicion(model, meta, ids, causal=True, batch_size=125, most=200):
         if start < most:
             part['leave-one-out'] = leave_one_out(model, x, visible)[:most - start]
         if model.critic is not None:
-            part['energy'] = model.energy(*text_of(filled, meta['eos'], meta['pad'], [meta['bos']]))
+            part['energy'] = energy(model, *text_of(filled, Ends.of(meta)))
             # with a mask in it, it is no text yet
             part['energy or a mask'] = part['energy'] + 1e4 * part['contains a mask']
         parts.append(part)

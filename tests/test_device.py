@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from plumbing import distributed, optim
 import train
+from corruption import own_errors
 from plumbing.run import is_finite
 from plumbing.evaluate import evaluate
 from parts.presets import PRESETS, choose_rules, supports

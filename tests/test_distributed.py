@@ -17,7 +17,8 @@ import time
 import pytest
 import torch
 from conftest import ARITHMETIC, ROOT, default_config, tiny_gpt
-from test_train import MIXED, TINY, assert_close, assert_same, assert_same_run, gradients, log_of, read, seeded, start
+from test_train import (MIXED, TINY, assert_close, assert_same, assert_same_run, gradients, log_of, read,
+                        seeded, start)
 
 import corruption
 from plumbing import distributed

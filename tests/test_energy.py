@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ARITHMETIC, ROOT, all_sequences, chi_square, default_config, load_script, tiny_gpt, write_checkpoint
+from conftest import (ARITHMETIC, ROOT, all_sequences, chi_square, default_config, load_script, tiny_gpt,
+                      write_checkpoint)
 from test_sample import Oracle, distance, empty, product_law, random_law, remasked_share, seeded, within_noise
 
 from model import GPT

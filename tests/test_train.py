@@ -25,9 +25,9 @@ from configurator import UserError
 from corruption import Task, ask, own_guesses
 from data import loader
 from data.loader import load_data, random_rows, spread_rows
-from plumbing.evaluate import causal_nll, evaluate, nelbo, per_token, roc_auc
+from plumbing.evaluate import nelbo
 from parts.abstain import steer
-from parts.draft import draft_loss
+from parts.speculate import draft_loss
 from plumbing import distributed, run as run_module
 from plumbing.checkpoint import checkpoint_name
 from plumbing.log import PARTS, draw_curves, start_log

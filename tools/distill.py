@@ -25,11 +25,11 @@ import time
 import torch
 
 from configurator import UserError
-from corruption import corrupt
+from corruption import Task, ask
+from plumbing.rows import Ends
 from data.loader import data_of, random_rows
 from model import GPT
-from plumbing.checkpoint import find_checkpoint
-from plumbing.checkpoint import save_checkpoint
+from plumbing.checkpoint import find_checkpoint, save_checkpoint
 from plumbing.files import make_folder
 from plumbing.device import configure_compute
 from plumbing.optim import make_optimizers
@@ -58,11 +58,12 @@ attention = 'auto'       # auto | plain | sdpa
 def lesson(teacher, x0, meta, rules, noise):
     """Clean rows x0 (B, T) -> (input, target, weight) for the student, the target by the teacher."""
     free, real = modelled(x0, meta)
-    input, _, weight = corrupt(x0, free, real, training_type='unmasking', mask_token_id=teacher.mask_token_id,
-                               wrong_token_id=teacher.wrong_token_id, generator=noise)
-    forbid = [i for i in (meta['bos'],) if i is not None]
-    target, _, _ = generate_diffusion(teacher, input, input != teacher.mask_token_id, end_id=meta['eos'],
-                                      pad_id=meta['pad'], forbid=forbid, generator=noise, **rules)
+    tokens = teacher.mask_token_id, teacher.wrong_token_id, meta['pad']
+    input, _, weight = ask(x0, free, real, Task(training_type='unmasking'), tokens, noise)
+    forbid = tuple(i for i in (meta['bos'],) if i is not None)
+    ends = Ends(meta['eos'], meta['pad'], forbid)
+    target, _, _ = generate_diffusion(teacher, input, input != teacher.mask_token_id, ends=ends, generator=noise,
+                                      **rules)
     return input, target, weight
 
 

@@ -30,17 +30,16 @@ import torch.nn.functional as F
 from configurator import UserError
 from corruption import own_errors
 from parts.noise import NOISE, mixed_noise, noise_level
-from plumbing.checkpoint import find_checkpoint
+from plumbing.checkpoint import find_checkpoint, save_checkpoint
 from plumbing.checks import parse_mixture
 from data.loader import data_of, random_rows, spread_rows
 from model import GPT, GPTConfig
-from plumbing.checkpoint import save_checkpoint
 from plumbing.files import make_folder
 from plumbing.device import configure_compute
 from plumbing.evaluate import roc_auc
-from plumbing.rows import places
+from plumbing.rows import Ends, places
 from plumbing.text import load_task, modelled, rows_of
-from parts.energy import text_of
+from parts.energy import energy, text_of, token_energy
 from parts.presets import choose_rules, supports
 from plumbing.draw import draw, filtered
 from sample import generate
@@ -82,7 +81,7 @@ def complete(model, x, generator=None):
 
 def noised(model, x0, meta, mix, sigma_min, sigma_max, generator):
     """Rows x0 (B, T) with mixed_noise of that mix, its masks filled by the likeliest tokens: ids (B, T)."""
-    sigma = noise_level(len(x0), sigma_min, sigma_max, 0.0, generator)
+    sigma = noise_level(len(x0), sigma_min, sigma_max, generator)
     real = modelled(x0, meta)[1]
     return complete(model, mixed_noise(x0, real, sigma, mix, model.mask_token_id, meta['pad'], generator))
 
@@ -118,15 +117,15 @@ def draw_samples(model, meta, config, num):
 
 
 def as_texts(ids, meta):
-    """ids (B, T) -> what GPT.energy takes: (ids, real), see text_of."""
-    return text_of(ids, meta['eos'], meta['pad'], [i for i in (meta['bos'],) if i is not None])
+    """ids (B, T) -> (ids, real) as parts.energy takes them, see text_of."""
+    return text_of(ids, Ends.of(meta))
 
 
 def make_batch(model, x0, meta, pool, generator):
     """
     Clean rows x0 (B, T) -> the batch (ids, real, label, wrong, known).
 
-    ids and real (B, T), see GPT.energy; label (B,), whether a row is not clean; wrong (B, T), whether a token
+    ids and real (B, T), see parts.energy; label (B,), whether a row is not clean; wrong (B, T), whether a token
     is wrong; known (B,), the rows whose tokens teach that. The first half stays clean. The other half becomes
     noise, own guesses and own samples out of the pool (N, T), in equal shares. What came out clean is clean,
     but a sample is a sample even if there is nothing wrong with it.
@@ -146,7 +145,7 @@ def make_batch(model, x0, meta, pool, generator):
 
 def losses(model, ids, real, label, wrong, known):
     """What make_batch returned -> two cross-entropies (2,): of the energies, and of the scores of tokens."""
-    score, at = model.token_energy(ids, real), real & known[:, None]           # (B, T)
+    score, at = token_energy(model, ids, real), real & known[:, None]           # (B, T)
     return torch.stack((F.binary_cross_entropy_with_logits(score.logsumexp(-1), label.float()),
                         F.binary_cross_entropy_with_logits(score[at], wrong[at].float())))
 
@@ -184,7 +183,7 @@ def measure(model, meta, x0, own, texts, generator):
     malformed, and those that are well formed and have a wrong value.
     """
     def energies(ids):
-        return torch.cat([model.energy(*as_texts(part, meta)) for part in ids.split(256)]).cpu()
+        return torch.cat([energy(model, *as_texts(part, meta)) for part in ids.split(256)]).cpu()
 
     clean, sampled, task = energies(x0), energies(own), load_task(meta['name'])
     noisy = noised(model, x0, meta, MIXES[0], 0.2, 0.6, generator)
