@@ -291,14 +291,6 @@ def losses(model, x0, meta, config, step, generator, price=None):
         yield total / (num * max(1, views) * accumulate), parts
 
 
-def uses_all(config):
-    """Whether every process has rows for the causal mode and others, so that it uses all parameters."""
-    batch = config['batch_size']
-    causal = round(batch * config['causal_ratio'])
-    others = batch if config['views'] else batch - causal
-    return config['training_type'] != 'causal' and min(causal, others) >= distributed.world()
-
-
 def training_step(model, x0, meta, config, step, generator, price=None, parallel=None):
     """
     One batch, forward and backward: adds to the gradients, returns the parts of the loss by task.
@@ -447,7 +439,7 @@ def train(config):
 
     # the loop
     val = spread_rows(data['val'], config['eval_rows'], config['block_size'])
-    parallel = distributed.data_parallel(run.model, losses, uses_all(config))
+    parallel = distributed.data_parallel(run.model, losses)
     for step in run.steps():
         if run.halts():
             run.check_finite()

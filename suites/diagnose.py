@@ -25,7 +25,7 @@ from plumbing import optim
 import train
 from plumbing.checkpoint import check_same_model, find_checkpoint, identity
 from configurator import UserError
-from corruption import Task, ask, modelled
+from corruption import Task, another_token, ask, modelled
 from data.loader import data_of, load_data, random_rows, spread_rows
 from plumbing.device import configure_compute
 from model import GPT, GPTConfig, beside, random_subset
