@@ -130,8 +130,6 @@ dtype = 'auto'               # auto | float32 | bfloat16
 attention = 'auto'           # auto | plain | sdpa
 fsdp = False                 # the processes of torchrun share one network, see plumbing/distributed.py
 # -----------------------------------------------------------------------------
-
-# -----------------------------------------------------------------------------
 # the loss
 
 
@@ -141,10 +139,11 @@ def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, 
     The one weighted cross-entropy: (sum of weight * CE, {task: (sum of weight * CE, sum of weight)}).
 
     input, target, weight (B, T). Only positions that carry weight are projected to the vocabulary. At masked
-    positions and in the causal mode the softmax runs over the V real tokens. keep_mask_price: a masked
-    position may also answer [MASK], at this price, see parts/abstain.py; the parts then hold 'p(MASK)', its
-    sum and count over masked tokens that are not padding. at (N,), hidden (N, C): places(weight > 0) and the
-    hidden states there, if they are known already.
+    positions and in the causal mode the softmax runs over the V real tokens.
+
+    keep_mask_price: a masked position may also answer [MASK], at this price, see parts/abstain.py; the parts
+    then hold 'p(MASK)', its sum and count over masked tokens that are not padding (pad_id).
+    at (N,), hidden (N, C): places(weight > 0) and the hidden states there, if they are known already.
     """
     at = places(weight > 0) if at is None else at                   # (N,)
     hidden = model(input, causal=causal, only=at) if hidden is None else hidden        # (N, C)
@@ -170,9 +169,10 @@ def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, 
             w = torch.where(here, w * (1 - (1 - reward_correct_unmask) * known), w)
         return (w * ce).sum(), ((w * ce).detach(), w, *p_mask)
 
-    total, (weighted, weight, *p_mask) = in_pieces(piece_of_loss, hidden, model.wte.weight, model.most_logits)
+    total, found = in_pieces(piece_of_loss, hidden, model.wte.weight, model.most_logits)
 
-    # what is told of it, by task
+    # the same by task
+    weighted, weight, *p_mask = found
     wrong = ~masked & (target != input)
     tasks = {'causal': masked} if causal else {'unmask': masked, 'detect': wrong, 'keep': ~masked & ~wrong}
     parts = {name: torch.stack(((weighted * which).sum(), (weight * which).sum()))
@@ -196,8 +196,7 @@ def curricula(step, config):
 
 def causal_part(model, x0, real, all_causal, meta):
     """
-    The causal mode on rows x0 (B, T): yields (sum of weight * CE, parts), then with a draft head (its loss,
-    parts).
+    The causal mode on rows x0 (B, T): yields (sum of weight * CE, parts), then what draft_loss says.
 
     all_causal: how many such rows all processes have together; these tokens share a weight of one a row.
     """
@@ -235,8 +234,7 @@ def diffusion_part(model, x0, meta, config, task, generator, price):
 
 def conditioned(model, input, segment, level, only):
     """
-    The hidden states (N, C) at the places only (N,) of canvases (R, T), the network being told what it is
-    conditioned on.
+    The hidden states (N, C) at the places only (N,) of canvases (R, T), with what the network is told.
 
     The part level: the share (R, T) of noise. The part previous: its own prediction at the masks, from a pass
     before; every other row goes without, so that the network can start from nothing.
@@ -256,8 +254,7 @@ def conditioned(model, input, segment, level, only):
 
 def losses(model, x0, meta, config, step, generator, price=None):
     """
-    All losses of a batch, one after the other, each after backward of the one before: yields (a loss, its
-    parts by task).
+    Yields the losses of a batch, each to go backward from before the next: (a loss, its parts by task).
 
     Of several processes each has its rows x0 (B, T); the mean of their gradients is that of the whole batch.
     """
@@ -285,20 +282,11 @@ def losses(model, x0, meta, config, step, generator, price=None):
         yield total / (num * max(1, views) * accumulate), parts
 
 
-def uses_all(config):
-    """Whether every process has rows for the causal mode and others, so that it uses all parameters."""
-    batch = config['batch_size']
-    causal = round(batch * config['causal_ratio'])
-    others = batch if config['views'] else batch - causal
-    return config['training_type'] != 'causal' and min(causal, others) >= distributed.world()
-
-
 def training_step(model, x0, meta, config, step, generator, price=None, parallel=None):
     """
     One batch, forward and backward: adds to the gradients, returns the parts of the loss by task.
 
-    price: of abstaining, see loss; parallel: what several processes go through, see
-    distributed.data_parallel.
+    price: of abstaining, see loss; parallel: of several processes, see distributed.data_parallel.
     """
     batch = x0, meta, config, step, generator, price
     parts = {}
@@ -432,6 +420,7 @@ def train(config):
             meta, data = load_rows(config)
         network = load_network(config, meta, place, run.newest)
     run.start(meta, *network)
+    del network                                                     # with a checkpoint as large as all the rest
     with distributed.together():
         usual = None
         if distributed.rank() == 0:
@@ -442,7 +431,7 @@ def train(config):
 
     # the loop
     val = spread_rows(data['val'], config['eval_rows'], config['block_size'])
-    parallel = distributed.data_parallel(run.model, losses, uses_all(config))
+    parallel = distributed.data_parallel(run.model, losses)
     for step in run.steps():
         if run.halts():
             run.check_finite()

@@ -24,8 +24,7 @@ from plumbing.optim import make_optimizers
 
 class Run:
     """
-    Made before anything is loaded, then start, then in every step halts, save, count and log, and at the end
-    finish.
+    First start and open, then halts, save, count and record in the steps, and finish at the end.
 
     It holds model and ema (the averaged weights), optimizers, config, meta; step; rows_rng and noise_rng,
     which rows and how they are corrupted; sums, the parts of the loss since the last line of the log;
@@ -50,11 +49,9 @@ class Run:
 
     def start(self, meta, model, choices, path, checkpoint):
         """
-        Everything that is needed beside the model, on its device: from a checkpoint if the run is resumed,
-        else new.
+        Makes all that is needed beside the model, or takes it from a checkpoint if the run is resumed.
 
-        choices: what is computed on, a line. path, checkpoint: what the weights come from, '' and {} from
-        scratch.
+        choices: what it computes on, a line; path, checkpoint: where the weights come from ('', {}: nowhere).
         """
         config, world = self.config, distributed.world()
         self.model, self.meta, self.device = model, meta, next(model.parameters()).device

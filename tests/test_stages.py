@@ -1,4 +1,7 @@
-"""The stages and Muon in batches: each part does what it says, gives nothing away and can join a network that is trained."""
+"""
+The stages and Muon in batches: each part does what it says, gives nothing away and can join a network that is
+trained.
+"""
 
 import copy
 import functools
@@ -44,7 +47,10 @@ def make_muon(kind, seed=0, **more):
 
 
 def walk(optimizer, steps, lacking=(), seed=1):
-    """So many steps with random gradients of many sizes, none for those of lacking, tuples (step, parameter): the parameters."""
+    """
+    So many steps with random gradients of many sizes, none for those of lacking, tuples (step, parameter):
+    the parameters.
+    """
     generator, params = seeded(seed), optimizer.param_groups[0]['params']
     for step in range(steps):
         for number, p in enumerate(params):
@@ -61,8 +67,11 @@ def farthest(ones, others):
 
 @pytest.mark.parametrize('decay', [0.0, 0.3])
 def test_muon_makes_the_steps_of_torch(decay):
-    lacking = {(0, 1), (1, 1), (2, 3), *((step, 5) for step in range(4))}   # late, once in between, never
-    ours, theirs = (walk(make_muon(kind, lr=0.1, weight_decay=decay), 4, lacking) for kind in (optim.Muon, torch.optim.Muon))
+    lacking = {(0, 1), (1, 1), (2, 3), *((step, 5) for step in range(4))}  # late, once in between, never
+    ours, theirs = (
+        walk(make_muon(kind, lr=0.1, weight_decay=decay), 4, lacking)
+        for kind in (optim.Muon, torch.optim.Muon)
+    )
     moved = [farthest([a], [b]) for a, b in zip(ours, make_muon(optim.Muon).param_groups[0]['params'])]
     assert min(moved[:5]) > 0.1 and moved[5] == 0                           # not even weight decay
     assert farthest(ours, theirs) < 0.01 * max(moved)                       # bfloat16 rounds each as it likes
@@ -72,7 +81,8 @@ def test_muon_makes_the_steps_of_torch(decay):
 def test_the_state_of_muon_is_that_of_torch(before, after):
     first, other, forgetful = (make_muon(kind, lr=0.1, momentum=0.9) for kind in (before, after, after))
     weights, lacking = [p.detach().clone() for p in walk(first, 2, {(0, 4), (1, 4)})], {(0, 5), (1, 5)}
-    other.load_state_dict(copy.deepcopy(first.state_dict()))                # or the two would share their momenta
+    # or the two would share their momenta
+    other.load_state_dict(copy.deepcopy(first.state_dict()))
     for optimizer in (other, forgetful):
         for p, value in zip(optimizer.param_groups[0]['params'], weights):
             p.data.copy_(value)
@@ -80,18 +90,23 @@ def test_the_state_of_muon_is_that_of_torch(before, after):
     assert farthest(on, same) < 0.005 and farthest(on, without) > 0.05
     a, b = first.state_dict(), other.state_dict()
     assert a['param_groups'] == b['param_groups'] and a['state'].keys() == b['state'].keys()
-    assert all(torch.equal(a['state'][n]['momentum_buffer'], b['state'][n]['momentum_buffer']) for n in a['state'])
+    assert all(
+        torch.equal(a['state'][n]['momentum_buffer'], b['state'][n]['momentum_buffer']) for n in a['state'])
 
 
 @pytest.mark.parametrize('shape', [(8, 8), (24, 8), (8, 24)])
 def test_orthogonalized(shape):
-    """Each matrix by itself: singular vectors stay, singular values come near 1, whatever its size; zero stays zero."""
+    """
+    Each matrix by itself: singular vectors stay, singular values come near 1, whatever its size; zero stays
+    zero.
+    """
     matrices = torch.randn(3, *shape, generator=seeded()) * torch.tensor([1e-4, 1.0, 1e4]).view(3, 1, 1)
     matrices[0] += 1e-4 * torch.eye(*shape)
     made = optim.orthogonalized(matrices, (3.4445, -4.775, 2.0315), 5).float()
     for matrix, found in zip(matrices, made):
         u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
-        scaled = u.T @ found @ vh.T                                          # diagonal, if the singular vectors are kept
+        # diagonal, if the singular vectors are kept
+        scaled = u.T @ found @ vh.T
         assert (scaled - scaled.diag().diag()).abs().max() < 0.04
         assert (scaled.diag()[values > 0.05 * values.max()] - 0.95).abs().max() < 0.35
     assert not optim.orthogonalized(torch.zeros(2, *shape), (3.4445, -4.775, 2.0315), 5).any()
@@ -101,14 +116,17 @@ def test_orthogonalized(shape):
 
 
 def test_credit_by_hand():
-    grads = [torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([0.0, -4.0]), torch.zeros(3), torch.tensor([[1.0]])]
+    grads = [
+        torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([0.0, -4.0]), torch.zeros(3),
+        torch.tensor([[1.0]])]
     optim.give_credit(grads)                                                # norms 3, 4, 0, 1: the mean is 2
     for found, wanted in zip(grads, ([[3.0, 0.0], [0.0, 0.0]], [0.0, -4.0], [0.0] * 3, [[0.5]])):
         assert torch.allclose(found, torch.tensor(wanted))
     nothing = [torch.zeros(2, 2), torch.zeros(3)]
     optim.give_credit(nothing)
     assert not any(grad.any() for grad in nothing)
-    equal = [torch.full((4,), 2.0), torch.full((4, 4), 1.0)]                # both of norm 4: no tensor is below the mean
+    # both of norm 4: no tensor is below the mean
+    equal = [torch.full((4,), 2.0), torch.full((4, 4), 1.0)]
     optim.give_credit(equal)
     assert torch.allclose(equal[0], torch.tensor(2.0)) and torch.allclose(equal[1], torch.tensor(1.0))
 
@@ -136,7 +154,10 @@ def test_update_gives_credit_to_all_but_the_draft_head(clip, credit):
 
 
 def edges_by_hand(table, ids, window, topk, causal, segment):
-    """What graph_edges shall say of a row of ids, where a position may look: bool (T, T). table: similarity of two ids."""
+    """
+    What graph_edges shall say of a row of ids, where a position may look: bool (T, T). table: similarity of
+    two ids.
+    """
     T = len(ids)
     edges = torch.zeros(T, T, dtype=torch.bool)
     for i in range(T):
@@ -153,15 +174,18 @@ def edges_by_hand(table, ids, window, topk, causal, segment):
 def test_edges_against_a_double_loop(causal, packed, window, topk):
     vectors, T = torch.randn(6, 8, generator=seeded(3)), 36
     table = [[round((norm(a) @ norm(b)).item() / 8, 3) for b in vectors] for a in vectors]
-    assert len({value for row in table for value in row}) == 5 * 6 / 2 + 1   # no two pairs alike, by more than distance counts
+    # no two pairs alike, by more than distance counts
+    assert len({value for row in table for value in row}) == 5 * 6 / 2 + 1
     ids = torch.randint(6, (4, T), generator=seeded(1))
-    ids[2], ids[3, 5:] = 0, 0                                               # a row of masks, and one with a prompt
+    # a row of masks, and one with a prompt
+    ids[2], ids[3, 5:] = 0, 0
     segment = torch.arange(T).div(13, rounding_mode='floor').expand(4, T) if packed else None
     found = graph_edges(vectors[ids], window, topk, causal, segment)
     assert found.shape == (4, T, T) and found.dtype == torch.bool
     looks = attention_bias(T, causal, segment, torch.float32, 'cpu') == 0   # (T, T) or (4, 1, T, T)
     texts = segment.tolist() if packed else [[0] * T] * 4
-    wanted = torch.stack([edges_by_hand(table, row, window, topk, causal, text) for row, text in zip(ids.tolist(), texts)])
+    wanted = torch.stack(
+        [edges_by_hand(table, row, window, topk, causal, text) for row, text in zip(ids.tolist(), texts)])
     assert torch.equal(found & looks.view(-1, T, T), wanted)
 
 
@@ -169,13 +193,18 @@ def test_a_mask_turns_to_the_nearest_masks():
     found = graph_edges(torch.ones(1, 20, 8), 1, 2, False, None)[0]
     assert found[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 8, 16]
     assert found[10].nonzero()[:, 0].tolist() == [2, 6, 7, 8, 9, 10, 11, 12, 13, 14, 18]
-    assert graph_edges(torch.ones(1, 20, 8), 1, 1, False, None)[0, 10].nonzero()[:, 0].tolist()[2] == 7   # of 7 and 13
+    # of 7 and 13
+    assert graph_edges(torch.ones(1, 20, 8), 1, 1, False, None)[0, 10].nonzero()[:, 0].tolist()[2] == 7
 
 
 @pytest.mark.parametrize('causal', [False, True])
 def test_the_length_of_the_row_has_no_say_in_the_edges(causal):
-    """Nor have other texts in it. Rows are cut to what is needed and texts packed: that must not change what comes out."""
-    alike = torch.randn(8, generator=seeded(1)) + 0.01 * torch.randn(40, 8, generator=seeded())   # so that distance decides
+    """
+    Nor have other texts in it. Rows are cut to what is needed and texts packed: that must not change what
+    comes out.
+    """
+    # so that distance decides
+    alike = torch.randn(8, generator=seeded(1)) + 0.01 * torch.randn(40, 8, generator=seeded())
     for vectors in (alike, torch.randn(3, 8, generator=seeded())):
         ids = torch.randint(len(vectors), (3, 48), generator=seeded())
         segment = (torch.arange(48) >= 20).long().expand(3, 48)
@@ -190,7 +219,10 @@ def test_the_length_of_the_row_has_no_say_in_the_edges(causal):
 
 
 def aloof_network(**more):
-    """A network of random weights with all the parts, whose heads turn away from what is no neighbour, more or less."""
+    """
+    A network of random weights with all the parts, whose heads turn away from what is no neighbour, more or
+    less.
+    """
     model = tiny_gpt(V=7, T=16, n_layer=2, **{**ON, **more})
     with torch.no_grad():
         for block in model.blocks:
@@ -204,7 +236,8 @@ def leak(model, x, segment):
     before, moved = model(x, causal=True, segment=segment), 0.0
     for i in range(x.size(1)):
         right = torch.cat((x[:, :i], torch.randint(8, x[:, i:].shape, generator=seeded(i))), 1)
-        moved = max(moved, (model(right, causal=True, segment=segment) - before)[:, :i + 1].abs().max().item())
+        moved = max(
+            moved, (model(right, causal=True, segment=segment) - before)[:, : i + 1].abs().max().item())
     return moved
 
 
@@ -217,7 +250,8 @@ def test_the_causal_mode_gives_nothing_away(monkeypatch, plain, packed):
     segment = (torch.arange(16) >= torch.tensor([1, 3, 5, 8, 11, 16])[:, None]).long() if packed else None
     assert leak(model, x, segment) == 0
     edges = model_module.graph_edges
-    monkeypatch.setattr(model_module, 'graph_edges', lambda e, window, topk, causal, s: edges(e, window, topk, False, s))
+    monkeypatch.setattr(
+        model_module, 'graph_edges', lambda e, window, topk, causal, s: edges(e, window, topk, False, s))
     assert leak(model, x, segment) > 1e-3                                   # these rows would show it
 
 
@@ -260,7 +294,9 @@ def test_a_token_reaches_its_neighbours_only_if_the_heads_are_aloof():
 
 
 def attended(block, x, far, open_pairs):
-    """Attention written out: head 0 looks at the open pairs (B, T, T), head 1 at those of them that are not far."""
+    """
+    Attention written out: head 0 looks at the open pairs (B, T, T), head 1 at those of them that are not far.
+    """
     B, T, C = x.shape
     q, k, v = block.qkv(x).view(B, T, 3, 2, C // 2).permute(2, 3, 0, 1, 4)  # (2, B, T, hs) each
     q, k = (rotate(norm(h), *rotary_table(T, C // 2)) for h in (q, k))
@@ -331,15 +367,19 @@ def test_the_mixer_is_attention_among_the_blocks_of_a_token():
     found = mixer(x)
     for b, t in ((0, 0), (1, 3)):
         blocks = x[b, t].view(3, 4)
-        h = (blocks - blocks.mean(1, keepdim=True)) / (blocks.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        h = (blocks - blocks.mean(1, keepdim=True)) / (
+            blocks.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
         q, k, v = (h @ mixer.qkv.weight[rows].T for rows in (slice(4), slice(4, 8), slice(8, 12)))
         for n in range(3):
             mixed = (k @ q[n] / 2).softmax(0) @ v
-            assert torch.allclose(found[b, t, 4 * n:4 * n + 4], blocks[n] + mixer.proj.weight @ mixed, atol=1e-5)
+            assert torch.allclose(
+                found[b, t, 4 * n : 4 * n + 4], blocks[n] + mixer.proj.weight @ mixed, atol=1e-5)
 
 
 def test_embeddings_by_table_and_by_position_agree(monkeypatch):
-    """The table has 64 rows here, so it is what a batch of more ids than that asks; gradients agree as well."""
+    """
+    The table has 64 rows here, so it is what a batch of more ids than that asks; gradients agree as well.
+    """
     model, found, sizes = tiny_gpt(V=7, T=16, **ON), [], []
     x, weight = torch.randint(9, (4, 16), generator=seeded()), torch.randn(4, 16, 16, generator=seeded())
     model.mixer.register_forward_hook(lambda module, args, out: sizes.append(args[0].shape[:-1].numel()))
@@ -347,10 +387,12 @@ def test_embeddings_by_table_and_by_position_agree(monkeypatch):
         model.zero_grad()
         embedded = model.embed(x.repeat(repeats, 1))[:4]
         (embedded * weight).sum().backward()
-        found.append((embedded.detach(), *(p.grad.clone() for p in (model.wte.weight, *model.mixer.parameters()))))
+        found.append(
+            (embedded.detach(), *(p.grad.clone() for p in (model.wte.weight, *model.mixer.parameters()))))
     assert sizes == [64, 64] and len(found[0]) == 4
     shapes = []
-    monkeypatch.setattr(F, 'embedding', lambda *args: shapes.append(args) or torch.embedding(args[1], args[0]))
+    monkeypatch.setattr(
+        F, 'embedding', lambda *args: shapes.append(args) or torch.embedding(args[1], args[0]))
     model.embed(x.repeat(2, 1))
     assert [len(table) for _, table in shapes] == [64]                      # worked out once for every word
     for one, other in zip(*found):
@@ -380,7 +422,8 @@ def test_the_level_goes_through_an_mlp():
     share, each = torch.tensor([[0.25], [0.5]]), torch.rand(2, 16, generator=seeded())
     first, _, last = model.level
     for told, level in (({}, share), (dict(level=share), share), (dict(level=each), each)):
-        waves = torch.stack([(level * n * torch.pi).cos() for n in range(32)], -1)            # (2, 1 or T, 32)
+        # (2, 1 or T, 32)
+        waves = torch.stack([(level * n * torch.pi).cos() for n in range(32)], -1)
         extra = F.gelu(waves @ first.weight.T) @ last.weight.T
         assert first.weight.shape == (8, 32) and extra.abs().max() > 0.1
         assert torch.allclose(model(x, **told), norm(norm(model.wte(x) + extra)), atol=1e-4)
@@ -393,13 +436,23 @@ def test_the_level_goes_through_an_mlp():
 # all parts together
 
 
-@pytest.mark.parametrize('parts, tensors', [
-    (dict(time_dim=8), {'level.0.weight', 'level.2.weight'}), (dict(graph_window=2), {'blocks.0.aloof', 'blocks.1.aloof'}),
-    (dict(mu_blocks=4), {'mixer.qkv.weight', 'mixer.proj.weight'}),
-    (dict(short_conv=2), {'blocks.0.conv.weight', 'blocks.1.conv.weight'}),
-    (dict(shortcuts=True), {'blocks.0.shortcuts', 'blocks.1.shortcuts'}),
-    (dict(bigram_rows=20), {'bigrams.left.weight', 'bigrams.around.weight'}),
-    (ON, {'level.0.weight', 'level.2.weight', 'blocks.0.aloof', 'blocks.1.aloof', 'mixer.qkv.weight', 'mixer.proj.weight'})])
+@pytest.mark.parametrize(
+    'parts, tensors',
+    [
+        (dict(time_dim=8), {'level.0.weight', 'level.2.weight'}),
+        (dict(graph_window=2), {'blocks.0.aloof', 'blocks.1.aloof'}),
+        (dict(mu_blocks=4), {'mixer.qkv.weight', 'mixer.proj.weight'}),
+        (dict(short_conv=2), {'blocks.0.conv.weight', 'blocks.1.conv.weight'}),
+        (dict(shortcuts=True), {'blocks.0.shortcuts', 'blocks.1.shortcuts'}),
+        (dict(bigram_rows=20), {'bigrams.left.weight', 'bigrams.around.weight'}),
+        (
+            ON,
+            {
+                'level.0.weight', 'level.2.weight', 'blocks.0.aloof', 'blocks.1.aloof', 'mixer.qkv.weight',
+                'mixer.proj.weight'},
+        ),
+    ],
+)
 @pytest.mark.parametrize('heads', [{}, dict(draft_head=True, self_condition=True)])
 def test_a_fresh_part_changes_no_number(parts, tensors, heads):
     """Neither what the rest starts from by a seed, nor what is drawn after it, nor what comes out."""
@@ -410,7 +463,8 @@ def test_a_fresh_part_changes_no_number(parts, tensors, heads):
     assert set(weights) - set(off.state_dict()) == tensors
     assert all(torch.equal(weights[name], tensor) for name, tensor in off.state_dict().items())
     with torch.no_grad():
-        for network in (off, on):                                            # or no block would do anything yet
+        # or no block would do anything yet
+        for network in (off, on):
             for name, p in network.named_parameters():
                 if name.endswith('proj.weight') and name.startswith('blocks'):
                     p.copy_(torch.randn(p.shape, generator=seeded(len(name))) / 4)
@@ -437,8 +491,9 @@ def test_every_new_parameter_is_optimised_once(kind):
 # going up
 
 
-WORDS = [*TINY, '--training_type=joint', '--causal_ratio=0.5', '--eval_samples=0', '--proofreading_warmup_iters=0',
-         '--max_iters=3']
+WORDS = [
+    *TINY, '--training_type=joint', '--causal_ratio=0.5', '--eval_samples=0', '--proofreading_warmup_iters=0',
+    '--max_iters=3']
 
 
 def stage_file(stage):
@@ -466,8 +521,11 @@ def test_going_up_a_stage_starts_where_the_checkpoint_stands(tmp_path, of_stage,
     assert first.pop('step') == 0 and set(first) == set(before['result']) >= {'nelbo', 'causal_nll', 'auc'}
     assert first == pytest.approx(before['result'], abs=1e-5)
     after = read(str(tmp_path))
-    for weights in (after['model'], after['ema']):                          # and then the new parts learn
-        assert all(weights[name].any() for name in set(weights) - set(before['model'])) and weights['mixer.proj.weight'].any()
+    for weights in (after['model'], after['ema']):  # and then the new parts learn
+        assert (
+            all(weights[name].any() for name in set(weights) - set(before['model']))
+            and weights['mixer.proj.weight'].any()
+        )
     assert after['result']['nelbo'] != pytest.approx(first['nelbo'], abs=1e-4)
 
 
@@ -475,16 +533,22 @@ def test_a_checkpoint_holds_what_its_stage_turns_on(of_stage):
     for stage, wanted in enumerate(((0, False, 0), (128, False, 0), (128, True, 0), (128, True, 8))):
         path = of_stage(stage)
         model, checkpoint = GPT.load(path)
-        assert tuple(checkpoint['config'][name] for name in ('time_dim', 'k1_credit', 'graph_window')) == wanted
+        assert (
+            tuple(checkpoint['config'][name] for name in ('time_dim', 'k1_credit', 'graph_window')) == wanted)
         assert (checkpoint['model_args']['time_dim'], checkpoint['model_args']['graph_window']) == wanted[::2]
         assert (model.level is not None, model.blocks[0].aloof is not None) == (stage >= 1, stage >= 3)
         assert stage < 3 or model.blocks[0].aloof.any()
 
 
-@pytest.mark.parametrize('before, words, message', [
-    (1, [stage_file(0)], 'time_dim is 128 and 0'), (3, [stage_file(2)], 'graph_window is 8 and 0'),
-    (3, [stage_file(3), '--graph_topk=2'], 'graph_topk is 4 and 2'), (1, [stage_file(2), '--time_dim=64'], 'time_dim is 128 and 64'),
-    (0, [stage_file(1), '--n_embd=32'], 'n_embd is 16 and 32'), (0, [stage_file(3), '--n_layer=2'], 'n_layer is 1 and 2')])
+@pytest.mark.parametrize(
+    'before, words, message',
+    [
+        (1, [stage_file(0)], 'time_dim is 128 and 0'), (3, [stage_file(2)], 'graph_window is 8 and 0'),
+        (3, [stage_file(3), '--graph_topk=2'], 'graph_topk is 4 and 2'),
+        (1, [stage_file(2), '--time_dim=64'], 'time_dim is 128 and 64'),
+        (0, [stage_file(1), '--n_embd=32'], 'n_embd is 16 and 32'),
+        (0, [stage_file(3), '--n_layer=2'], 'n_layer is 1 and 2')],
+)
 def test_what_is_no_way_up_is_refused(tmp_path, of_stage, before, words, message):
     path = of_stage(before)
     with pytest.raises(UserError, match=f'{path} and this run do not fit together: {message}'):
@@ -493,11 +557,14 @@ def test_what_is_no_way_up_is_refused(tmp_path, of_stage, before, words, message
 
 
 def test_a_level_that_an_mlp_would_replace_is_refused(tmp_path):
-    """A fresh MLP does not begin where the linear layer of noise_condition stands; the other way round it stays."""
+    """
+    A fresh MLP does not begin where the linear layer of noise_condition stands; the other way round it stays.
+    """
     path, words = str(tmp_path / 'ckpt.pt'), [*WORDS, '--time_dim=8']
     checkpoint = dict(model_args=vars(tiny_gpt(18, 64, n_recur=1, noise_condition=True).config), iter_num=1,
                       config=default_config(), meta=diagnose.load_data('arithmetic')[0])
-    save_checkpoint(path, dict(checkpoint, model=tiny_gpt(18, 64, n_recur=1, noise_condition=True).state_dict()))
+    save_checkpoint(
+        path, dict(checkpoint, model=tiny_gpt(18, 64, n_recur=1, noise_condition=True).state_dict()))
     with pytest.raises(UserError, match='do not fit together: noise_condition is True and False'):
         start(str(tmp_path / 'out'), *words, f'--init_from={path}')
     network = tiny_gpt(18, 64, n_recur=1, time_dim=8)
@@ -506,10 +573,14 @@ def test_a_level_that_an_mlp_would_replace_is_refused(tmp_path):
     assert read(str(tmp_path / 'out'))['model']['level.2.weight'].shape == (16, 8)
 
 
-@pytest.mark.parametrize('before, after, message', [
-    (0, [stage_file(1)], 'time_dim is 0 and 128'), (1, [stage_file(2)], 'k1_credit is False and True'),
-    (2, [stage_file(1)], 'k1_credit is True and False'), (2, [stage_file(3)], 'graph_window is 0 and 8'),
-    (3, [stage_file(0)], 'time_dim is 128 and 0'), (3, [stage_file(3), '--mu_blocks=4'], 'mu_blocks is 0 and 4')])
+@pytest.mark.parametrize(
+    'before, after, message',
+    [
+        (0, [stage_file(1)], 'time_dim is 0 and 128'), (1, [stage_file(2)], 'k1_credit is False and True'),
+        (2, [stage_file(1)], 'k1_credit is True and False'), (2, [stage_file(3)], 'graph_window is 0 and 8'),
+        (3, [stage_file(0)], 'time_dim is 128 and 0'),
+        (3, [stage_file(3), '--mu_blocks=4'], 'mu_blocks is 0 and 4')],
+)
 def test_a_run_does_not_change_its_stage(of_stage, before, after, message):
     path = of_stage(before)
     with pytest.raises(UserError, match=f'do not fit together: {message}'):
@@ -531,7 +602,9 @@ def test_a_run_with_everything_resumes_bit_identically(tmp_path):
 
 
 def test_all_that_grows_starts_as_the_identity():
-    """What load_start lets a network grow: with each of them alone, what comes out is what came out before."""
+    """
+    What load_start lets a network grow: with each of them alone, what comes out is what came out before.
+    """
     x = torch.randint(8, (3, 16), generator=seeded())
     for name in GROWS:
         on = fresh(**{name: 4 if name in ('time_dim', 'graph_window', 'mu_blocks', 'bigram_rows') else True})
@@ -558,5 +631,8 @@ def test_the_doctor_finds_no_leak_in_a_network_with_everything():
         for block in model.blocks:
             block.aloof.fill_(3.0)
     for model.plain_attention in (True, False):
-        found = {name: check() for name, check in diagnose.leak_checks('', lambda: model.eval(), data['train'][:8], meta)}
+        found = {
+            name: check()
+            for name, check in diagnose.leak_checks('', lambda: model.eval(), data['train'][:8], meta)
+        }
         assert len(found) == 4 and all(status == 'ok' for status, *_ in found.values()), found
