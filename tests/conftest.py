@@ -1,4 +1,6 @@
-"""The scripts lie in the root of the repository and import one another from there; what several tests share."""
+"""
+The scripts lie in the root of the repository and import one another from there; what several tests share.
+"""
 
 import functools
 import importlib.util
@@ -7,7 +9,8 @@ import runpy
 import signal
 import sys
 
-os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')               # the tests are of small networks, for which a CPU is faster
+# the tests are of small networks, for which a CPU is faster
+os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -16,20 +19,29 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import configurator  # noqa: E402
-from plumbing import text as canvas  # noqa: E402
-import sample  # noqa: E402
-from plumbing.checkpoint import model_args  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from plumbing.checkpoint import model_args  # noqa: E402
 
 # what data/arithmetic/prepare.py writes, without the token counts
 ARITHMETIC = dict(name='arithmetic', format='rows', block_size=64, vocab_size=18, tokenizer='char',
                   itos=[*'0123456789()+*=', '<bos>', '<eos>', '<pad>'], bos=15, eos=16, pad=17)
 
 
-def tiny_gpt(V=3, T=4, seed=0, scale=3.0, **more):
-    """A small random network in eval mode that is far from uniform and uses all of its parts (a fresh one does not)."""
+def seeded(seed=0):
+    """A generator of random numbers with this seed."""
+    return torch.Generator().manual_seed(seed)
+
+
+def fresh_gpt(V=3, T=4, seed=0, **more):
+    """A small network as training begins with it."""
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**dict(dict(block_size=T, vocab_size=V, n_layer=1, n_head=2, n_embd=16, n_recur=2), **more)))
+    sizes = dict(block_size=T, vocab_size=V, n_layer=1, n_head=2, n_embd=16, n_recur=2)
+    return GPT(GPTConfig(**{**sizes, **more}))
+
+
+def tiny_gpt(V=3, T=4, seed=0, scale=3.0, **more):
+    """A small random network in eval mode, far from uniform, that uses all of its parts; a fresh one does not."""
+    model = fresh_gpt(V, T, seed, **more)
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(std=scale * 0.1)
@@ -47,9 +59,10 @@ def chi_square(counts, expected):
 
     The bound is Wilson and Hilferty's approximation of the chi-square quantile; 4.265 is the normal one.
     """
-    counts, expected = torch.as_tensor(counts).double().flatten(), torch.as_tensor(expected).double().flatten()
+    counts = torch.as_tensor(counts).double().flatten()
+    expected = torch.as_tensor(expected).double().flatten()
     assert abs(counts.sum() - expected.sum()) < 1e-6 * expected.sum()
-    assert counts[expected < 1e-9].sum() == 0                      # what is impossible never happens
+    assert counts[expected < 1e-9].sum() == 0               # what is impossible never happens
     small = expected < 8
     if small.any():
         counts = torch.cat((counts[~small], counts[small].sum()[None]))
@@ -62,7 +75,8 @@ def chi_square(counts, expected):
 
 def load_script(name):
     """A script as a fresh module, so that a test may change its settings."""
-    spec = importlib.util.spec_from_file_location(f"{os.path.basename(name)}_under_test", os.path.join(ROOT, f'{name}.py'))
+    path = os.path.join(ROOT, f'{name}.py')
+    spec = importlib.util.spec_from_file_location(f'{os.path.basename(name)}_under_test', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -87,16 +101,11 @@ def write_checkpoint(path, model=None, meta=ARITHMETIC, **config):
     return str(path)
 
 
-cached_task = functools.lru_cache(canvas.load_task)
-
-
 @pytest.fixture(autouse=True)
 def tidy(monkeypatch):
     """
-    A test leaves no signal handler behind; the scorer's reference lengths are drawn once, not in every run; and there is
-    no matplotlib, because the curves would take longer than all the rest.
+    A test leaves no signal handler behind, and finds no matplotlib: curves would take longer than all the rest.
     """
-    monkeypatch.setattr(sample, 'load_task', cached_task)
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield

@@ -1,0 +1,368 @@
+"""Checkpoints: what is saved and found again, what older ones become, and what a damaged one says."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ARITHMETIC, default_config, seeded, tiny_gpt, write_checkpoint
+
+from configurator import UserError
+from model import GPT
+from parts.presets import best_rules, supports
+from parts.speculate import next_state
+from plumbing.checkpoint import (OLD_PARTS, check_same_model, find_checkpoint, identity, load_merged, model_args,
+                                 save_checkpoint)
+from plumbing.files import write_atomically
+
+
+def checkpoint_of(network, **changes):
+    meta = dict(name='x', vocab_size=network.config.vocab_size, tokenizer='char', itos=None, bos=None,
+                eos=None, pad=None)
+    return dict(dict(model=network.state_dict(), ema=None, iter_num=3, model_args=model_args(network.config),
+                     config=default_config(), meta=meta), **changes)
+
+# -----------------------------------------------------------------------------
+# what is saved and loaded
+
+
+def test_checkpoint_round_trip(tmp_path):
+    path, x = str(tmp_path / 'ckpt.pt'), torch.randint(3, (2, 4), generator=seeded())
+    model, ema = tiny_gpt(seed=1), tiny_gpt(seed=2)
+    model.mask_logit_bias.fill_(-1.5)
+    save_checkpoint(path, checkpoint_of(model, ema=ema.state_dict()))
+    assert os.listdir(tmp_path) == ['ckpt.pt']
+    loaded, checkpoint = GPT.load(path, ema=False)
+    assert not loaded.training and checkpoint['iter_num'] == 3 and loaded.config == model.config
+    assert torch.equal(loaded.logits(loaded(x)), model.logits(model(x)))  # the controller's bias included
+    averaged, _ = GPT.load(path)
+    assert torch.equal(averaged(x), ema(x)) and not torch.equal(averaged(x), model(x))
+    save_checkpoint(path, checkpoint_of(model))                           # one without averaged weights
+    assert torch.equal(GPT.load(path)[0](x), model(x))
+
+
+@torch.no_grad()
+def test_a_checkpoint_with_a_draft_head(tmp_path):
+    path, model = str(tmp_path / 'ckpt.pt'), tiny_gpt(draft_head=True)
+    save_checkpoint(path, checkpoint_of(model))
+    loaded, checkpoint = GPT.load(path)
+    assert checkpoint['model_args']['draft_head'] is True and loaded.num_params() == model.num_params()
+    state, ids = torch.randn(4, 16, generator=seeded()), torch.tensor([0, 2, 1, 1])
+    assert torch.equal(next_state(loaded, state, ids), next_state(model, state, ids))
+    for weights, args in ((tiny_gpt(), model), (model, tiny_gpt())):
+        torch.save(checkpoint_of(weights, model_args=model_args(args.config)), path)
+        with pytest.raises(UserError, match="tensor 'drafter.fc.weight'"):
+            GPT.load(path)
+
+
+def test_identity_is_the_network_and_its_vocabulary():
+    checkpoint = dict(model_args=model_args(tiny_gpt().config), meta=dict(itos=['a', 'b', 'c'], name='x'))
+    assert identity(checkpoint) == {**checkpoint['model_args'], 'itos': ['a', 'b', 'c']}
+    other = identity(dict(checkpoint, meta=dict(itos=['a', 'c', 'b'])))
+    with pytest.raises(UserError, match='a.pt and b.pt do not fit together: itos is'):
+        check_same_model('a.pt', identity(checkpoint), 'b.pt', other)
+
+
+def test_check_same_model():
+    a = dict(vocab_size=5, block_size=8, dropout=0.0)
+    check_same_model('a.pt', a, 'b.pt', dict(a))
+    check_same_model('a.pt', a, 'b.pt', {**a, 'dropout': 0.1}, ('vocab_size', 'block_size'))
+    with pytest.raises(UserError, match='a.pt and b.pt do not fit together: block_size is 8 and 9'):
+        check_same_model('a.pt', a, 'b.pt', {**a, 'block_size': 9})
+
+
+def test_find_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=f'no checkpoint under {tmp_path}.*train one first'):
+        find_checkpoint('ckpt', str(tmp_path))
+    (tmp_path / 'run').mkdir()
+    joint = tmp_path / 'run' / 'ckpt_joint_all_positions.pt'
+    for path, age in ((tmp_path / 'ckpt_unmasking.pt', 300), (joint, 100), (tmp_path / 'run/ckpt_x.pt.9.tmp', 0),
+                      (tmp_path / 'run/table.pt', 0)):
+        path.write_bytes(b'')
+        os.utime(path, (10 ** 9 - age,) * 2)
+    assert find_checkpoint('ckpt', str(tmp_path)) == str(joint)
+    os.utime(tmp_path / 'ckpt_unmasking.pt', (10 ** 9,) * 2)              # it is the age that counts, not the name
+    assert find_checkpoint('ckpt', str(tmp_path)) == str(tmp_path / 'ckpt_unmasking.pt')
+    assert find_checkpoint('other.pt', str(tmp_path)) == 'other.pt'
+
+# -----------------------------------------------------------------------------
+# saving, interrupted
+
+
+def test_write_atomically(tmp_path, monkeypatch):
+    path = str(tmp_path / 'a.jsonl')
+    write_atomically(path, 'ä\n')
+    assert open(path, encoding='utf-8').read() == 'ä\n' and os.listdir(tmp_path) == ['a.jsonl']
+
+    def full(*args):
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as m:
+        m.setattr(os, 'replace', full)
+        with pytest.raises(UserError, match='a.jsonl: cannot be written: No space left'):
+            write_atomically(path, 'new')
+    assert open(path, encoding='utf-8').read() == 'ä\n' and os.listdir(tmp_path) == ['a.jsonl']
+    for nowhere in (tmp_path / 'no' / 'b.jsonl', tmp_path):
+        with pytest.raises(UserError, match='cannot be written'):
+            write_atomically(str(nowhere), 'x')
+    assert os.listdir(tmp_path) == ['a.jsonl']
+
+
+@pytest.mark.parametrize('error', [OSError, KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize('where', ['save', 'fsync', 'replace'])
+def test_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch, error, where):
+    path = str(tmp_path / 'ckpt.pt')
+    save_checkpoint(path, checkpoint_of(tiny_gpt(seed=1)))
+    before = open(path, 'rb').read()
+
+    def failing(checkpoint, file, *more):
+        if where == 'save':
+            Path(file).write_bytes(b'half a checkpoint')
+        raise error('interrupted')
+
+    with monkeypatch.context() as m:
+        if where == 'save':
+            m.setattr(torch, 'save', failing)
+        else:
+            m.setattr(os, where, lambda *args: failing(None, None))
+        expected = KeyboardInterrupt if error is KeyboardInterrupt else UserError
+        with pytest.raises(expected, match='interrupted'):
+            save_checkpoint(path, checkpoint_of(tiny_gpt(seed=2)))
+    assert os.listdir(tmp_path) == ['ckpt.pt'] and open(path, 'rb').read() == before
+
+
+def test_save_makes_the_file_durable_before_it_takes_the_name(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def watched_fsync(fd):
+        calls.append(('fsync', os.fstat(fd).st_size))
+        fsync(fd)
+
+    def watched_replace(a, b):
+        calls.append(('replace', os.path.getsize(a)))
+        replace(a, b)
+    monkeypatch.setattr(os, 'fsync', watched_fsync)
+    monkeypatch.setattr(os, 'replace', watched_replace)
+    save_checkpoint(str(tmp_path / 'ckpt.pt'), checkpoint_of(tiny_gpt()))
+    size = os.path.getsize(tmp_path / 'ckpt.pt')
+    assert calls == [('fsync', size), ('replace', size)]
+
+# -----------------------------------------------------------------------------
+# files that are no checkpoints
+
+
+class Evil:
+    """Unpickling this creates a file."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, 'w'))
+
+
+@pytest.mark.parametrize('how', ['torch', 'pickle'])
+def test_checkpoint_cannot_run_code(tmp_path, how):
+    path, marker = tmp_path / 'ckpt.pt', tmp_path / 'marker'
+    evil = checkpoint_of(tiny_gpt(), config=Evil(str(marker)))
+    if how == 'torch':
+        torch.save(evil, path)
+    else:
+        path.write_bytes(pickle.dumps(Evil(str(marker)), protocol=2))
+    with pytest.raises(UserError, match='ckpt.pt: refused') as error:
+        GPT.load(str(path))
+    assert not marker.exists() and '\n' not in str(error.value)
+    pickle.loads(pickle.dumps(Evil(str(marker))))                         # it would have
+    assert marker.exists()
+
+
+def test_damaged_files(tmp_path):
+    path = tmp_path / 'ckpt.pt'
+    for nothing in (path, tmp_path):                                      # the second one is a folder
+        with pytest.raises(UserError, match='no such checkpoint'):
+            GPT.load(str(nothing))
+    save_checkpoint(str(path), checkpoint_of(tiny_gpt()))
+    whole = path.read_bytes()
+    halves = [whole[:size] for size in (0, 1, 100, len(whole) // 2, len(whole) - 1)]
+    for junk in (*halves, b'hello, world\n', b'\x80\x02', b'\x00' * 1000, bytes(range(256)) * 20):
+        path.write_bytes(junk)
+        with pytest.raises(UserError, match='ckpt.pt: (truncated or damaged|refused)') as error:
+            GPT.load(str(path))
+        assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('error', [IndexError, TypeError, AttributeError])
+def test_other_errors_of_a_damaged_file(tmp_path, monkeypatch, error):
+    def load(*args, **more):
+        raise error('pop from empty list')
+
+    save_checkpoint(str(tmp_path / 'ckpt.pt'), checkpoint_of(tiny_gpt()))
+    monkeypatch.setattr(torch, 'load', load)
+    with pytest.raises(UserError, match='ckpt.pt: truncated or damaged'):
+        GPT.load(str(tmp_path / 'ckpt.pt'))
+
+
+@pytest.mark.parametrize('content', [[1, 2], {'model': {}}, {'a': torch.zeros(2)}, 3, None])
+def test_not_a_checkpoint(tmp_path, content):
+    torch.save(content, tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match='ckpt.pt: not a checkpoint of train.py'):
+        GPT.load(str(tmp_path / 'ckpt.pt'))
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    path, model = str(tmp_path / 'ckpt.pt'), tiny_gpt()
+    weights, args = model.state_dict(), model_args(model.config)
+    bad = {name: tensor.clone() for name, tensor in weights.items()}
+    bad['blocks.0.fc.weight'][3, 2] = float('nan')
+    fewer = {name: tensor for name, tensor in weights.items() if name != 'causal_embd'}
+    for changes, message in (
+            (dict(model=bad), "'blocks.0.fc.weight' holds NaN"),
+            (dict(ema=bad), "'blocks.0.fc.weight' holds NaN"),
+            (dict(model_args={**args, 'n_kv_head': 2}), "field 'n_kv_head'"),
+            (dict(model_args={**args, 'n_embd': 32}), r"has shape \(\d+.*the network needs \(\d+"),
+            (dict(model_args={**args, 'parts': 'level:x'}), 'its model_args make no network: parts knows'),
+            (dict(model_args={**args, 'parts': 3}), 'parts is 3, not'),
+            (dict(model={**weights, 'head.weight': torch.zeros(1)}), "tensor 'head.weight'"),
+            (dict(model=fewer), "tensor 'causal_embd'")):
+        torch.save(checkpoint_of(model, **changes), path)
+        with pytest.raises(UserError, match=message) as error:
+            GPT.load(path)
+        assert str(error.value).startswith(path) and '\n' not in str(error.value)
+
+# -----------------------------------------------------------------------------
+# checkpoints of earlier versions
+
+
+def test_a_checkpoint_from_before_a_field_was_there(tmp_path):
+    """
+    What it does not know has its default, so that older checkpoints go on working; tensors must fit all the
+    same.
+    """
+    path, model = str(tmp_path / 'ckpt.pt'), tiny_gpt()
+    new = ('draft_head', 'energy_head', 'parts')
+    old = {name: value for name, value in model_args(model.config).items() if name not in new}
+    torch.save(checkpoint_of(model, model_args=old), path)
+    loaded, checkpoint = GPT.load(path)
+    assert loaded.config == model.config and checkpoint['model_args'] == model_args(model.config)
+    assert all(not checkpoint['model_args'][name] for name in new)
+    torch.save(checkpoint_of(tiny_gpt(parts='previous'), model_args=old), path)
+    with pytest.raises(UserError, match="tensor 'parts.previous.proj.weight'"):
+        GPT.load(path)
+
+
+# what an earlier version called the parts: their fields, and their tensors by the names of today
+OLD = {
+    'short_conv:2': (dict(short_conv=2), {'blocks.0.parts.short_conv.weight': 'blocks.0.conv.weight'}),
+    'shortcuts': (dict(shortcuts=True), {'blocks.0.parts.shortcuts.weight': 'blocks.0.shortcuts'}),
+    'graph:1:2': (dict(graph_window=1, graph_topk=2), {'blocks.0.parts.graph.off_graph_penalty': 'blocks.0.aloof'}),
+    'mu:4': (dict(mu_blocks=4), {'parts.mu.qkv.weight': 'mixer.qkv.weight', 'parts.mu.proj.weight': 'mixer.proj.weight'}),
+    'bigrams:9': (dict(bigram_rows=9), {'parts.bigrams.left.weight': 'bigrams.left.weight',
+                                        'parts.bigrams.around.weight': 'bigrams.around.weight'}),
+    'previous': (dict(self_condition=True), {'parts.previous.proj.weight': 'previous.weight'}),
+    'level': (dict(noise_condition=True), {'parts.level.mlp.0.weight': 'level.weight'}),
+    'level:8': (dict(time_dim=8), {'parts.level.mlp.0.weight': 'level.0.weight',
+                                   'parts.level.mlp.2.weight': 'level.2.weight'}),
+    '': ({}, {}),
+}
+NOTHING = {**dict.fromkeys(OLD_PARTS, 0), 'graph_topk': 4, 'shortcuts': False, 'self_condition': False,
+           'noise_condition': False}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('parts', [*OLD, 'graph:1:2,shortcuts,short_conv:2,previous,mu:4,bigrams:9,level:8'])
+def test_a_checkpoint_with_the_fields_and_tensors_of_an_earlier_version(tmp_path, parts):
+    """It loads as the network it was, averaged weights included, and its settings say the same by one name."""
+    path, model, ema = str(tmp_path / 'ckpt.pt'), tiny_gpt(parts=parts), tiny_gpt(parts=parts, seed=1)
+    fields, names = dict(NOTHING), {}
+    for part in parts.split(','):
+        fields.update(OLD[part][0])
+        names.update(OLD[part][1])
+
+    def before(settings):
+        return {**{name: value for name, value in settings.items() if name != 'parts'}, **fields}
+
+    def renamed(network):
+        weights = {names.get(name, name): tensor for name, tensor in network.state_dict().items()}
+        assert not any('parts.' in name for name in weights)
+        return weights
+    torch.save(checkpoint_of(model, model=renamed(model), ema=renamed(ema), config=before(default_config()),
+                             model_args=before(model_args(model.config))), path)
+    x = torch.randint(4, (3, 4), generator=seeded())
+    for averaged, expected in ((False, model), (True, ema)):
+        loaded, checkpoint = GPT.load(path, ema=averaged)
+        assert loaded.state_dict().keys() == expected.state_dict().keys()
+        for causal in (False, True):
+            told = dict(previous=x.flip(0), level=torch.rand(3, 1, generator=seeded()))
+            assert torch.equal(loaded(x, causal=causal, **told), expected(x, causal=causal, **told))
+        for settings in (checkpoint['model_args'], checkpoint['config']):
+            assert set(settings['parts'].split(',')) == set(parts.split(',')) and not set(NOTHING) & set(settings)
+
+# -----------------------------------------------------------------------------
+# merging
+
+
+def merge(path, other, weight=0.5):
+    return load_merged(GPT.load, supports, path, other, weight)
+
+
+def two_checkpoints(tmp_path, first=None, second=None, **more):
+    """The paths of two checkpoints with different weights, and the two networks."""
+    a, b = tiny_gpt(18, 64, seed=1, n_recur=1), tiny_gpt(18, 64, seed=2, n_recur=1, **more)
+    a.mask_logit_bias.fill_(1.0)
+    b.mask_logit_bias.fill_(3.0)
+    path = write_checkpoint(tmp_path / 'a.pt', a, **(first or {}))
+    return path, write_checkpoint(tmp_path / 'b.pt', b, **(second or {})), a, b
+
+
+def test_merging_interpolates_the_weights(tmp_path):
+    path, other, a, b = two_checkpoints(tmp_path)
+    for weight in (0.0, 0.25, 1.0):
+        merged, checkpoint = merge(path, other, weight)
+        assert not merged.training and checkpoint['meta'] == ARITHMETIC
+        mine, theirs = a.state_dict(), b.state_dict()
+        for name, now in merged.state_dict().items():
+            if weight in (0, 1):
+                assert torch.equal(now, theirs[name] if weight else mine[name]), name
+            else:
+                assert torch.allclose(now, 0.75 * mine[name] + 0.25 * theirs[name], atol=1e-6), name
+        assert merged.mask_logit_bias.item() == pytest.approx(1 + 2 * weight)
+
+
+def test_merging_what_does_not_fit(tmp_path):
+    path, other, _, _ = two_checkpoints(tmp_path, n_embd=32)
+    with pytest.raises(UserError, match=f'{path} and {other} do not fit together: n_embd is 16 and 32'):
+        merge(path, other)
+    words = [*'9876543210()+*=', '<bos>', '<eos>', '<pad>']
+    other = write_checkpoint(tmp_path / 'b.pt', meta=dict(ARITHMETIC, itos=words))
+    with pytest.raises(UserError, match='do not fit together: itos is'):
+        merge(path, other)
+
+
+@pytest.mark.parametrize('first, second, expected', [
+    (dict(training_type='unmasking'), dict(training_type='remasking'), (True, False, True)),
+    (dict(training_type='remasking'), dict(training_type='unmasking'), (True, False, True)),
+    (dict(training_type='unmasking', causal_ratio=0.3), dict(training_type='unmasking'), (True, True, False)),
+    (dict(training_type='causal'), dict(training_type='unmasking'), (True, True, False)),
+    (dict(training_type='causal'), dict(training_type='causal'), (False, True, False)),
+    (dict(training_type='remasking'), dict(training_type='remasking'), (False, False, True)),
+    (dict(training_type='causal'), dict(training_type='denoising'), (True, True, True)),
+], ids=lambda value: '-'.join(map(str, value.values())) if isinstance(value, dict) else '')
+def test_merged_networks_support_what_either_did(tmp_path, first, second, expected):
+    path, other, _, _ = two_checkpoints(tmp_path, first, second)
+    _, checkpoint = merge(path, other)
+    assert supports(checkpoint['config']) == expected
+    if expected[0] and expected[2]:
+        assert best_rules(checkpoint['config'], remask='wrong', commit='random')['remask'] == 'wrong'
+
+
+def test_merged_networks_keep_what_is_known_of_the_judge(tmp_path):
+    """The loss type counts of the one that judges; abstaining needs both."""
+    unmasking = dict(training_type='unmasking')
+    judge = dict(training_type='remasking', remasking_loss_type='corrupted_only')
+    for first, second in ((unmasking, judge), (judge, unmasking)):
+        path, other, _, _ = two_checkpoints(tmp_path, first, second)
+        assert merge(path, other)[1]['config']['remasking_loss_type'] == 'corrupted_only'
+    for a, b in ((True, True), (True, False), (False, True)):
+        configs = [dict(unmasking, allow_abstain=abstains) for abstains in (a, b)]
+        path, other, _, _ = two_checkpoints(tmp_path, *configs)
+        assert bool(merge(path, other)[1]['config']['allow_abstain']) == (a and b)
