@@ -83,7 +83,7 @@ def show_samples(samples, meta, config, compare, shown=4):
     """
     Prints a few of the samples drawn and what they are worth.
 
-    Returns the score of the task, or for text without a task compare(texts, lists of ids), without the prompt.
+    Returns the score of the task, or for text without a task compare(texts, lists of ids).
     """
     task, texts = load_task(meta['name']), [sample['text'] for sample in samples]
     for text in texts[:shown]:
