@@ -180,7 +180,7 @@ def data_parallel(model, losses):
     """
     losses(model, *batch) by DistributedDataParallel: backward makes every gradient its mean over the ranks.
 
-    Returns None for a single process. What no rank uses gets no gradient; that depends on the batch, and where
+    Returns None for a single process. What no rank uses gets no gradient; this depends on the batch; where
     there is nothing of the kind PyTorch warns once. All ranks start with the weights of rank 0.
     """
     if not several():
