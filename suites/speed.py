@@ -43,6 +43,7 @@ from corruption import CORRUPTIONS, Task, ask, modelled
 from data.loader import load_data
 from plumbing.device import configure_compute
 from plumbing.files import atomically, make_folder
+from plumbing.run import is_finite
 from model import GPT, GPTConfig, places, room_for
 from rules import best_rules, close_rows, draw, filtered, supports
 from sample import generate
@@ -194,7 +195,7 @@ def our_step(s, config, compile=False):
 
     def step(at=config['max_iters']):
         parts = train.training_step(model, x0, meta, config, at, generator)
-        if not train.is_finite(model, parts):
+        if not is_finite(model, parts):
             raise UserError(f'the loss of {label(config)} is not finite; try --dtype=float32')
         optim.update(model, optimizers, rates, scale=1.0)
         if ema:
