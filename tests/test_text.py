@@ -4,10 +4,9 @@ import json
 import math
 import os
 import random
-
-import numpy as np
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import default_config, tiny_gpt, write_checkpoint
