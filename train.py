@@ -17,6 +17,7 @@ configurator.help_first(globals())           # --help needs no torch
 # ruff: noqa: E402 (so the imports come after it)
 
 from dataclasses import fields, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ from plumbing.checks import check_fits
 from plumbing.device import configure_compute
 from plumbing.evaluate import evaluate, evaluation_line
 from plumbing.files import unlock
-from plumbing.log import PARTS, progress_line
+from plumbing.log import PARTS, progress_line, show_samples
 from plumbing.optim import average, lr_scale, ramp, update
 from plumbing.pack import extent, pack
 from plumbing.pieces import in_pieces
@@ -356,6 +357,11 @@ def load_network(config, meta, place, newest):
     return model, choices, path, checkpoint
 
 
+def draws(config):
+    """Whether samples are drawn at an evaluation."""
+    return config['eval_samples'] and config['training_type'] != 'remasking'
+
+
 def examine(run, val, usual):
     """What an evaluation by rank 0 finds, with samples, printed: a dict, empty on the other ranks."""
     config, result = run.config, {}
@@ -367,32 +373,13 @@ def examine(run, val, usual):
                               own_errors=own_errors if detects and can_unmask else None,
                               seed=config['seed'])
             print(evaluation_line(run.step, result))
-            num = config['eval_samples'] if run.step or config['eval_only'] else 0
-            result.update(show_samples(model, run.meta, config, num, usual))
+            if draws(config) and (run.step or config['eval_only']):
+                num = usual['num'] if usual else config['eval_samples']
+                prompt = encode(run.meta, config['sample_prompt'])
+                samples = generate(model, run.meta, num, prompt=prompt, seed=0, **best_rules(config))
+                compare = partial(compare_text, usual=usual)
+                result.update(show_samples(samples, run.meta, config, compare))
     return result
-
-
-def show_samples(model, meta, config, num, usual=None, shown=4, seed=0):
-    """
-    Draws num samples by the best rules that the network supports and prints a few.
-
-    Returns the score of the task, or for text without a task what compare_text says of it and the usual text.
-    """
-    if config['training_type'] == 'remasking' or not num:
-        return {}
-    task, prompt = load_task(meta['name']), encode(meta, config['sample_prompt'])
-    some = usual['num'] if usual else num
-    drawn = generate(model, meta, some, prompt=prompt, seed=seed, **best_rules(config))
-    samples = [sample['text'] for sample in drawn]
-    for text in samples[:shown]:
-        print(f'    {text}   {task.verdict(text)}' if task else f'    {text!r}')
-    if not task:
-        return compare_text([text[len(config['sample_prompt']):] for text in samples],
-                            [sample['tokens'][usual['start']:] for sample in drawn], usual)
-    score = task.score(samples)
-    print(f"    {score['valid']:.0%} of {num} samples are well formed, "
-          f"{score['correct']:.0%} have the right value")
-    return {name: score[name] for name in ('valid', 'correct')}
 
 
 def report(run):
@@ -420,12 +407,11 @@ def train(config):
             meta, data = load_rows(config)
         network = load_network(config, meta, place, run.newest)
     run.start(meta, *network)
-    del network                                                     # with a checkpoint as large as all the rest
+    del network                                                     # its checkpoint may be large
     with distributed.together():
         usual = None
         if distributed.rank() == 0:
-            writes = config['eval_samples'] and config['training_type'] != 'remasking'
-            if writes and not load_task(meta['name']):
+            if draws(config) and not load_task(meta['name']):
                 usual = usual_text(data['train'], meta, config)
             run.open()
 

@@ -180,8 +180,8 @@ def data_parallel(model, losses):
     """
     losses(model, *batch) by DistributedDataParallel: backward makes every gradient its mean over the ranks.
 
-    Returns None for a single process. What no rank uses gets no gradient: which that is depends on the batch, and
-    PyTorch warns once where there is nothing of that kind. All ranks start with the weights of rank 0.
+    Returns None for a single process. What no rank uses gets no gradient; this depends on the batch; where
+    there is nothing of the kind PyTorch warns once. All ranks start with the weights of rank 0.
     """
     if not several():
         return None
@@ -191,7 +191,8 @@ def data_parallel(model, losses):
     split = [name for name, p in wrapped.named_parameters() if sharded(p)]    # FSDP averages them
     torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(wrapped, split)
     warnings.filterwarnings('ignore', message='.*broadcast_buffers')
-    return torch.nn.parallel.DistributedDataParallel(wrapped, broadcast_buffers=False, find_unused_parameters=True)
+    return torch.nn.parallel.DistributedDataParallel(wrapped, broadcast_buffers=False,
+                                                     find_unused_parameters=True)
 
 
 def averaging(network, last):

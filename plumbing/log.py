@@ -1,10 +1,11 @@
-"""The log of a training run, a JSON object a line, and its curves."""
+"""What a training run tells: its log, a JSON object a line, its curves, its lines on screen, its samples."""
 
 import json
 import os
 
 from plumbing.files import atomically, write_atomically
 from plumbing.optim import ramp
+from plumbing.text import encode, load_task
 
 PARTS = ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)')  # of the loss, as training tells them
 
@@ -76,3 +77,22 @@ def progress_line(step, config, record, speed):
     left = int((config['max_iters'] - step) / speed)
     time_left = f'{left // 60}:{left % 60:02d}'
     return f"step {step}/{config['max_iters']}  {'  '.join(words)}  {speed:.1f} it/s  {time_left} left"
+
+
+def show_samples(samples, meta, config, compare, shown=4):
+    """
+    Prints a few of the samples drawn and what they are worth.
+
+    Returns the score of the task, or for text without a task compare(texts, lists of ids).
+    """
+    task, texts = load_task(meta['name']), [sample['text'] for sample in samples]
+    for text in texts[:shown]:
+        print(f'    {text}   {task.verdict(text)}' if task else f'    {text!r}')
+    if not task:
+        given = len(encode(meta, config['sample_prompt'])) + (meta['bos'] is not None)
+        return compare([text[len(config['sample_prompt']):] for text in texts],
+                       [sample['tokens'][given:] for sample in samples])
+    score = task.score(texts)
+    print(f"    {score['valid']:.0%} of {len(texts)} samples are well formed, "
+          f"{score['correct']:.0%} have the right value")
+    return {name: score[name] for name in ('valid', 'correct')}

@@ -277,8 +277,8 @@ def trained_tensors(model, config):
     causal = supports(config)[1]
     both_ways = config['training_type'] != 'causal' and (config['causal_ratio'] < 1 or config['views'] > 0)
     idle = ['critic.'] + ['causal_embd', 'drafter.'] * (not causal)
-    idle += ['level.', 'previous.', 'bigrams.around'] * (not both_ways)
-    idle += ['blocks.0.shortcuts'] * (config['n_recur'] == 1)     # the first block sees nothing again
+    idle += ['parts.level.', 'parts.previous.', 'parts.bigrams.around'] * (not both_ways)
+    idle += ['blocks.0.parts.shortcuts'] * (config['n_recur'] == 1)     # the first block sees nothing again
     return [(name, p) for name, p in model.named_parameters() if not name.startswith(tuple(idle))]
 
 

@@ -41,9 +41,11 @@ from corruption import CORRUPTIONS, Task, ask
 from plumbing.checks import parse_mixture
 from plumbing.text import decode, modelled, start_canvas
 from data.loader import load_data
-from model import GPT, GPTConfig, room_for
-from plumbing.rows import close_rows, places
+from model import GPT, GPTConfig
+from parts.cache import Cache
+from plumbing.rows import Ends, close_rows, places
 from plumbing import optim
+from plumbing.run import is_finite
 from plumbing.files import atomically, make_folder
 from plumbing.device import configure_compute
 from parts.presets import best_rules, supports
@@ -206,7 +208,7 @@ def our_step(s, config, compile=False):
 
     def step(at=config['max_iters']):
         parts = train.training_step(model, x0, meta, config, at, rng)
-        if not train.is_finite(model, parts):
+        if not is_finite(model, parts):
             raise UserError(f'the loss of {label(config)} is not finite; try --dtype=float32')
         optim.update(model, optimizers, rates, scale=1.0)
         if ema:
@@ -346,7 +348,7 @@ def plain_ancestral(model, canvas, generator):
 
 
 @torch.no_grad()
-def cached_ar(model, canvas, generator, end_id=None, pad_id=None, **filters):
+def cached_ar(model, canvas, generator, ends=Ends(), **filters):
     """
     Writes canvas (B, T), whose masks are the same suffix of all rows, left to right with a key/value cache.
 
@@ -355,21 +357,22 @@ def cached_ar(model, canvas, generator, end_id=None, pad_id=None, **filters):
     x, start = canvas.clone(), canvas == model.mask_token_id
     rows = torch.arange(len(x), device=x.device)
     going = rows >= 0  # (R,) rows without an end token
-    cache = model.empty_cache(len(x))
+    cache = Cache.empty(model, len(x))
     for position in range(x.size(1)):
-        cache = room_for(cache, position + 1)
+        cache.make_room(position + 1)
         at = torch.full_like(rows[:, None], position)
         hidden = model(x[rows], causal=True, cache=cache, at=at)               # (R, 1, C)
         if start[0, position]:
             logits = model.logits(hidden[:, 0], real_only=True)
             x[rows, position] = draw(filtered(logits, **filters), generator)
-        going = going & (x[rows, position] != (-1 if end_id is None else end_id))
+        going = going & (x[rows, position] != (-1 if ends.end is None else ends.end))
         left = int(going.sum())
         if left <= 0.75 * len(rows):  # not for every row: that moves the cache
-            rows, cache, going = rows[going], cache.index_select(2, going.nonzero()[:, 0]), going[going]
+            cache.keep_rows(going.nonzero()[:, 0])
+            rows, going = rows[going], going[going]
         if not left:
             break
-    return close_rows(x, start, model.mask_token_id, end_id, pad_id)
+    return close_rows(x, start, model.mask_token_id, ends)
 
 
 def sampling_network(s):
@@ -406,8 +409,8 @@ def samplers(model, meta, config, num):
         found['plain ancestral'] = plainly(plain_ancestral)
         found['ours, ancestral'] = ours(commit='random', remask='none')
     found[f"ours, default (remask={best['remask']})"] = ours(**best)
-    if causal and not model.config.graph_window:                               # a graph cannot use a cache
-        found['AR, cached'] = plainly(cached_ar, end_id=meta['eos'], pad_id=meta['pad'])
+    if causal and 'graph' not in model.config.parts:                           # a graph cannot use a cache
+        found['AR, cached'] = plainly(cached_ar, ends=Ends.of(meta))
     if causal:
         found['ours, AR'] = ours(ar_prefix=model.config.block_size)
     return found

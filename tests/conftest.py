@@ -19,8 +19,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import configurator  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
-from plumbing.checkpoint import model_args  # noqa: E402
+from model import GPT, GPTConfig
+from plumbing.checkpoint import model_args
 
 # what data/arithmetic/prepare.py writes, without the token counts
 ARITHMETIC = dict(name='arithmetic', format='rows', block_size=64, vocab_size=18, tokenizer='char',

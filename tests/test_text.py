@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,9 +88,10 @@ def test_a_prompt_that_does_not_fit_is_refused_before_any_work(words, tmp_path, 
     assert not os.path.exists(tmp_path / 'out')
 
 
-def test_a_checkpoint_says_how_long_its_training_took(words, tmp_path):
+def test_a_checkpoint_says_how_long_its_training_took(words, tmp_path, monkeypatch):
     """The time of the steps, over a resume, without that of the evaluations."""
     clock = [0.0]
+    monkeypatch.setattr('plumbing.run.time', SimpleNamespace(time=lambda: clock[0]))
 
     def patch(module):
         step, evaluate = module.training_step, module.evaluate
@@ -99,7 +101,6 @@ def test_a_checkpoint_says_how_long_its_training_took(words, tmp_path):
                 clock[0] += seconds
                 return function(*args, **more)
             return call
-        module.time = type('clock', (), dict(time=staticmethod(lambda: clock[0])))
         module.training_step, module.evaluate = taking(2.0, step), taking(100.0, evaluate)
     start(str(tmp_path / 'out'), *TEXT, '--eval_samples=0', '--max_iters=3', patch=patch)
     assert read(str(tmp_path / 'out'))['seconds'] == 6
