@@ -54,20 +54,20 @@ batch_size = 64              # rows of a batch, of all processes together
 block_size = 64              # length of a row
 # the task: what becomes (input, target, weight)
 training_type = 'joint'      # unmasking | remasking | joint | denoising | causal, see corruption.py
-causal_ratio = 0.0           # share of every batch that trains the causal mode: the next token
+causal_ratio = 0.5           # share of every batch that trains the causal mode: the next token
 remask_ratio = 0.5           # joint, denoising: share of the rows in which visible tokens may be wrong
 corruption = 'own'           # own (its guesses) | random | fragment | sticky | noise | own:0.7,random:0.3
-remask_target = 'wrong'      # at a wrong token the target is [WRONG] | original: the clean token
+remask_target = 'original'   # at a wrong token the target is the clean token | wrong: [WRONG]
 # model
 n_layer = 2                  # blocks in the stack
 n_head = 4                   # attention heads
 n_embd = 128                 # width
 n_recur = 2                  # how often the stack is applied
 dropout = 0.0                # for small data and long runs
-parts = ''                   # optional parts: short_conv:2,shortcuts,bigrams:8192,level:32, see parts/layers.py
-draft_head = False           # train a head that drafts for --remask=causal: the same law in fewer passes
+parts = ''                   # optional parts, as short_conv:2,shortcuts; see parts/layers.py
+draft_head = True            # train a head that drafts for --remask=causal: the same law in fewer passes
 # optimiser
-max_iters = 2000             # steps
+max_iters = 1000             # steps
 learning_rate = 3e-3         # peak rate of AdamW
 muon_lr = 0.02               # peak rate of Muon
 # system
@@ -104,8 +104,8 @@ mask_weighting = 'row'       # row: the masks of a row share it (the NELBO) | to
 weight_remask_task = 1.0     # weight of the visible positions
 penalty_mask_correct = 1.0   # share of it for a clean visible token: the price of doubting it
 reward_correct_unmask = 1.0  # r: a mask weighs r + (1 - r)(1 - p(x0)); 1: plain cross-entropy
-proofreading_warmup_iters = 500 # curriculum: steps until remask_ratio is reached, linearly from 0
-masking_warmup_iters = 500   # curriculum: steps until penalty_mask_correct is reached, linearly from 0
+proofreading_warmup_iters = 300 # curriculum: steps until remask_ratio is reached, linearly from 0
+masking_warmup_iters = 300   # curriculum: steps until penalty_mask_correct is reached, linearly from 0
 # abstention: [MASK] as an answer, for positions that are not ready yet
 allow_abstain = False        # a masked position costs -log(p(x0) + price * p(MASK)), not -log p(x0)
 penalty_keep_mask = 0.1      # that price, in 0..1; the controller starts from it
