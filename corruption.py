@@ -172,5 +172,6 @@ def own_guesses(model, generator):
 def own_errors(model, x0, free, real, generator):
     """Rows x0 (B, T) with some of the network's own guesses in them and some [MASK]: ids (B, T)."""
     tokens = model.mask_token_id, model.wrong_token_id, None
-    input, _, _ = ask(x0, free, real, Task(remask_ratio=1.0), tokens, generator, own_guesses(model, generator))
+    guess = own_guesses(model, generator)
+    input, _, _ = ask(x0, free, real, Task(remask_ratio=1.0), tokens, generator, guess)
     return input

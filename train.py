@@ -26,6 +26,7 @@ from corruption import ask, own_errors, own_guesses, task_of
 from data.loader import load_data, random_rows, spread_rows
 from model import GPT, GPTConfig
 from parts.abstain import abstaining_ce, steer
+from parts.layers import told
 from parts.presets import best_rules, supports
 from parts.speculate import draft_loss
 from plumbing import checks, distributed
@@ -228,29 +229,11 @@ def diffusion_part(model, x0, meta, config, task, generator, price):
         length = extent(input, weight, meta['pad'], generator)
         input, target, weight, level, segment = pack(length, input, target, weight, level)
     at = places(weight > 0)                                         # (N,)
-    hidden = conditioned(model, input, segment, level, at)          # (N, C)
+    if model._compiled_call_impl is not None:                       # compiled once for any number of places
+        torch._dynamo.maybe_mark_dynamic(at, 0)
+    hidden = model(input, segment=segment, only=at, **told(model, input, segment, level))    # (N, C)
     return loss(model, input, target, weight, reward_correct_unmask=config['reward_correct_unmask'],
                 keep_mask_price=price, pad_id=meta['pad'], at=at, hidden=hidden)
-
-
-def conditioned(model, input, segment, level, only):
-    """
-    The hidden states (N, C) at the places only (N,) of canvases (R, T), with what the network is told.
-
-    The part level: the share (R, T) of noise. The part previous: its own prediction at the masks, from a pass
-    before; every other row goes without, so that the network can start from nothing.
-    """
-    previous = None
-    if 'previous' in model.parts:
-        with torch.no_grad():
-            even = torch.arange(len(input), device=input.device) % 2 == 0
-            shown = (input == model.mask_token_id) & even[:, None]
-            first = model(input, segment=segment, level=level, only=places(shown))     # (n, C)
-            guess = model.logits(first, real_only=True).argmax(-1)  # (n,)
-        previous = torch.full_like(input, model.mask_token_id).masked_scatter(shown, guess)
-    if model._compiled_call_impl is not None:                       # compiled once for any number of places
-        torch._dynamo.maybe_mark_dynamic(only, 0)
-    return model(input, segment=segment, previous=previous, level=level, only=only)
 
 
 def losses(model, x0, meta, config, step, generator, price=None):

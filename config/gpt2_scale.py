@@ -1,7 +1,7 @@
 # GPT-2's size on OpenWebText (its loss was not measured here; a step is, see docs/log.md):
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_scale.py
-# half a million tokens a step, all processes together; on fewer GPUs raise gradient_accumulation_steps and lower
-# batch_size in proportion
+# half a million tokens a step, all processes together; on fewer GPUs raise gradient_accumulation_steps and
+# lower batch_size in proportion
 mask_weighting = 'token'       # all masks weigh alike: on characters that gives a lower bound
 remask_ratio = 0.25
 causal_ratio = 0.25

@@ -1,4 +1,5 @@
-# tiny Shakespeare in GPT-2's tokens, on a CPU. Only positions that carry loss are projected to the vocabulary of 50,257
+# tiny Shakespeare in GPT-2's tokens, on a CPU. Only positions that carry loss are projected to the
+# vocabulary of 50,257
 mask_weighting = 'token'     # all masks weigh alike: on characters that gives a lower bound
 remask_ratio = 0.25
 causal_ratio = 0.2

@@ -2,7 +2,7 @@
 # causal NLL 1.468
 mask_weighting = 'token'     # all masks weigh alike: on characters that gives a lower bound
 remask_ratio = 0.25          # a quarter of the other rows carries the network's own mistakes
-causal_ratio = 0.2           # a fifth of the batch trains the causal mode, which has the last word when sampling
+causal_ratio = 0.2  # a fifth of the batch trains the causal mode, which has the last word when sampling
 proofreading_warmup_iters = masking_warmup_iters = 2000
 
 dataset = 'shakespeare_char'

@@ -9,10 +9,11 @@ dataset = 'shakespeare_char'
 block_size = 128
 batch_size = 32
 n_layer = n_head = 4               # 32 channels a head; at this size 64 are a little worse, 16 much
-n_embd = 128                       # in ten minutes a narrow network that reads more gets further than a wide one
+n_embd = 128  # in ten minutes a narrow network that reads more gets further than a wide one
 n_recur = 1
-# each part lowers the bound: the network is told how much is masked; every block looks at two neighbours to each side
-# first, and sees the embedding and the first block's values again; pairs of neighbours have embeddings of their own
+# each part lowers the bound: the network is told how much is masked; every block looks at two neighbours to
+# each side first, and sees the embedding and the first block's values again; pairs of neighbours have
+# embeddings of their own
 parts = 'level:32,short_conv:2,shortcuts,bigrams:8192'
 max_iters = 2800
 learning_rate = 1e-2

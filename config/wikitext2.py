@@ -1,4 +1,5 @@
-# WikiText-2 in GPT-2's tokens, 45 million parameters, 26 of them embeddings: for one GPU (not measured here)
+# WikiText-2 in GPT-2's tokens, 45 million parameters, 26 of them embeddings: for one GPU (not measured
+# here)
 mask_weighting = 'token'     # all masks weigh alike: on characters that gives a lower bound
 remask_ratio = 0.25
 causal_ratio = 0.2

@@ -14,6 +14,7 @@ import torch.nn as nn
 from configurator import UserError
 from model import Linear, attention_bias, norm
 from plumbing.kernels import Taps, beside
+from plumbing.rows import places
 
 
 class Part(nn.Module):
@@ -269,3 +270,21 @@ def build(config, kinds):
     except TypeError:
         raise UserError(f"parts='{config.parts}' gives a part more numbers than it takes") from None
     return nn.ModuleDict(parts)
+
+
+def told(model, input, segment, level):
+    """
+    What the parts of a network are told in training: keywords of GPT.forward for the canvases input (R, T).
+
+    level (R, T) is the share of noise. previous is the network's own prediction at the masks, from a pass
+    before; every other row goes without, so that the network can start from nothing.
+    """
+    previous = None
+    if 'previous' in model.parts:
+        with torch.no_grad():
+            even = torch.arange(len(input), device=input.device) % 2 == 0
+            shown = (input == model.mask_token_id) & even[:, None]                               # (R, T)
+            hidden = model(input, segment=segment, level=level, only=places(shown))              # (n, C)
+            guess = model.logits(hidden, real_only=True).argmax(-1)                              # (n,)
+        previous = torch.full_like(input, model.mask_token_id).masked_scatter(shown, guess)
+    return dict(level=level, previous=previous)

@@ -147,9 +147,9 @@ def check_causal(config, commit, remask, ar_prefix, lengths_given):
         raise UserError('this causal checkpoint cannot fill a hole: it samples left to right '
                         '(no --commit, --remask, --remask_from)')
     if lengths_given or (ar_prefix is not None and ar_prefix < config['block_size']):
-        raise UserError('this causal checkpoint writes from left to right to the end: it can neither fill a hole '
-                        'with text right of it, nor be given a length, nor leave anything to other rules '
-                        '(no --ar_prefix)')
+        raise UserError('this causal checkpoint writes from left to right to the end: it can neither fill a '
+                        'hole with text right of it, nor be given a length, nor leave anything to other '
+                        'rules (no --ar_prefix)')
 
 
 def check_energy_head(config, name):
@@ -239,8 +239,8 @@ def check_rules(how, canvas, fixed, mask, judge, commits, remasks):
         raise UserError('a fixed position holds a mask: it would never be filled')
     if how.remask == 'causal':
         if (masked.cummax(1).values & ~masked).any():
-            raise UserError('the causal pass cannot see what is right of a hole: with a fixed suffix or a given '
-                            'length use --remask=wrong, random or none and --ar_prefix=0')
+            raise UserError('the causal pass cannot see what is right of a hole: with a fixed suffix or a '
+                            'given length use --remask=wrong, random or none and --ar_prefix=0')
         if how.guide:
             raise UserError('guide chooses among whole completions, which causal sampling does not have: '
                             'use --remask=none, wrong or critic')

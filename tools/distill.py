@@ -62,8 +62,8 @@ def lesson(teacher, x0, meta, rules, noise):
     input, _, weight = ask(x0, free, real, Task(training_type='unmasking'), tokens, noise)
     forbid = tuple(i for i in (meta['bos'],) if i is not None)
     ends = Ends(meta['eos'], meta['pad'], forbid)
-    target, _, _ = generate_diffusion(teacher, input, input != teacher.mask_token_id, ends=ends, generator=noise,
-                                      **rules)
+    fixed = input != teacher.mask_token_id
+    target, _, _ = generate_diffusion(teacher, input, fixed, ends=ends, generator=noise, **rules)
     return input, target, weight
 
 

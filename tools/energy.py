@@ -125,10 +125,10 @@ def make_batch(model, x0, meta, pool, generator):
     """
     Clean rows x0 (B, T) -> the batch (ids, real, label, wrong, known).
 
-    ids and real (B, T), see parts.energy; label (B,), whether a row is not clean; wrong (B, T), whether a token
-    is wrong; known (B,), the rows whose tokens teach that. The first half stays clean. The other half becomes
-    noise, own guesses and own samples out of the pool (N, T), in equal shares. What came out clean is clean,
-    but a sample is a sample even if there is nothing wrong with it.
+    ids and real (B, T), see parts.energy; label (B,), whether a row is not clean; wrong (B, T), whether a
+    token is wrong; known (B,), the rows whose tokens teach that. The first half stays clean. The other half
+    becomes noise, own guesses and own samples out of the pool (N, T), in equal shares. What came out clean is
+    clean, but a sample is a sample even if there is nothing wrong with it.
     """
     clean, rest = x0.tensor_split(2)
     noise, guesses, own = rest.tensor_split(3)
