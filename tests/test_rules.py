@@ -10,14 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import all_sequences, chi_square, tiny_gpt
-from test_sample import (Oracle, distance, empty, filtered_law, product_law, random_law, seeded, starting_canvas, stubborn_gpt,
-                         text_law, within_noise)
+from test_sample import (Oracle, distance, empty, filtered_law, product_law, random_law, seeded,
+                         starting_canvas, stubborn_gpt, text_law, within_noise)
 
 import sample
 from configurator import UserError
 from plumbing.evaluate import causal_nll
-from rules import COMMIT_RULES, displaced, doubted, masks_left, remdm_rate, share_at, spare_lengths
-from sample import generate_diffusion, left_of
+from rules import COMMIT_RULES, displaced, doubted, masks_left, remdm_rate, share_at
+from sample import generate_diffusion, spare_lengths
+from plumbing.rows import left_of
 
 
 class Independent(Oracle):

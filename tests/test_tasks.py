@@ -15,12 +15,13 @@ from test_show import Page
 
 import sample
 from plumbing.text import holes, spans, task_canvas
-from plumbing.checkpoint import load_checkpoint
+from model import GPT
 from configurator import UserError
 from parts.noise import mixed_noise
 from plumbing.evaluate import causal_nll
-from rules import COMMIT_RULES, PRESETS, REMASK_RULES, REWRITE, TASKS, choose_rules
-from sample import judge_rows
+from parts.presets import PRESETS, REWRITE, TASKS, choose_rules
+from rules import COMMIT_RULES, REMASK_RULES
+from plumbing.score import judge_rows
 from plumbing.show import marks
 from suites import common, samplers, tasks
 
@@ -330,7 +331,7 @@ def test_repair_with_a_judge_of_its_own(sampled, made):
 
 def test_score_prints_and_saves_what_the_network_thinks(sampled, made):
     """The text itself is left alone."""
-    model, text = load_checkpoint(made['joint'])[0], '(+12)=3'
+    model, text = GPT.load(made['joint'])[0], '(+12)=3'
     row = torch.tensor([[15, 10, 12, 1, 2, 11, 14, 3, 16] + [17] * 55])
     judged, = judge_rows(model, ARITHMETIC, row, default_config(training_type='joint', causal_ratio=0.5))
     out, (s,) = sampled('joint', '--task=score', f'--text={text}')
