@@ -85,11 +85,17 @@ def load_script(name):
 cached_settings = functools.lru_cache(configurator.settings)
 
 
+# where most tests start: a plain joint run, without the causal half and the draft head of train.py's defaults
+START = dict(causal_ratio=0.0, remask_target='wrong', draft_head=False, max_iters=2000, proofreading_warmup_iters=500,
+             masking_warmup_iters=500)
+START_WORDS = [f'--{name}={value}' for name, value in START.items()]
+
+
 def default_config(**changes):
-    """The settings of train.py, with changes, as a checkpoint keeps them."""
+    """The settings of train.py, those of START, and changes, as a checkpoint keeps them."""
     known = cached_settings(os.path.join(ROOT, 'train.py'))
     assert set(changes) <= set(known)
-    return {**{name: setting.default for name, setting in known.items()}, **changes}
+    return {**{name: setting.default for name, setting in known.items()}, **START, **changes}
 
 
 def write_checkpoint(path, model=None, meta=ARITHMETIC, **config):

@@ -12,8 +12,9 @@ from configurator import UserError
 from model import GPT
 from parts.presets import best_rules, supports
 from parts.speculate import next_state
-from plumbing.checkpoint import (OLD_PARTS, check_same_model, find_checkpoint, identity, load_merged,
+from plumbing.checkpoint import (check_same_model, find_checkpoint, identity, load_merged,
                                  model_args, save_checkpoint)
+from plumbing import oldnames
 from plumbing.files import write_atomically
 
 
@@ -264,7 +265,7 @@ OLD = {
                                    'parts.level.mlp.2.weight': 'level.2.weight'}),
     '': ({}, {}),
 }
-NOTHING = {**dict.fromkeys(OLD_PARTS, 0), 'graph_topk': 4, 'shortcuts': False, 'self_condition': False,
+NOTHING = {**dict.fromkeys(oldnames.PARTS, 0), 'graph_topk': 4, 'shortcuts': False, 'self_condition': False,
            'noise_condition': False}
 
 
