@@ -36,6 +36,7 @@ from plumbing.device import configure_compute
 from plumbing.evaluate import evaluate, evaluation_line
 from plumbing.files import unlock
 from plumbing.log import PARTS, progress_line, show_samples
+from plumbing.oldnames import FORMER, with_parts as modernise  # noqa: F401 (for the configurator)
 from plumbing.optim import average, lr_scale, ramp, update
 from plumbing.pack import extent, pack
 from plumbing.pieces import in_pieces

@@ -5,7 +5,9 @@ Checkpoints of earlier versions, under today's names: their optional parts had a
 # in the order of parts/layers.py: field -> part
 PARTS = dict(graph_window='graph', shortcuts='shortcuts', short_conv='short_conv', self_condition='previous',
              mu_blocks='mu', bigram_rows='bigrams', noise_condition='level', time_dim='level')
-GONE = ('graph_topk', 'stage', 'guess_from', 'high_noise_bias')
+# the settings that config files of earlier versions may still have, with their defaults
+FORMER = dict(dict.fromkeys(PARTS, 0), shortcuts=False, self_condition=False, noise_condition=False, graph_topk=4)
+GONE = ('stage', 'guess_from', 'high_noise_bias')
 # how the name of a tensor begins, or in a block ends -> what stands there today
 TENSORS = (('.aloof', '.parts.graph.off_graph_penalty'), ('.shortcuts', '.parts.shortcuts.weight'),
            ('.conv.weight', '.parts.short_conv.weight'), ('previous.weight', 'parts.previous.proj.weight'),
@@ -32,8 +34,8 @@ def with_parts(old):
             words[part] = part if old[field] is True else f'{part}:{old[field]}'
     if 'graph' in words and old.get('graph_topk', 4) != 4:
         words['graph'] += f":{old['graph_topk']}"
-    kept = {name: value for name, value in old.items() if name not in PARTS and name not in GONE}
-    return {**kept, 'parts': ','.join(words.values())}
+    kept = {name: value for name, value in old.items() if name not in FORMER and name not in GONE}
+    return {**kept, 'parts': ','.join(filter(None, (old.get('parts'), *words.values())))}
 
 
 def new_name(name):

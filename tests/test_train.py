@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ARITHMETIC, ROOT, default_config, load_script, tiny_gpt
+from conftest import START_WORDS, ARITHMETIC, ROOT, default_config, load_script, tiny_gpt
 from test_corruption import MASK, T, V, WRONG, clean_rows, corrupted, seeded
 
 import configurator
@@ -28,6 +28,7 @@ from corruption import Task, ask, own_guesses
 from data import loader
 from data.loader import load_data, random_rows, spread_rows
 from plumbing.evaluate import nelbo
+from parts.layers import told
 from parts.abstain import steer
 from parts.speculate import draft_loss
 from plumbing import distributed, run as run_module
@@ -414,13 +415,13 @@ def test_what_a_conditioned_network_is_shown_in_training(level):
     Of every other row its likeliest tokens at the masks, from a first pass that is told the same level and no
     prediction.
     """
-    model, asked = tiny_gpt(V, T, self_condition=True, time_dim=level), []
+    model, asked = tiny_gpt(V, T, parts=f'previous,level:{level}' if level else 'previous'), []
     model.mask_logit_bias.fill_(50.0)
     x0, input, _, _ = joint_batch()
     segment, noise = (torch.arange(T) > 5).long().expand(24, T), torch.rand(24, T, generator=seeded())
     model.register_forward_hook(lambda module, args, more, out: asked.append((more, out)), with_kwargs=True)
     some = (torch.rand(24, T, generator=seeded()) < 0.5).flatten().nonzero()[:, 0]
-    hidden = train.conditioned(model, input, segment, noise, some)
+    hidden = model(input, segment=segment, only=some, **told(model, input, segment, noise))
     (first, guess), (second, out) = asked
     assert (
         first.get('previous') is None and out is hidden and hidden.requires_grad and not guess.requires_grad)
@@ -434,7 +435,8 @@ def test_what_a_conditioned_network_is_shown_in_training(level):
     asked.clear()
     plain = tiny_gpt(V, T)
     assert torch.equal(
-        train.conditioned(plain, input, segment, None, some), plain(input, segment=segment, only=some))
+        plain(input, segment=segment, only=some, **told(plain, input, segment, noise)),
+        plain(input, segment=segment, only=some))
     assert not asked
 
 
@@ -446,15 +448,14 @@ def test_the_level_is_the_share_of_the_row_that_is_noise(monkeypatch, kind):
     that there are some.
     """
     asked, clean = [], arithmetic_rows(8)
-    monkeypatch.setattr(
-        train, 'conditioned', lambda model, *args: asked.append(args[:3]) or model(args[0], only=args[3]))
+    monkeypatch.setattr(train, 'told', lambda model, *args: asked.append(args) or {})
     monkeypatch.setattr(train, 'ask', lambda *args: asked.append(ask(*args)) or asked[-1])
     config = default_config(
         training_type=kind, corruption='random', remask_ratio=0.5, proofreading_warmup_iters=0,
         remask_target='wrong' if kind == 'joint' else 'original')
     for meta in (ARITHMETIC, dict(ARITHMETIC, pad=None)):
         asked.clear()
-        training_step(tiny_gpt(18, 64, n_recur=1, time_dim=8), clean, meta, config, 5, seeded(1))
+        training_step(tiny_gpt(18, 64, n_recur=1, parts='level:8'), clean, meta, config, 5, seeded(1))
         (input, target, _), (_, segment, level) = asked
         wrong = (input != clean) & (input != 18)
         share = ((input == 18) | (wrong & (kind == 'denoising'))).sum(1) / 64
@@ -678,7 +679,7 @@ def test_checkpoint_names():
 
 @pytest.mark.parametrize('kind', ['muon', 'adamw'])
 def test_every_parameter_is_optimised_once(kind):
-    model = tiny_gpt(V, T, n_layer=2, bigram_rows=8)
+    model = tiny_gpt(V, T, n_layer=2, parts='bigrams:8')
     optimizers = make_optimizers(model, kind, 1e-3, 1e-2, 0.1, (0.9, 0.95), 0.3)
     groups = [group for optim in optimizers for group in optim.param_groups]
     names = {p: name for name, p in model.named_parameters()}
@@ -686,7 +687,8 @@ def test_every_parameter_is_optimised_once(kind):
     assert sorted(found) == sorted(names.values())
     for group in groups:
         for name in (names[p] for p in group['params']):
-            assert group['weight_decay'] == {'blocks': 0.1, 'bigrams': 0.3}.get(name.split('.')[0], 0)
+            decays = {'blocks': 0.1, 'parts': 0.3}
+            assert group['weight_decay'] == decays.get(name.split('.')[0], 0)
     assert [type(optim).__name__ for optim in optimizers] == (
         ['Muon', 'AdamW'] if kind == 'muon' else ['AdamW'])
     assert [optim.param_groups[0]['lr'] for optim in optimizers] == (
@@ -802,7 +804,7 @@ TINY = [
 MIXED = [
     '--training_type=joint', '--corruption=own:0.7,random:0.3', '--causal_ratio=0.5', '--dropout=0.1',
     '--ema_decay=0.99', '--optimizer=muon', '--proofreading_warmup_iters=4', '--masking_warmup_iters=3',
-    '--bigram_rows=50', '--bigram_decay=0.5']
+    '--parts=bigrams:50', '--bigram_decay=0.5']
 PLAIN = ['--training_type=unmasking', '--optimizer=adamw', '--ema_decay=0', '--gradient_accumulation_steps=2',
          '--weight_decay=0.1', '--lr_schedule=cosine', '--eval_samples=0']
 ABSTAIN = [
@@ -814,7 +816,7 @@ ABSTAIN = [
 def start(out_dir, *words, patch=None):
     """One run of train.py, in this process: the module. patch(module) is called before main."""
     module = load_script('train')
-    configurator.configure(vars(module), [*TINY, f'--out_dir={out_dir}', *words])
+    configurator.configure(vars(module), [*START_WORDS, *TINY, f'--out_dir={out_dir}', *words])
     if patch:
         patch(module)
     module.main()
@@ -939,7 +941,7 @@ def test_same_command_same_weights_and_other_seed_others(tmp_path):
         (
             [
                 '--training_type=joint', '--corruption=own:1,noise:1', '--views=2', '--causal_ratio=1',
-                '--prefix_ratio=0.5', '--time_dim=8', '--self_condition', '--proofreading_warmup_iters=0',
+                '--prefix_ratio=0.5', '--parts=level:8,previous', '--proofreading_warmup_iters=0',
                 '--draft_head'],
             'ckpt_joint_all_positions.pt',
         ),
@@ -954,9 +956,9 @@ def test_every_kind_of_run(tmp_path, words, name):
     assert set(checkpoint['config']) == set(configurator.settings(train.__file__))
     fresh = GPT(GPTConfig(**checkpoint['model_args']))
     assert model.wte.weight.shape == fresh.wte.weight.shape
-    for word, part in (('--time_dim=8', model.level), ('--self_condition', model.previous)):
-        assert (word in words) == (part is not None)
-        assert part is None or all(p.any() for p in part.parameters())    # it has learned
+    asked = next((word for word in words if word.startswith('--parts=')), '')
+    assert set(model.parts) == {part for part in ('level', 'previous') if part in asked}
+    assert all(p.any() for p in model.parts.parameters())                 # it has learned
 
 
 @pytest.mark.parametrize('fmt', ['rows', 'stream'])
@@ -1120,7 +1122,7 @@ def test_control_of_a_run(tmp_path):
         module.steer = lambda control, part, *rest: (
             seen.append((control, part.tolist(), rest)) or steer(control, part, *rest))
         module.loss = lambda model, *args, **more: (
-            seen.append((more['keep_mask_price'], float(model.mask_logit_bias))) or loss(model, *args, **more)
+            seen.append((more.get('keep_mask_price'), float(model.mask_logit_bias))) or loss(model, *args, **more)
         )
 
     start(
@@ -1643,7 +1645,7 @@ def test_check_settings_table():
         (dict(target_mask_prob=0.3), 'set --allow_abstain=True'),
         (dict(abstaining, training_type='causal'), 'training_type=causal has none'),
         (dict(abstaining, **remasking, corruption='random'), 'training_type=remasking has none'),
-        (dict(bigram_decay=0.1), 'of the tables of pairs, and there are none: set --bigram_rows'),
+        (dict(bigram_decay=0.1), 'of the tables of pairs, and there are none: set --parts=bigrams'),
         (dict(mask_logit_bias=0.5), 'set --allow_abstain=True'),
         (dict(abstaining, mask_logit_bias=20.5), 'mask_logit_bias=20.5 is beyond mask_bias_limit=20.0'),
         (dict(abstaining, mask_logit_bias=-2.0, mask_bias_limit=1.0), 'is beyond mask_bias_limit=1.0')):
