@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import default_config, load_script, tiny_gpt, write_checkpoint
 from test_commands import bench_settings
-from test_sample import seeded
+from conftest import seeded
 
 import corruption
 from configurator import UserError

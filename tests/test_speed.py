@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ARITHMETIC, chi_square, tiny_gpt, write_checkpoint
 from test_commands import bench_settings
-from test_sample import seeded
+from conftest import seeded
 from torch.utils.flop_counter import FlopCounterMode
 
 import train

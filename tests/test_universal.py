@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ARITHMETIC, default_config, tiny_gpt, write_checkpoint
 from test_commands import bench_settings
-from test_sample import seeded
+from conftest import seeded
 
 import sample
 from plumbing.text import encode, start_canvas
