@@ -68,7 +68,7 @@ def read_samples(path):
 @pytest.mark.parametrize('words', [
     [], ['--prompt=(+'], ['--commit=confidence', '--steps=8', '--schedule=cosine'], ['--remask=wrong', '--length=9'],
     ['--remask=random', '--remask_rate=0.1', '--steps=12', '--top_k=5'], ['--ar_prefix=8', '--steps=6', '--top_p=0.9'],
-    ['--remask=none', '--commit=left_to_right', '--temperature=0.5', '--length=62'],
+    ['--remask=none', '--block_length=1', '--temperature=0.5', '--length=62'],
 ], ids=' '.join)
 def test_sampling(run, trained, tmp_path, words):
     files = [tmp_path / name for name in ('a.jsonl', 'b.jsonl', 'c.jsonl')]
@@ -424,7 +424,7 @@ def test_dataset_is_prepared_on_first_use(run, copy):
     (['--prompt=' + '1' * 63], ['a text of 63 tokens does not fit']),
     (['--remask=causal', '--length=9'], ['the causal pass cannot see']),
     (['--ar_prefix=12', '--length=9'], ['the causal pass cannot see']),
-    (['--commit=best'], ["commit expects one of random, confidence, margin", "got 'best'"]),
+    (['--commit=best'], ["commit expects one of random, threshold, confidence, margin", "got 'best'"]),
     (['--remask=all'], ["remask expects one of", "'all'"]),
     (['--schedule=step', '--remask=none'], ['schedule expects one of']),
     (['--commit=confidence', '--temperature=0'], ['one sample again and again', '--choice_temperature=4.5']),

@@ -408,13 +408,13 @@ def test_rows_without_padding_are_not_packed():
     assert seen == [(3, None), (3, None)]
 
 
-@pytest.mark.parametrize('level', [0, 8])
+@pytest.mark.parametrize('level', ['', 'level:8'])
 def test_what_a_conditioned_network_is_shown_in_training(level):
     """
     Of every other row its likeliest tokens at the masks, from a first pass that is told the same level and no
     prediction.
     """
-    model, asked = tiny_gpt(V, T, self_condition=True, time_dim=level), []
+    model, asked = tiny_gpt(V, T, parts=f'previous,{level}'), []
     model.mask_logit_bias.fill_(50.0)
     x0, input, _, _ = joint_batch()
     segment, noise = (torch.arange(T) > 5).long().expand(24, T), torch.rand(24, T, generator=seeded())
@@ -454,7 +454,7 @@ def test_the_level_is_the_share_of_the_row_that_is_noise(monkeypatch, kind):
         remask_target='wrong' if kind == 'joint' else 'original')
     for meta in (ARITHMETIC, dict(ARITHMETIC, pad=None)):
         asked.clear()
-        training_step(tiny_gpt(18, 64, n_recur=1, time_dim=8), clean, meta, config, 5, seeded(1))
+        training_step(tiny_gpt(18, 64, n_recur=1, parts='level:8'), clean, meta, config, 5, seeded(1))
         (input, target, _), (_, segment, level) = asked
         wrong = (input != clean) & (input != 18)
         share = ((input == 18) | (wrong & (kind == 'denoising'))).sum(1) / 64
@@ -678,7 +678,7 @@ def test_checkpoint_names():
 
 @pytest.mark.parametrize('kind', ['muon', 'adamw'])
 def test_every_parameter_is_optimised_once(kind):
-    model = tiny_gpt(V, T, n_layer=2, bigram_rows=8)
+    model = tiny_gpt(V, T, n_layer=2, parts='bigrams:8')
     optimizers = make_optimizers(model, kind, 1e-3, 1e-2, 0.1, (0.9, 0.95), 0.3)
     groups = [group for optim in optimizers for group in optim.param_groups]
     names = {p: name for name, p in model.named_parameters()}
@@ -686,7 +686,7 @@ def test_every_parameter_is_optimised_once(kind):
     assert sorted(found) == sorted(names.values())
     for group in groups:
         for name in (names[p] for p in group['params']):
-            assert group['weight_decay'] == {'blocks': 0.1, 'bigrams': 0.3}.get(name.split('.')[0], 0)
+            assert group['weight_decay'] == {'blocks.': 0.1, 'parts.b': 0.3}.get(name[:7], 0)
     assert [type(optim).__name__ for optim in optimizers] == (
         ['Muon', 'AdamW'] if kind == 'muon' else ['AdamW'])
     assert [optim.param_groups[0]['lr'] for optim in optimizers] == (
@@ -802,7 +802,7 @@ TINY = [
 MIXED = [
     '--training_type=joint', '--corruption=own:0.7,random:0.3', '--causal_ratio=0.5', '--dropout=0.1',
     '--ema_decay=0.99', '--optimizer=muon', '--proofreading_warmup_iters=4', '--masking_warmup_iters=3',
-    '--bigram_rows=50', '--bigram_decay=0.5']
+    '--parts=bigrams:50', '--bigram_decay=0.5']
 PLAIN = ['--training_type=unmasking', '--optimizer=adamw', '--ema_decay=0', '--gradient_accumulation_steps=2',
          '--weight_decay=0.1', '--lr_schedule=cosine', '--eval_samples=0']
 ABSTAIN = [
@@ -939,7 +939,7 @@ def test_same_command_same_weights_and_other_seed_others(tmp_path):
         (
             [
                 '--training_type=joint', '--corruption=own:1,noise:1', '--views=2', '--causal_ratio=1',
-                '--prefix_ratio=0.5', '--time_dim=8', '--self_condition', '--proofreading_warmup_iters=0',
+                '--prefix_ratio=0.5', '--parts=level:8,previous', '--proofreading_warmup_iters=0',
                 '--draft_head'],
             'ckpt_joint_all_positions.pt',
         ),
@@ -954,9 +954,8 @@ def test_every_kind_of_run(tmp_path, words, name):
     assert set(checkpoint['config']) == set(configurator.settings(train.__file__))
     fresh = GPT(GPTConfig(**checkpoint['model_args']))
     assert model.wte.weight.shape == fresh.wte.weight.shape
-    for word, part in (('--time_dim=8', model.level), ('--self_condition', model.previous)):
-        assert (word in words) == (part is not None)
-        assert part is None or all(p.any() for p in part.parameters())    # it has learned
+    assert set(model.parts) == ({'level', 'previous'} if '--parts=level:8,previous' in words else set())
+    assert all(p.any() for p in model.parts.parameters())                 # they have learned
 
 
 @pytest.mark.parametrize('fmt', ['rows', 'stream'])
@@ -1366,7 +1365,7 @@ def test_init_from_takes_the_averaged_weights_and_starts_anew(tmp_path):
     before = open(source, 'rb').read()
     start(
         str(tmp_path / 'b'), '--training_type=unmasking', f'--init_from={source}', '--learning_rate=0',
-        '--muon_lr=0', '--eval_samples=0', '--max_iters=1', '--bigram_rows=50')
+        '--muon_lr=0', '--eval_samples=0', '--max_iters=1', '--parts=bigrams:50')
     checkpoint = read(str(tmp_path / 'b'))
     assert_same(dict(checkpoint['model']), dict(torch.load(source, weights_only=True)['ema']))
     assert checkpoint['iter_num'] == 1 and open(source, 'rb').read() == before
