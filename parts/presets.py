@@ -238,9 +238,7 @@ def check_rules(how, canvas, fixed, mask, judge, commits, remasks):
     if (masked & fixed).any():
         raise UserError('a fixed position holds a mask: it would never be filled')
     if how.remask == 'causal':
-        if (masked.cummax(1).values & ~masked).any():
-            raise UserError('the causal pass cannot see what is right of a hole: with a fixed suffix or a '
-                            'given length use --remask=wrong, random or none and --ar_prefix=0')
+        check_suffix(masked)
         if how.guide:
             raise UserError('guide chooses among whole completions, which causal sampling does not have: '
                             'use --remask=none, wrong or critic')
@@ -253,6 +251,13 @@ def check_rules(how, canvas, fixed, mask, judge, commits, remasks):
         raise UserError('rewrite goes with --commit=random and --remask=wrong, random or confidence, '
                         'without a second network or guide')
     check_not_greedy(how, masked)
+
+
+def check_suffix(masked):
+    """Raises UserError if the masks (B, T) are not the suffix of each row, which causal sampling needs."""
+    if (masked.cummax(1).values & ~masked).any():
+        raise UserError('the causal pass cannot see what is right of a hole: with a fixed suffix or a given '
+                        'length use --remask=wrong, random or none and --ar_prefix=0')
 
 
 def check_not_greedy(how, masked):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from model import Linear, norm
 from plumbing.draw import draw, filtered, fine
 from parts.cache import Cache
+from parts.presets import check_suffix
 from plumbing.kernels import squared_relu
 from plumbing.pieces import in_pieces
 from plumbing.rows import close_rows, left_of
@@ -251,6 +252,7 @@ def write_prefix(model, x, fixed, ar_prefix, *, ends, generator, trace, **rules)
     mask = model.mask_token_id
     masked = x == mask
     width = min(x.size(1), int(masked.long().argmax(1).max()) + ar_prefix)
+    check_suffix(masked[:, :width])
     filters = {name: rules[name] for name in ('temperature', 'top_k', 'top_p') if name in rules}
     closed = left_of(fixed)[:, :width]                                         # the end may be beyond width
     head, nfe, steps = left_to_right(model, x[:, :width], fixed[:, :width], ar_prefix, filters, ends,

@@ -100,7 +100,10 @@ def table_of(rows, columns, metrics):
 
 def load(s, path, other=None, learns=False):
     """(model, checkpoint), merged with the other if there is one. The model is frozen unless it learns."""
-    model, checkpoint = load_merged(path, other, s.merge_weight) if other else GPT.load(path)
+    if other:
+        model, checkpoint = load_merged(GPT.load, supports, path, other, s.merge_weight)
+    else:
+        model, checkpoint = GPT.load(path)
     model, choices = configure_compute(model, s.device, s.dtype, s.attention, s.compile)
     tqdm.write(f"{path}: {checkpoint['config']['training_type']} on {checkpoint['meta']['name']}, iteration "
                f"{checkpoint['iter_num']}, {model.num_params():,} parameters; {choices}")

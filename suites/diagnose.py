@@ -388,8 +388,8 @@ def check_hidden_tokens(model, x0, meta):
              'else its forward reads')
     return verdict(
         f'{int(target.sum())} hidden tokens exchanged, the outputs there moved by {moved:.1e}',
-        (not target.any(), 'problem', 'corrupt asks for nothing: no position carries weight'),
-        (shown, 'problem', f'label leak: {shown} inputs show what is asked for; corrupt must mask them'),
+        (not target.any(), 'problem', 'ask wants nothing: no position carries weight'),
+        (shown, 'problem', f'label leak: {shown} inputs show what is asked for; ask must mask them'),
         (not shown and not moved <= TOLERANCE, 'problem', peeks))
 
 

@@ -21,6 +21,7 @@ from corruption import own_errors
 from plumbing.run import is_finite
 from plumbing.evaluate import evaluate
 from parts.presets import PRESETS, choose_rules, supports
+from plumbing.rows import Ends
 from plumbing.score import judge_rows
 from sample import fill, generate
 from suites.speed import cached_ar, plain_ancestral, recipe
@@ -108,7 +109,7 @@ def away(monkeypatch):
     # noqa: F401 (these look at torch.Generator)
     import torch._dynamo
     import torch.distributed.tensor                                            # noqa: F401
-    for module in ('rules', 'sample'):                                         # as on MPS
+    for module in ('plumbing.draw', 'parts.look', 'parts.abstain', 'parts.speculate'):    # as on MPS
         monkeypatch.setattr(f'{module}.fine', lambda device: torch.float32)
     tensor, generator = torch.tensor, torch.Generator
     monkeypatch.setattr(
@@ -133,9 +134,8 @@ def settings(**changes):
 
 
 def network(config, **more):
-    names = ('short_conv', 'shortcuts', 'bigram_rows', 'time_dim', 'graph_window', 'mu_blocks',
-             'self_condition', 'draft_head')
-    return tiny_gpt(18, 24, **{name: config[name] for name in names}, **more).train()
+    sizes = dict(parts=config['parts'], draft_head=config['draft_head'])
+    return tiny_gpt(18, 24, **sizes, **more).train()
 
 
 def a_step(model, config):
@@ -172,13 +172,13 @@ def test_the_pretence_finds_what_it_should(away):
 @pytest.mark.parametrize(
     'changes',
     [
-        {}, dict(short_conv=2, shortcuts=True, bigram_rows=64, time_dim=8),
-        dict(graph_window=3, mu_blocks=4, causal_ratio=0.5),
+        {}, dict(parts='short_conv:2,shortcuts,bigrams:64,level:8'),
+        dict(parts='graph:3,mu:4', causal_ratio=0.5),
         dict(corruption='own:1,random:1,fragment:1,sticky:1,noise:1', remask_target='original'),
-        dict(allow_abstain=True, draft_head=False), dict(views=2, self_condition=True),
+        dict(allow_abstain=True, draft_head=False), dict(views=2, parts='previous'),
         dict(training_type='denoising', remask_target='original'),
         dict(training_type='causal', k1_credit=True), dict(prefix_ratio=0.5, mask_weighting='token'),
-        dict(optimizer='adamw', bigram_rows=400)],
+        dict(optimizer='adamw', parts='bigrams:400')],
     ids=str,
 )
 @pytest.mark.parametrize('plain', [False, True])
@@ -222,7 +222,7 @@ def test_a_step_hardly_ever_waits_for_its_device(away, changes, most):
     ids=str,
 )
 def test_sampling_stays_on_its_device(away, rules):
-    model = away(network(settings(short_conv=1, bigram_rows=50), energy_head=2)).eval()
+    model = away(network(settings(parts='short_conv:1,bigrams:50'), energy_head=2)).eval()
     if 'preset' in rules:
         rules = choose_rules(settings(), steps=None if rules['preset'] == 'speculative' else 6, **rules)
     samples = generate(model, META, 4, seed=1, **{'steps': 6, **rules})
@@ -248,10 +248,10 @@ def test_other_tasks_stay_on_their_device(away):
     model, config = away(network(settings())).eval(), default_config(causal_ratio=0.5)
     repaired = fill(model, META, ROWS, torch.zeros_like(ROWS, dtype=torch.bool), seed=1, **choose_rules(
         config, task='repair', inside=True))
-    judged = judge_rows(model, META, ROWS[:2], config, estimates=4)[0]
+    judged = judge_rows(model, META, ROWS[:2], supports(config), estimates=4)[0]
     assert len(repaired) == 8 and set(judged) == {'nelbo', 'causal_nll', 'p_wrong'}
     blank = ROWS.masked_fill(torch.arange(24) > 0, 18).to(AWAY)
     for x in (
         plain_ancestral(model, blank, torch.Generator(AWAY)),
-        cached_ar(model, blank, torch.Generator(AWAY), 16, 17)):
+        cached_ar(model, blank, torch.Generator(AWAY), Ends(16, 17))):
         assert x.device == AWAY and not bool((x == 18).any())

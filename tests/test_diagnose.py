@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import default_config, load_script, tiny_gpt, write_checkpoint
+from conftest import default_config, load_script, seeded, tiny_gpt, write_checkpoint
 from test_commands import bench_settings
-from test_sample import seeded
 
 import corruption
 from configurator import UserError
@@ -77,16 +76,16 @@ def test_a_healthy_set_up_is_left_alone(small, capsys):
 def test_what_a_run_does_not_train_is_no_fault(kind, n_recur):
     """Every training type, with all of the parts that it may have."""
     changes = dict(training_type=kind, causal_ratio=0.0, draft_head=kind == 'causal', corruption='random',
-                   time_dim=8, self_condition=True, remask_target='original', optimizer='adamw', n_embd=16,
-                   n_recur=n_recur, shortcuts=True, short_conv=1, bigram_rows=64, graph_window=1, mu_blocks=2)
+                   remask_target='original', optimizer='adamw', n_embd=16, n_recur=n_recur,
+                   parts='level:8,previous,shortcuts,short_conv:1,bigrams:64,graph:1,mu:2')
     config = {**CONFIG, **changes}
     seconds, norms = diagnose.first_steps(fresh(**changes), DATA['train'], META, config)
     assert diagnose.check_gradients(norms)[0] == 'ok' and len(seconds) == 5
     for name in ('causal_embd', 'drafter.fc.weight'):
         assert (name in norms) == (kind == 'causal')
-    for name in ('level.2.weight', 'previous.weight', 'bigrams.around.weight'):
-        assert (name in norms) == (kind != 'causal')
-    assert ('blocks.0.shortcuts' in norms) == (n_recur == 2)
+    for name in ('level.mlp.2.weight', 'previous.proj.weight', 'bigrams.around.weight'):
+        assert (f'parts.{name}' in norms) == (kind != 'causal')
+    assert ('blocks.0.parts.shortcuts.weight' in norms) == (n_recur == 2)
 
     # a run that is shorter than that: its rate is never negative
     config['max_iters'] = 1
@@ -376,7 +375,7 @@ def test_an_ask_that_does_not_mask_is_caught(x0, monkeypatch):
     monkeypatch.setattr(diagnose, 'ask', ask)
     status, _, advice = diagnose.check_hidden_tokens(tiny_gpt(V, 12), x0, META)
     assert status == 'problem' and 'inputs show what is asked for' in advice
-    monkeypatch.setattr(diagnose, 'corrupt', lambda x0, *args, **how: (x0, x0, torch.zeros(x0.shape)))
+    monkeypatch.setattr(diagnose, 'ask', lambda x0, *args: (x0, x0, torch.zeros(x0.shape)))
     assert 'no position carries weight' in diagnose.check_hidden_tokens(tiny_gpt(V, 12), x0, META)[2]
 
 

@@ -11,6 +11,7 @@ from test_commands import CPU, read_samples, refused
 
 import configurator
 from model import GPT
+from plumbing.rows import Ends
 
 TINY = ['--teacher_steps=3', '--max_iters=6', '--batch_size=4', '--log_interval=3', *CPU]
 
@@ -67,7 +68,7 @@ def test_the_student_learns_what_the_teacher_says(tmp_path, monkeypatch):
         assert torch.equal(weight > 0, ~fixed)
         assert (target[~fixed] == 7).all() and torch.allclose(weight.sum(1), torch.ones(4))
         assert not teacher.training
-        assert (rules['end_id'], rules['pad_id'], rules['forbid'], rules['steps']) == (16, 17, [15], 3)
+        assert rules['ends'] == Ends(16, 17, (15,)) and rules['steps'] == 3
     before, after = (GPT.load(p)[0] for p in (path, str(tmp_path / 'out' / 'ckpt_distilled.pt')))
     assert torch.equal(teacher.wte.weight, before.wte.weight)             # the teacher itself learns nothing
     holes = torch.full((1, 64), 18)

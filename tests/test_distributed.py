@@ -31,7 +31,7 @@ from train import losses, training_step
 
 RUN = [*TINY, '--batch_size=8', '--eval_samples=0', '--log_interval=4']
 JOINT = [
-    *RUN, *MIXED, '--draft_head', '--short_conv=2', '--shortcuts', '--bigram_rows=500', '--bigram_decay=0.1',
+    *RUN, *MIXED, '--draft_head', '--parts=short_conv:2,shortcuts,bigrams:500', '--bigram_decay=0.1',
     '--proofreading_warmup_iters=0']
 # Muon amplifies roundings
 CAUSAL = [*RUN, '--training_type=causal', '--optimizer=adamw', '--gradient_accumulation_steps=2']

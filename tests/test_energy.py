@@ -7,14 +7,16 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (ARITHMETIC, ROOT, all_sequences, chi_square, default_config, load_script, tiny_gpt,
-                      write_checkpoint)
-from test_sample import Oracle, distance, empty, product_law, random_law, remasked_share, seeded, within_noise
+from conftest import (ARITHMETIC, ROOT, all_sequences, chi_square, default_config, load_script, seeded,
+                      tiny_gpt, write_checkpoint)
+from oracles import Oracle, distance, empty, product_law, random_law, remasked_share, within_noise
 
-from model import GPT
 from configurator import UserError
-from parts.energy import best_samples, choose_by_energy, text_of
+from model import GPT
+from parts import energy as energy_module
+from parts.energy import best_samples, choose_by_energy, energy, text_of, token_energy
 from parts.presets import best_rules, choose_rules
+from plumbing.rows import Ends
 from plumbing.text import start_canvas
 from sample import fill, generate_diffusion
 
@@ -34,7 +36,7 @@ def headed(V=5, T=6, **more):
 def test_the_score_of_a_token_is_what_the_critic_makes_of_both_passes():
     model, ids = headed(), torch.tensor([[0, 1, 2, 3, 4, 4], [3, 3, 1, 4, 4, 4]])
     real = torch.tensor([[0, 1, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0]]).bool()
-    score, energy = model.token_energy(ids, real), model.energy(ids, real)
+    score, of_texts = token_energy(model, ids, real), energy(model, ids, real)
     assert score.shape == ids.shape and score.dtype == torch.float32
     assert (score[~real] == float('-inf')).all() and score[real].isfinite().all()
     for b in range(2):
@@ -46,16 +48,16 @@ def test_the_score_of_a_token_is_what_the_critic_makes_of_both_passes():
                 parts += [hidden, (logp.clamp(min=-20) / 5)[None]]
             if real[b, t]:
                 assert torch.allclose(score[b, t], model.critic(torch.cat(parts)), atol=1e-5)
-        assert torch.allclose(energy[b], score[b][real[b]].exp().sum().log(), atol=1e-5)
+        assert torch.allclose(of_texts[b], score[b][real[b]].exp().sum().log(), atol=1e-5)
     more = real.clone()
     more[1, 3:] = True  # padding counts for nothing unless it is called text
-    assert torch.allclose(model.token_energy(ids, more)[real], score[real], atol=1e-5)
-    assert model.energy(ids, more)[1] > energy[1]
+    assert torch.allclose(token_energy(model, ids, more)[real], score[real], atol=1e-5)
+    assert energy(model, ids, more)[1] > of_texts[1]
 
 
 def test_only_the_critic_learns():
     model, ids = headed(), torch.randint(5, (4, 6), generator=seeded())
-    model.energy(ids, ids != 4).sum().backward()
+    energy(model, ids, ids != 4).sum().backward()
     for name, p in model.named_parameters():
         learned = p.grad is not None and p.grad.abs().sum() > 0
         assert learned if name.startswith('critic.') else p.grad is None, name
@@ -70,11 +72,11 @@ def test_the_best_energy_is_the_logarithm_of_the_ratio_of_the_laws():
             weight.normal_(std=0.2, generator=seeded(3))
     optimizer = torch.optim.Adam(model.critic.parameters(), lr=0.03)
     for step in range(150):
-        energy = model.energy(x, torch.ones_like(x).bool())
+        found = energy(model, x, torch.ones_like(x).bool())
         optimizer.zero_grad()
-        (p * F.softplus(energy) + q * F.softplus(-energy)).sum().backward()
+        (p * F.softplus(found) + q * F.softplus(-found)).sum().backward()
         optimizer.step()
-    assert (energy - (q / p).log()).abs().max() < 0.1
+    assert (found - (q / p).log()).abs().max() < 0.1
 
 
 def test_what_of_a_canvas_is_text():
@@ -82,12 +84,12 @@ def test_what_of_a_canvas_is_text():
     bos, eos, pad = 5, 6, 7
     x = torch.tensor([[5, 1, 2, 6, 7, 7], [5, 1, 6, 3, 6, 0], [5, 1, 7, 2, 7, 7], [5, 1, 5, 2, 6, 7],
                       [5, 6, 1, 1, 1, 1]])
-    ids, real = text_of(x, eos, pad, [bos, eos, pad])
+    ids, real = text_of(x, Ends(eos, pad, (bos, eos, pad)))
     assert ids.tolist() == [[5, 1, 2, 6, 7, 7], [5, 1, 6, 7, 7, 7], [5, 1, 7, 2, 7, 7], [5, 1, 5, 2, 6, 7],
                             [5, 6, 7, 7, 7, 7]]
     assert real.long().tolist() == [[0, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1],
                                     [0, 1, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0]]
-    ids, real = text_of(x, None, None)
+    ids, real = text_of(x, Ends())
     assert torch.equal(ids, x) and real.all()
 
 # -----------------------------------------------------------------------------
@@ -106,12 +108,20 @@ class Judge(Oracle):
         return self.energies[(ids * self.V ** torch.arange(self.T - 1, -1, -1)).sum(1)]
 
 
+@pytest.fixture
+def ask_the_judge(monkeypatch):
+    """Energies are what a Judge says."""
+    for name in ('energy', 'token_energy'):
+        monkeypatch.setattr(energy_module, name, lambda judge, *text, name=name: getattr(judge, name)(*text))
+
+
 def chosen_of_two(law, energies):
     """The law of the one of two draws from a law (N,) that is chosen in proportion to exp(-energy)."""
     weight = (-energies).exp()
     return 2 * law * (law * weight[:, None] / (weight[:, None] + weight)).sum(1)
 
 
+@pytest.mark.usefixtures('ask_the_judge')
 def test_guiding_by_a_constant_leaves_the_law_as_it_is():
     B, V, T = 20000, 3, 3
     law = random_law(V, T, seed=1)
@@ -121,6 +131,7 @@ def test_guiding_by_a_constant_leaves_the_law_as_it_is():
     assert statistic < bound and (nfe == 3 * (1 + 2 * 3)).all()
 
 
+@pytest.mark.usefixtures('ask_the_judge')
 def test_guiding_one_step_follows_the_law_of_importance_sampling():
     B, V, T = 20000, 3, 2
     marginals = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]], dtype=torch.float64)
@@ -136,6 +147,7 @@ def test_guiding_one_step_follows_the_law_of_importance_sampling():
     assert distance(canvas, V, law, B)[0] > 10 * distance(canvas, V, law, B)[1]
 
 
+@pytest.mark.usefixtures('ask_the_judge')
 def test_guiding_two_steps_commits_a_token_of_the_chosen_text():
     """The first step keeps one token of the chosen pair, the second one chooses among pairs that have it."""
     B, V = 20000, 3
@@ -166,10 +178,10 @@ def test_best_of_keeps_every_row_its_own_canvas_and_trace(monkeypatch):
     """Each row begins with a token of its own; the lowest energy wins, here that of the greatest number."""
     model, seen = headed(3, 3), []
 
-    def energy(self, ids, real):
+    def minus_the_number(model, ids, real):
         seen.append((ids * torch.tensor([9, 3, 1])).sum(1))
         return -seen[-1].float()
-    monkeypatch.setattr(GPT, 'energy', energy)
+    monkeypatch.setattr('sample.energy', minus_the_number)
     canvas = torch.tensor([[2, 3, 3], [0, 3, 3], [1, 3, 3], [0, 3, 3], [2, 1, 3]])
     samples = fill(model, LETTERS, canvas, canvas != 3, best_of=8, batch_size=16, trace=True)
     numbers = torch.cat(seen).view(8, 5)
@@ -192,6 +204,7 @@ def test_choosing_by_energy():
         assert statistic < bound
 
 
+@pytest.mark.usefixtures('ask_the_judge')
 def test_critic_remasks_with_the_probabilities_that_it_gives():
     T, wrong = 4, torch.tensor([1e-6, 0.25, 0.6, 1 - 1e-6])
     oracle = Judge(3, T, product_law(torch.full((T, 3), 1 / 3, dtype=torch.float64)))
@@ -200,6 +213,7 @@ def test_critic_remasks_with_the_probabilities_that_it_gives():
     assert within_noise(remasked_share(oracle, remask='critic', remask_rate=0.3), 0.3 * wrong)
 
 
+@pytest.mark.usefixtures('ask_the_judge')
 def test_the_critic_sees_completed_canvases_whose_tokens_are_committed():
     oracle, seen = Judge(3, 4, random_law(3, 4, seed=1)), []
 
@@ -248,30 +262,29 @@ def test_who_has_no_head_is_told_how_to_get_one():
     model = tiny_gpt(5, 6)
     with pytest.raises(UserError, match='python tools/energy.py'):
         generate_diffusion(model, torch.full((1, 6), 5), torch.zeros(1, 6).bool(), remask='critic')
-    for rules in (dict(remask='causal'), dict(draft='causal')):
-        with pytest.raises(UserError, match='guide chooses among whole completions'):
-            generate_diffusion(headed(), torch.full((1, 6), 5), torch.zeros(1, 6).bool(), guide=2, **rules)
+    with pytest.raises(UserError, match='guide chooses among whole completions'):
+        generate_diffusion(headed(), torch.full((1, 6), 5), torch.zeros(1, 6).bool(), guide=2, remask='causal')
 
 # -----------------------------------------------------------------------------
 # the command
 
 
 def test_a_batch_says_what_is_clean_and_what_is_wrong():
-    energy, model = load_script('tools/energy'), headed(18, 64)
+    script, model = load_script('tools/energy'), headed(18, 64)
     clean = torch.full((24, 64), 17)
     for row, n in zip(clean, range(5, 53, 2)):
         text = torch.randint(15, (n,), generator=seeded(n))
         row[:n + 2] = torch.cat((torch.tensor([15]), text, torch.tensor([16])))
     pool = clean[:2].clone()  # samples that are as good as the data
-    ids, real, label, wrong, known = energy.make_batch(model, clean, ARITHMETIC, pool, seeded())
+    ids, real, label, wrong, known = script.make_batch(model, clean, ARITHMETIC, pool, seeded())
     assert torch.equal(ids[:12], clean[:12]) and not label[:12].any() and not wrong[:12].any()
     assert known.tolist() == [16 <= i < 20 for i in range(24)]
     assert torch.equal(wrong, ids != clean) and label[20:].all()
     assert all((pool == row).all(1).any() for row in ids[20:])
     assert torch.equal(label[12:20], wrong[12:20].any(1)) and label[12:16].any() and label[16:20].any()
-    assert (ids < 18).all() and torch.equal(real, text_of(ids, 16, 17, [15])[1]) and not real[:, 0].any()
-    total, tokens = energy.losses(model, ids, real, label, wrong, known)
-    score = model.token_energy(ids, real)
+    assert (ids < 18).all() and torch.equal(real, text_of(ids, Ends(16, 17, (15,)))[1]) and not real[:, 0].any()
+    total, tokens = script.losses(model, ids, real, label, wrong, known)
+    score = token_energy(model, ids, real)
     of_rows = score.logsumexp(1)
     assert torch.allclose(total, (F.softplus(of_rows) - label * of_rows).mean(), atol=1e-5)
     at = real[16:20]
@@ -281,22 +294,22 @@ def test_a_batch_says_what_is_clean_and_what_is_wrong():
 
 def test_what_is_measured(monkeypatch):
     """An energy that knows the length of the text tells short samples from long rows."""
-    energy, model = load_script('tools/energy'), headed(18, 64)
-    monkeypatch.setattr(GPT, 'energy', lambda self, ids, real: -real.sum(1).float())
+    script, model = load_script('tools/energy'), headed(18, 64)
+    monkeypatch.setattr(script, 'energy', lambda model, ids, real: -real.sum(1).float())
 
     def row(text):
         ids = [15, *(ARITHMETIC['itos'].index(c) for c in text), 16]
         return torch.tensor(ids + [17] * (64 - len(ids)))
     texts = ['1=1', '(+1(+12))=4', '(+12)=4', '(+12', '3=3=3']
     clean, own = torch.stack([row('(+12)=3')] * 4), torch.stack([row(text) for text in texts])
-    result = energy.measure(model, ARITHMETIC, clean, own, texts, seeded())
+    result = script.measure(model, ARITHMETIC, clean, own, texts, seeded())
     # as long as a clean row: half; shorter: one; longer: none
     assert result['wrong values'] == 0.5 and result['malformed samples'] == 1 and result['own samples'] == 0.7
     assert list(result) == ['noise', 'own samples', 'malformed samples', 'wrong values']
     # rows that the noise left alone are no noise: of this one in four rows has another length, all others are
     # as they were
-    monkeypatch.setattr(energy, 'noised', lambda model, x0, *how: torch.cat((x0[:3], row('1=1')[None])))
-    assert energy.measure(model, ARITHMETIC, clean, clean, ['(+12)=3'] * 4, seeded())['noise'] == 1
+    monkeypatch.setattr(script, 'noised', lambda model, x0, *how: torch.cat((x0[:3], row('1=1')[None])))
+    assert script.measure(model, ARITHMETIC, clean, clean, ['(+12)=3'] * 4, seeded())['noise'] == 1
 
 
 @pytest.fixture(scope='module')

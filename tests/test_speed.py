@@ -6,16 +6,15 @@ import json
 
 import pytest
 import torch
-from conftest import ARITHMETIC, chi_square, tiny_gpt, write_checkpoint
+from conftest import ARITHMETIC, chi_square, seeded, tiny_gpt, write_checkpoint
 from test_commands import bench_settings
-from test_sample import seeded
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from plumbing.text import until_end
 from configurator import UserError
 from model import GPT
-from plumbing.rows import places
+from plumbing.rows import Ends, places
 from sample import fill
 from suites import speed
 
@@ -120,7 +119,7 @@ def test_cached_ar_writes_what_ar_writes():
     canvas[:, 0] = META['bos']
     canvas[:, 1:4] = torch.cartesian_prod(*[torch.tensor([0, 1, 4])] * 3)
     ours = fill(model, META, canvas, canvas != model.mask_token_id, ar_prefix=T, temperature=0.0)
-    x = speed.cached_ar(model, canvas, seeded(), META['eos'], META['pad'], temperature=0.0)
+    x = speed.cached_ar(model, canvas, seeded(), Ends(META['eos'], META['pad']), temperature=0.0)
     assert [until_end(META, ids) for ids in x.tolist()] == [sample['tokens'] for sample in ours]
     lengths = {len(sample['tokens']) for sample in ours}
     assert len(lengths) > 2 and T in lengths and torch.equal(x[:, :4], canvas[:, :4])

@@ -10,10 +10,10 @@ from test_commands import bench_settings
 from test_text import META, plant
 
 import configurator
-import sample
 import train
 from configurator import UserError
 from model import GPT, GPTConfig
+from plumbing.text import load_task
 from suites import runs, stages
 
 STAGE_SETTINGS = {'parts', 'k1_credit'}
@@ -210,7 +210,7 @@ TINY = '--n_layer=1 --n_embd=32 --n_head=1 --eval_rows=20 --device=cpu --dtype=f
 
 
 def test_arithmetic_from_training_to_the_table(s, trained_here, monkeypatch, tmp_path):
-    monkeypatch.setattr(stages, 'training_strings', lambda s, meta: (sample.load_task('arithmetic'), set()))
+    monkeypatch.setattr(stages, 'training_strings', lambda s, meta: (load_task('arithmetic'), set()))
     monkeypatch.setattr(stages, 'DRAWS', 1)
     s.train_args = f'{TINY} --max_iters=4 --batch_size=8 --n_recur=1'
     s.only = 'arithmetic: stage 0,arithmetic: staged'
@@ -223,7 +223,7 @@ def test_arithmetic_from_training_to_the_table(s, trained_here, monkeypatch, tmp
     paths = [runs.trained(s, table_of_runs, name) for name in legs]
     for before, command in zip(paths, trained_here[2:]):
         assert f'--init_from={os.path.abspath(before)}' in command
-    legs = [runs.load_checkpoint(path)[1] for path in paths]
+    legs = [GPT.load(path)[1] for path in paths]
     assert ['graph' in parts_of(leg['config']) for leg in legs] == [False, False, False, True]
     plain, staged = rows
     seconds = sum(leg['seconds'] for leg in legs)

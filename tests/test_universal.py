@@ -5,12 +5,10 @@ import os
 
 import pytest
 import torch
-from conftest import ARITHMETIC, default_config, tiny_gpt, write_checkpoint
+from conftest import ARITHMETIC, default_config, seeded, tiny_gpt, write_checkpoint
 from test_commands import bench_settings
-from test_sample import seeded
 
-import sample
-from plumbing.text import encode, start_canvas
+from plumbing.text import encode, load_task, start_canvas
 from model import GPT
 from configurator import UserError
 from data import loader
@@ -24,7 +22,7 @@ WRITTEN = {'tools/energy.py': 'ckpt_energy.pt', 'tools/distill.py': 'ckpt_distil
 @pytest.fixture
 def s(tmp_path, monkeypatch):
     """bench's settings for something small; no training string is known, because reading them takes long."""
-    strings = sample.load_task('arithmetic'), set()
+    strings = load_task('arithmetic'), set()
     monkeypatch.setattr(universal, 'training_strings', lambda s, meta: strings)
     return bench_settings('--suite=universal', f'--out_dir={tmp_path}', '--num_samples=3', '--num_seeds=1',
                           '--eval_rows=6')
@@ -43,10 +41,9 @@ def trainings(monkeypatch):
         script = command[0]
         folder = next(word for word in command if word.startswith('--out_dir=')).partition('=')[2]
         if how['status'] == 0:
-            parts = dict(time_dim=32 if '--parts=level:32' in command else 0,
-                         self_condition='--parts=previous' in command)
+            parts = ','.join(word.partition('=')[2] for word in command if word.startswith('--parts='))
             path = os.path.join(folder, WRITTEN.get(script, 'ckpt_denoising.pt'))
-            network = tiny_gpt(18, 64, n_recur=1, energy_head=script == 'tools/energy.py', **parts)
+            network = tiny_gpt(18, 64, n_recur=1, energy_head=script == 'tools/energy.py', parts=parts)
             write_checkpoint(path, network, training_type='denoising', remask_target='original',
                              causal_ratio=0.3, max_iters=how['max_iters'])
             if script == 'tools/energy.py':
@@ -257,7 +254,8 @@ class Knows:
         return ((ids != self.row) & real).sum(1).float()
 
 
-def test_every_score_tells_a_bad_text_from_a_good_one():
+def test_every_score_tells_a_bad_text_from_a_good_one(monkeypatch):
+    monkeypatch.setattr(universal, 'energy', lambda model, *text: model.energy(*text))
     row = torch.tensor([BOS, *encode(ARITHMETIC, '(+12)=3'), EOS] + [PAD] * 3)
     bad = row.clone()
     bad[[2, 5]] = torch.tensor([0, MASK])
