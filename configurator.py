@@ -229,10 +229,10 @@ def configure(scope, argv):
         print_help(scope, known)
         raise SystemExit(0)
     values = current(scope, known)
-    # settings of earlier versions are still read: FORMER has their defaults, modernise() makes today's of them
+    # settings of earlier versions are still read: FORMER has their defaults, modernise() makes them today's
     former = {name: Setting(name, default, type(default), '', [], None)
               for name, default in scope.get('FORMER', {}).items()}
-    known.update(former)
+    known = {**known, **former}
     values.update(scope.get('FORMER', {}))
     files, overrides = parse(argv, known)
     for file in files:

@@ -6,7 +6,8 @@ Checkpoints of earlier versions, under today's names: their optional parts had a
 PARTS = dict(graph_window='graph', shortcuts='shortcuts', short_conv='short_conv', self_condition='previous',
              mu_blocks='mu', bigram_rows='bigrams', noise_condition='level', time_dim='level')
 # the settings that config files of earlier versions may still have, with their defaults
-FORMER = dict(dict.fromkeys(PARTS, 0), shortcuts=False, self_condition=False, noise_condition=False, graph_topk=4)
+FORMER = {**dict.fromkeys(PARTS, 0), 'graph_topk': 4, 'shortcuts': False, 'self_condition': False,
+          'noise_condition': False}
 GONE = ('stage', 'guess_from', 'high_noise_bias')
 # how the name of a tensor begins, or in a block ends -> what stands there today
 TENSORS = (('.aloof', '.parts.graph.off_graph_penalty'), ('.shortcuts', '.parts.shortcuts.weight'),

@@ -17,7 +17,7 @@ import time
 
 import pytest
 import torch
-from conftest import ARITHMETIC, ROOT, default_config, tiny_gpt
+from conftest import START_WORDS, ARITHMETIC, ROOT, default_config, tiny_gpt
 from test_train import (MIXED, TINY, assert_close, assert_same, assert_same_run, gradients, log_of, read,
                         seeded, start)
 
@@ -29,7 +29,7 @@ from data import loader
 from plumbing.log import PARTS
 from train import losses, training_step
 
-RUN = [*TINY, '--batch_size=8', '--eval_samples=0', '--log_interval=4']
+RUN = [*START_WORDS, *TINY, '--batch_size=8', '--eval_samples=0', '--log_interval=4']
 JOINT = [
     *RUN, *MIXED, '--draft_head', '--parts=short_conv:2,shortcuts,bigrams:500', '--bigram_decay=0.1',
     '--proofreading_warmup_iters=0']
