@@ -1,5 +1,5 @@
 """
-The rules of the sampling loop, one by one: what the remask rules doubt, and what no combination of rules breaks.
+The rules of the sampling loop: what the remask rules take back, and what no combination of rules breaks.
 
 Most tests use networks that know a law exactly (see oracles.py), so that whatever is missing is the rules'
 own fault. What the commit rules choose and which law the samples follow is in test_sample.py.
@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ARITHMETIC, chi_square, seeded, tiny_gpt
-from oracles import (Independent, committed, empty, remasked, starting_canvas, stubborn_gpt, traced, uniform,
+from oracles import (Independent, empty, remasked, starting_canvas, stubborn_gpt, traced, uniform,
                      visible_canvas, within_noise)
 
 import sample
@@ -108,7 +108,7 @@ def test_doubts_are_drawn_with_the_chance_that_they_say(rules, chance):
 
 def test_remask_schedule_goes_from_the_first_share_to_the_second():
     """
-    On a complete canvas that nobody trusts, every step: round(share * visible), the most doubted of the visible.
+    On a complete canvas that nobody trusts: round(share * visible) a step, the most doubted of the visible.
     """
     T, steps, wrong = 40, 9, torch.rand(40, generator=seeded(3)).double()
     model = uniform(T, wrong=wrong)
@@ -139,14 +139,15 @@ def test_remask_schedule_of_a_rule_that_doubts_all_alike_takes_any():
 @pytest.mark.parametrize('remask', ['wrong', 'random'])
 def test_a_threshold_doubts_a_position_once(remask):
     """
-    Token 1 is written wherever a mask is, and always doubted: no position goes back twice, and the row is done.
+    Token 1 is written wherever a mask is, and always doubted: no position goes back twice, the row is done.
     """
     T, doubt = 6, torch.tensor([0.1, 0.9])
     model = Independent(torch.tensor([0.0, 1.0]).expand(T, 2), wrong=doubt.expand(T, 2))
     canvas = torch.tensor([[0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1]]).repeat(50, 1)
     fixed = torch.zeros_like(canvas).bool()
     fixed[:, 5] = True
-    out, nfe, trace = traced(model, canvas, fixed, steps=20, remask=remask, remask_threshold=0.5, remask_rate=0.3)
+    out, nfe, trace = traced(model, canvas, fixed, steps=20, remask=remask, remask_threshold=0.5,
+                             remask_rate=0.3)
     again = remasked(trace, 2).sum(0)                          # (B, T) how often
     assert again.max() == 1 and not again[:, 5].any()
     if remask == 'wrong':
@@ -226,7 +227,8 @@ def test_remdm_keeps_the_forward_marginals(kind, eta):
     """Masks after a step: as many as the schedule says, and every set of that size as likely as another."""
     B, T, steps = 2000, 20, 20
     model = Independent(torch.tensor([1.0, 0.0]).expand(T, 2))
-    _, nfe, trace = traced(model, empty(model, B)[0], remask='remdm', remdm=kind, remask_rate=eta, steps=steps)
+    how = dict(remask='remdm', remdm=kind, remask_rate=eta)
+    _, nfe, trace = traced(model, empty(model, B)[0], steps=steps, **how)
     assert (nfe == steps).all() and remasked(trace, 2).any()
     for step, left in enumerate(scheduled(T, steps)):
         masked = trace[step + 1] == 2
@@ -246,7 +248,8 @@ def test_remdm_takes_back_ends_as_often_as_text(kind, eta):
     model = Independent(torch.tensor([0.05, 0.5, 0.45]).expand(T, 3))
     canvas, often = empty(model, B)[0], []
     for ends in (Ends(1, 2), Ends()):
-        _, _, trace = traced(model, canvas, remask='remdm', remdm=kind, remask_rate=eta, steps=steps, ends=ends)
+        how = dict(remask='remdm', remdm=kind, remask_rate=eta)
+        _, _, trace = traced(model, canvas, steps=steps, ends=ends, **how)
         often.append(remasked(trace, 3)[:8].double().mean().item())        # before texts are closed
     assert often[0] == pytest.approx(often[1], rel=0.1) and often[0] > 0.01
 
@@ -266,7 +269,7 @@ def test_remdm_ends_each_step_with_the_masks_of_the_schedule(kind):
 
 def test_p2_by_hand(monkeypatch):
     """
-    Four compete for the places: -0.1 (masked), -0.3 (visible), -0.7 (masked), -2 (visible); the fifth is fixed.
+    Four compete: -0.1 (masked), -0.3 (visible), -0.7 (masked), -2 (visible); the fifth is fixed.
     """
     score = torch.tensor([[-0.1, 0.0, -0.7, 0.0, -0.05]], dtype=torch.float64)
     stay = torch.tensor([[0.0, -0.3, 0.0, -2.0, -9.0]], dtype=torch.float64)
@@ -336,3 +339,142 @@ def test_p2_ends_each_step_with_the_masks_of_the_schedule(schedule, steps):
     left = [int(T * (1 - s if schedule == 'linear' else math.cos(s * math.pi / 2)) + 1e-3) for s in progress]
     assert [(x == 2).sum(1).unique().tolist() for x in trace[1:]] == [[n] for n in left]
     assert remasked(trace, 2).any() and (nfe == steps).all()
+
+# -----------------------------------------------------------------------------
+# what holds whatever the network says
+
+REMASKS = dict(
+    none=dict(), random=dict(remask='random'), wrong=dict(remask='wrong'),
+    confidence=dict(remask='confidence'),
+    cap=dict(remask='remdm'), rescale=dict(remask='remdm', remdm='rescale'), p2=dict(remask='p2'),
+    patient=dict(remask='wrong', remask_patience=1.0), doubts=dict(remask='wrong', remask_threshold=0.6),
+    doubted_confidence=dict(remask='confidence', remask_threshold=0.6),
+    shares=dict(remask='wrong', remask_schedule=(0.7, 0.1), remask_random_ratio=0.5),
+    lucky=dict(remask='random', remask_schedule=(0.4, 0.4)))
+IDLE = ('none', 'p2', 'cap', 'rescale', 'doubted_confidence')      # these may find nothing to do
+JUDGED = ('wrong', 'doubts', 'shares', 'p2')
+
+
+def unbroken(model, canvas, fixed, passes=1, **rules):
+    """Runs a sampler and returns its trace (S, B, T), having looked at what no rule may break."""
+    V, before = model.mask_token_id, canvas.clone()
+    out, nfe, trace = traced(model, canvas, fixed, **rules)
+    assert torch.equal(canvas, before) and out.min() >= 0 and out.max() < V  # no mask, no special
+    assert ((trace >= 0) & (trace <= V)).all() and (trace == before)[:, fixed].all()
+    assert torch.equal(trace[0], before) and torch.equal(trace[-1], out)
+    assert len(trace) - 1 <= rules['steps'] and nfe.max() <= rules['steps'] * passes
+    assert passes > 1 or nfe.max() == len(trace) - 1
+    assert not remasked(trace, V)[-1].any()
+    return trace
+
+
+@pytest.mark.parametrize('remask', REMASKS)
+@pytest.mark.parametrize('commit', COMMIT)
+def test_rules_that_no_combination_breaks(commit, remask):
+    """What is fixed stays, no mask is left, no special id is written, in no more steps than were given."""
+    V, T = 5, 8
+    model = stubborn_gpt(V, T)
+    for steps, block_length, schedule in ((1, None, 'linear'), (3, 3, 'cosine'), (T, None, 'linear'),
+                                          (T + 5, 2, 'linear')):
+        judged = steps == T and remask in JUDGED
+        trace = unbroken(model, *starting_canvas(V, T, False, seed=steps), passes=1 + judged, seed=steps,
+                         steps=steps, commit=commit, block_length=block_length, schedule=schedule,
+                         commit_threshold=0.4, priority=(1, 2),
+                         remask_model=tiny_gpt(V, T, seed=9) if judged else None,
+                         **{'remask_rate': 0.7, **REMASKS[remask]})
+        if remask not in IDLE:
+            assert bool(remasked(trace, V).any()) == (steps > 1)
+        if remask == 'none':
+            assert not remasked(trace, V).any()
+
+
+@pytest.mark.parametrize('remask', ['random', 'wrong', 'confidence', 'doubts'])
+@pytest.mark.parametrize('steps', [1, 3, 13])
+def test_rewriting_breaks_nothing_either(remask, steps):
+    """And no token becomes a mask on the way."""
+    V, T = 5, 8
+    canvas, fixed = starting_canvas(V, T, False, seed=steps)
+    trace = unbroken(stubborn_gpt(V, T), canvas, fixed, steps=steps, rewrite=True, remask_rate=0.7,
+                     **REMASKS[remask])
+    assert not remasked(trace, V).any() and (trace[1:] != trace[:-1])[:, canvas == V].any()
+
+
+@pytest.mark.parametrize('remask', REMASKS)
+def test_nothing_ends_a_text_whose_end_is_fixed(remask):
+    """Where the end token is fixed, no start, end or padding is drawn left of it; elsewhere an end may be."""
+    V, T, bos, end, pad = 6, 9, 3, 4, 5
+    model = tiny_gpt(V, T, n_recur=1)
+    with torch.no_grad():
+        model.wte.weight[bos:pad + 1] *= 20                    # a network in love with them
+    generator = seeded(1)
+    canvas = torch.randint(3, (40, T), generator=generator)
+    canvas = canvas.masked_fill(torch.rand(40, T, generator=generator) < 0.6, V)
+    canvas[:, 0] = bos
+    closed = torch.arange(40) < 20
+    canvas[:20, 6], canvas[:20, 7:] = end, pad
+    canvas[20:, 6:] = V
+    fixed = canvas != V
+    how = dict(ends=Ends(end, pad, (bos, end, pad)), steps=6, commit_threshold=0.4, priority=(end, 0))
+    ends = 0
+    for commit in COMMIT:
+        out, _, trace = traced(model, canvas, fixed, commit=commit, **how, **REMASKS[remask])
+        inside = trace[:, closed, 1:6]
+        assert ((inside < 3) | (inside == V)).all() and (out[closed, 1:6] < 3).all()
+        assert torch.equal(out[:20, 6:], canvas[:20, 6:]) and (out < V).all()
+        ends += int((out[~closed, 1:] >= 3).sum())
+        assert (out[20:, 1:6][left_of(fixed)[20:, 1:6]] < 3).all()  # nor within what is given
+    assert ends > 0                                            # it would have, had it been let
+
+
+@pytest.mark.parametrize('filters', [dict(top_k=1), dict(top_p=1e-6), dict(temperature=0.0)], ids=str)
+@pytest.mark.parametrize('rules', [
+    dict(ar_prefix=64), dict(remask='causal'), dict(ar_prefix=9, block_length=1), dict(block_length=1),
+    dict(block_length=1, remask='p2', remask_rate=0.0)], ids=str)
+def test_filters_reach_every_rule(rules, filters):
+    """
+    Each way of drawing is greedy, and the order is fixed: the seed has no say, other draws agree.
+    """
+    model = tiny_gpt(18, 64, n_recur=1)
+    first, second = [generate(model, ARITHMETIC, 2, seed=seed, **rules, **filters) for seed in (1, 2)]
+    assert first[0]['tokens'] == first[1]['tokens'] == second[0]['tokens']
+
+
+@pytest.mark.parametrize('rules', [
+    *(dict(commit=commit) for commit in COMMIT), *(dict(rules) for rules in REMASKS.values()),
+    dict(remask='wrong', rewrite=True)], ids=str)
+def test_a_filter_leaves_only_the_likeliest_token_to_every_rule(rules):
+    """Each position has its own favourite, and with top_k=1 nothing else is ever written."""
+    likely = torch.tensor([0, 3, 1, 2, 2, 0, 1, 3])
+    model = Independent(0.4 * F.one_hot(likely, 4) + 0.15, wrong=[0.5] * 8)
+    canvas = empty(model, 20, [0, 3])[0]
+    _, _, trace = traced(model, canvas, steps=6, top_k=1, priority=(1,), **rules)
+    assert ((trace == 4) | (trace == likely)).all() and (trace[-1] == likely).all()
+
+
+@pytest.mark.parametrize('remask', ['none', 'random'])
+@torch.no_grad()
+def test_a_self_conditioned_network_is_shown_its_last_prediction(monkeypatch, remask):
+    """
+    Its likeliest real tokens where a mask stood the step before and still stands; elsewhere [MASK].
+    """
+    V, T, asked = 5, 8, []
+    model = tiny_gpt(V, T, parts='previous')
+    model.mask_logit_bias.fill_(50.0)                          # it would rather abstain
+    forward = model.forward
+
+    def watched(idx, previous):
+        asked.append((idx.clone(), previous.clone()))
+        return forward(idx, previous=previous)
+    monkeypatch.setattr(model, 'forward', watched)
+    canvas, again = torch.tensor([[1, V, V, 2, V, V, V, V]]).repeat(20, 1), 0
+    generate_diffusion(model, canvas, torch.arange(T).expand(20, T) == 0, steps=6, remask=remask,
+                       remask_rate=0.3, correct_share=0.0, generator=seeded())
+    assert len(asked) == 6 and (asked[0][1] == V).all()
+    for (x, shown), (after, shown_after) in zip(asked, asked[1:]):
+        likeliest = model.logits(forward(x, previous=shown))[..., :V].argmax(-1)
+        held = (x == V) & (after == V)
+        again += ((x != V) & (after == V)).sum()
+        assert torch.equal(shown_after, torch.where(held, likeliest, V)) and held.any()
+        alone = model.logits(forward(x))[..., :V].argmax(-1)
+        assert (likeliest != alone).any() == (shown != V).any()            # it has its say
+    assert (again > 0) == (remask == 'random')
