@@ -28,7 +28,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
-import torch._dynamo                  # noqa: F401, what the optimisers import: once, not in every command
+import torch._dynamo  # noqa: F401, what the optimisers import: once, not in every command
 
 # every setting whose default may change, and what makes a run small
 BASE = dict(

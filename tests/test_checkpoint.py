@@ -12,9 +12,15 @@ from configurator import UserError
 from model import GPT
 from parts.presets import best_rules, supports
 from parts.speculate import next_state
-from plumbing.checkpoint import (check_same_model, find_checkpoint, identity, load_merged,
-                                 model_args, save_checkpoint)
 from plumbing import oldnames
+from plumbing.checkpoint import (
+    check_same_model,
+    find_checkpoint,
+    identity,
+    load_merged,
+    model_args,
+    save_checkpoint,
+)
 from plumbing.files import write_atomically
 
 

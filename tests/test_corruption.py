@@ -11,10 +11,10 @@ from conftest import ARITHMETIC, chi_square, default_config, tiny_gpt
 
 from configurator import UserError
 from corruption import CORRUPTIONS, Task, ask, own_guesses, task_of
-from plumbing.text import modelled
 from parts.noise import NOISE, mixed_noise, noise_level
 from plumbing.checks import parse_mixture
 from plumbing.pack import extent, pack
+from plumbing.text import modelled
 
 V, T = 6, 10
 MASK, WRONG = V, V + 1

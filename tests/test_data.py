@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from plumbing import text as canvas
 from configurator import UserError
 from data import common, loader
+from plumbing import text as canvas
 
 DATA = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'data')
 

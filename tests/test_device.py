@@ -15,13 +15,13 @@ from test_train import arithmetic_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from plumbing import distributed, optim
 import train
 from corruption import own_errors
-from plumbing.run import is_finite
-from plumbing.evaluate import evaluate
 from parts.presets import PRESETS, choose_rules, supports
+from plumbing import distributed, optim
+from plumbing.evaluate import evaluate
 from plumbing.rows import Ends
+from plumbing.run import is_finite
 from plumbing.score import judge_rows
 from sample import fill, generate
 from suites.speed import cached_ar, plain_ancestral, recipe
@@ -108,7 +108,7 @@ def away(monkeypatch):
     """away(model): the model, moved to the pretended device, which there is as long as the test runs."""
     # noqa: F401 (these look at torch.Generator)
     import torch._dynamo
-    import torch.distributed.tensor                                            # noqa: F401
+    import torch.distributed.tensor  # noqa: F401
     for module in ('plumbing.draw', 'parts.look', 'parts.abstain', 'parts.speculate'):    # as on MPS
         monkeypatch.setattr(f'{module}.fine', lambda device: torch.float32)
     tensor, generator = torch.tensor, torch.Generator

@@ -7,8 +7,17 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (ARITHMETIC, ROOT, all_sequences, chi_square, default_config, load_script, seeded,
-                      tiny_gpt, write_checkpoint)
+from conftest import (
+    ARITHMETIC,
+    ROOT,
+    all_sequences,
+    chi_square,
+    default_config,
+    load_script,
+    seeded,
+    tiny_gpt,
+    write_checkpoint,
+)
 from oracles import Oracle, distance, empty, product_law, random_law, remasked_share, within_noise
 
 from configurator import UserError

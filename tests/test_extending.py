@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT
 
 TINY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--n_recur=1', '--batch_size=16', '--max_iters=8', '--eval_interval=8',

@@ -17,18 +17,20 @@ import torch
 from conftest import ARITHMETIC, ROOT, default_config, tiny_gpt, write_checkpoint
 from test_train import PLAIN, assert_same, newest, read, start
 
-from plumbing import checkpoint as files, text as canvas
 import configurator
 import train
-from model import GPT
-from plumbing.checkpoint import save_checkpoint
-from plumbing.files import append_line, held
 from configurator import UserError
 from data.loader import load_data
+from model import GPT
+from plumbing import checkpoint as files
+from plumbing import text as canvas
+from plumbing.checkpoint import save_checkpoint
+from plumbing.files import append_line, held
 from suites import faults
 
 pytest.importorskip('hypothesis')
-from hypothesis import HealthCheck, assume, configuration, given, settings, strategies as st  # noqa: E402
+from hypothesis import HealthCheck, assume, configuration, given, settings  # noqa: E402
+from hypothesis import strategies as st
 
 configuration.set_hypothesis_home_dir(os.path.join(tempfile.gettempdir(), 'hypothesis'))   # it would write here
 

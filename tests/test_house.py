@@ -5,7 +5,6 @@ import os
 import subprocess
 
 import pytest
-
 from conftest import ROOT
 
 FILES = sorted(path for path in subprocess.run(['git', 'ls-files', '*.py'], cwd=ROOT, capture_output=True,

@@ -10,7 +10,7 @@ from oracles import Independent, Oracle, empty, random_law, traced, uniform
 import sample
 from configurator import UserError
 from parts.presets import PRESETS, REWRITE, TASKS, best_rules, check_sampling, choose_rules, supports
-from sample import COMMIT, DOUBT, How, OTHER_RULES, USUAL, generate_diffusion
+from sample import COMMIT, DOUBT, OTHER_RULES, USUAL, How, generate_diffusion
 
 ALL = dict(commit='random', remask='none', ar_prefix=64)       # what a causal checkpoint does
 

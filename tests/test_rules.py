@@ -12,8 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ARITHMETIC, chi_square, seeded, tiny_gpt
-from oracles import (Independent, empty, remasked, starting_canvas, stubborn_gpt, traced, uniform,
-                     visible_canvas, within_noise)
+from oracles import (
+    Independent,
+    empty,
+    remasked,
+    starting_canvas,
+    stubborn_gpt,
+    traced,
+    uniform,
+    visible_canvas,
+    within_noise,
+)
 
 import sample
 from plumbing.rows import Ends, left_of

@@ -3,26 +3,38 @@ The sampling loop and its rules: which law the samples follow, what each rule co
 whatever the network says.
 """
 
-import json
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ARITHMETIC, all_sequences, chi_square, seeded, tiny_gpt
-from oracles import (Independent, Oracle, committed, distance, empty, follows, given_prompt, marginals_of, misses,
-                     product_law, random_law, remasked, remasked_share, starting_canvas, stubborn_gpt, texts_follow,
-                     traced, uniform, visible_canvas, within_noise)
+from oracles import (
+    Independent,
+    Oracle,
+    committed,
+    empty,
+    follows,
+    given_prompt,
+    marginals_of,
+    misses,
+    product_law,
+    random_law,
+    remasked,
+    remasked_share,
+    stubborn_gpt,
+    texts_follow,
+    traced,
+    uniform,
+    within_noise,
+)
 
 import sample
-from configurator import UserError
 from parts.abstain import p_mask
 from parts.look import Look, Sampling
 from plumbing.evaluate import p_wrong
-from plumbing.rows import Ends, first_of, left_of
-from plumbing.text import encode
-from sample import COMMIT, OTHER_RULES, USUAL, How, by_doubt, generate, generate_diffusion, spare_lengths
+from plumbing.rows import Ends, first_of
+from sample import USUAL, How, generate
 
 LEFT_TO_RIGHT = dict(block_length=1)
 SURE = [[0.50, 0.49, 0.01], [0.45, 0.275, 0.275], [0.60, 0.20, 0.20], [0.62, 0.37, 0.01]]

@@ -10,8 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ARITHMETIC, all_sequences, default_config, fresh_gpt, seeded, tiny_gpt
-from oracles import (Oracle, empty, filtered_law, follows, given_prompt, misses, product_law, random_law,
-                     stubborn_gpt, texts_follow, uniform)
+from oracles import (
+    Oracle,
+    empty,
+    filtered_law,
+    follows,
+    given_prompt,
+    misses,
+    product_law,
+    random_law,
+    stubborn_gpt,
+    texts_follow,
+    uniform,
+)
 
 from parts import speculate
 from parts.cache import Cache

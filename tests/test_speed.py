@@ -11,10 +11,10 @@ from test_commands import bench_settings
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from plumbing.text import until_end
 from configurator import UserError
 from model import GPT
 from plumbing.rows import Ends, places
+from plumbing.text import until_end
 from sample import fill
 from suites import speed
 

@@ -8,21 +8,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ARITHMETIC, default_config, tiny_gpt, write_checkpoint
+from rules import COMMIT_RULES, REMASK_RULES
 from test_commands import CPU, STREAM, bench_settings, read_samples, refused
-from test_model import any_order_nll
+from test_evaluate import any_order_nll
 from test_sample import seeded
 from test_show import Page
 
 import sample
-from plumbing.text import holes, spans, task_canvas
-from model import GPT
 from configurator import UserError
+from model import GPT
 from parts.noise import mixed_noise
-from plumbing.evaluate import causal_nll
 from parts.presets import PRESETS, REWRITE, TASKS, choose_rules
-from rules import COMMIT_RULES, REMASK_RULES
+from plumbing.evaluate import causal_nll
 from plumbing.score import judge_rows
 from plumbing.show import marks
+from plumbing.text import holes, spans, task_canvas
 from suites import common, samplers, tasks
 
 BOS, EOS, PAD, MASK = 15, 16, 17, 18

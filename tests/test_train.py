@@ -17,22 +17,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import START_WORDS, ARITHMETIC, ROOT, default_config, load_script, tiny_gpt
-from test_corruption import MASK, T, V, WRONG, clean_rows, corrupted, seeded
+from conftest import ARITHMETIC, ROOT, START_WORDS, default_config, load_script, tiny_gpt
+from test_corruption import MASK, WRONG, T, V, clean_rows, corrupted, seeded
 
 import configurator
 import train
-from model import GPT, GPTConfig
 from configurator import UserError
 from corruption import Task, ask, own_guesses
 from data import loader
 from data.loader import load_data, random_rows, spread_rows
-from plumbing.evaluate import nelbo
-from parts.layers import told
+from model import GPT, GPTConfig
 from parts.abstain import steer
+from parts.layers import told
 from parts.speculate import draft_loss
-from plumbing import distributed, run as run_module
+from plumbing import distributed
+from plumbing import run as run_module
 from plumbing.checkpoint import checkpoint_name
+from plumbing.evaluate import nelbo
 from plumbing.log import PARTS, draw_curves, start_log
 from plumbing.optim import lr_scale, make_optimizers, ramp
 from plumbing.pack import extent

@@ -8,11 +8,11 @@ import torch
 from conftest import ARITHMETIC, default_config, seeded, tiny_gpt, write_checkpoint
 from test_commands import bench_settings
 
-from plumbing.text import encode, load_task, start_canvas
-from model import GPT
 from configurator import UserError
 from data import loader
+from model import GPT
 from parts.presets import choose_rules
+from plumbing.text import encode, load_task, start_canvas
 from suites import runs, universal
 
 BOS, EOS, PAD, MASK = 15, 16, 17, 18
