@@ -31,12 +31,21 @@ from sample import fill, generate_diffusion
 
 CPU = ['--device=cpu', '--dtype=float32']
 TINY = ['--max_iters=4', '--batch_size=12', '--own_samples=16', '--eval_rows=12', '--log_interval=2', *CPU]
-LETTERS = dict(ARITHMETIC, name='letters', format='stream', vocab_size=3, itos=['a', 'b', 'c'],
-               bos=None, eos=None, pad=None)
+LETTERS = dict(
+    ARITHMETIC,
+    name='letters',
+    format='stream',
+    vocab_size=3,
+    itos=['a', 'b', 'c'],
+    bos=None,
+    eos=None,
+    pad=None,
+)
 
 
 def headed(V=5, T=6, **more):
     return tiny_gpt(V, T, n_recur=1, energy_head=2, **more)
+
 
 # -----------------------------------------------------------------------------
 # the network's part
@@ -52,8 +61,8 @@ def test_the_score_of_a_token_is_what_the_critic_makes_of_both_passes():
         for t in range(6):
             parts = []
             for causal in (False, True):
-                hidden = model(ids[b:b + 1], causal=causal)[0, t]
-                logp = F.linear(hidden, model.wte.weight[:5]).log_softmax(-1)[ids[b, t]]   # real tokens only
+                hidden = model(ids[b : b + 1], causal=causal)[0, t]
+                logp = F.linear(hidden, model.wte.weight[:5]).log_softmax(-1)[ids[b, t]]  # real tokens only
                 parts += [hidden, (logp.clamp(min=-20) / 5)[None]]
             if real[b, t]:
                 assert torch.allclose(score[b, t], model.critic(torch.cat(parts)), atol=1e-5)
@@ -91,15 +100,27 @@ def test_the_best_energy_is_the_logarithm_of_the_ratio_of_the_laws():
 def test_what_of_a_canvas_is_text():
     """Up to the first end token, without the start symbol; a text without end is all of the canvas."""
     bos, eos, pad = 5, 6, 7
-    x = torch.tensor([[5, 1, 2, 6, 7, 7], [5, 1, 6, 3, 6, 0], [5, 1, 7, 2, 7, 7], [5, 1, 5, 2, 6, 7],
-                      [5, 6, 1, 1, 1, 1]])
+    x = torch.tensor(
+        [[5, 1, 2, 6, 7, 7], [5, 1, 6, 3, 6, 0], [5, 1, 7, 2, 7, 7], [5, 1, 5, 2, 6, 7], [5, 6, 1, 1, 1, 1]]
+    )
     ids, real = text_of(x, Ends(eos, pad, (bos, eos, pad)))
-    assert ids.tolist() == [[5, 1, 2, 6, 7, 7], [5, 1, 6, 7, 7, 7], [5, 1, 7, 2, 7, 7], [5, 1, 5, 2, 6, 7],
-                            [5, 6, 7, 7, 7, 7]]
-    assert real.long().tolist() == [[0, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1],
-                                    [0, 1, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0]]
+    assert ids.tolist() == [
+        [5, 1, 2, 6, 7, 7],
+        [5, 1, 6, 7, 7, 7],
+        [5, 1, 7, 2, 7, 7],
+        [5, 1, 5, 2, 6, 7],
+        [5, 6, 7, 7, 7, 7],
+    ]
+    assert real.long().tolist() == [
+        [0, 1, 1, 1, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 1, 1],
+        [0, 1, 1, 1, 1, 0],
+        [0, 1, 0, 0, 0, 0],
+    ]
     ids, real = text_of(x, Ends())
     assert torch.equal(ids, x) and real.all()
+
 
 # -----------------------------------------------------------------------------
 # the laws that it leads to
@@ -134,7 +155,7 @@ def chosen_of_two(law, energies):
 def test_guiding_by_a_constant_leaves_the_law_as_it_is():
     B, V, T = 20000, 3, 3
     law = random_law(V, T, seed=1)
-    judge = Judge(V, T, law, torch.full((V ** T,), 2.5))
+    judge = Judge(V, T, law, torch.full((V**T,), 2.5))
     canvas, nfe, _ = generate_diffusion(judge, *empty(judge, B), guide=3, generator=seeded())
     statistic, bound = distance(canvas, V, law, B)
     assert statistic < bound and (nfe == 3 * (1 + 2 * 3)).all()
@@ -148,8 +169,9 @@ def test_guiding_one_step_follows_the_law_of_importance_sampling():
     judge = Judge(V, T, law, energies)
     for num, expected in ((1, law), (2, chosen_of_two(law, energies)), (200, law * (-energies).exp())):
         size = B if num < 10 else 2000
-        canvas, nfe, _ = generate_diffusion(judge, *empty(judge, size), steps=1, guide=num,
-                                            generator=seeded())
+        canvas, nfe, _ = generate_diffusion(
+            judge, *empty(judge, size), steps=1, guide=num, generator=seeded()
+        )
         statistic, bound = distance(canvas, V, expected / expected.sum(), size)
         assert statistic < bound and (nfe == 1 + 2 * num).all()
     canvas, _, _ = generate_diffusion(judge, *empty(judge, B), steps=1, guide=2, generator=seeded())
@@ -173,11 +195,25 @@ def test_guiding_two_steps_commits_a_token_of_the_chosen_text():
 
 def test_the_best_are_kept_and_no_length_is_lost():
     """Lengths stay, and in every kind the lowest energies are kept, none twice."""
+
     def candidate(length, energy):
         return dict(tokens=[0] * length, energy=energy, nfe=length)
+
     a, b = [9, 9], [9, 8]
-    samples = [candidate(*each) for each in ((2, 0.5), (2, 0.4), (5, 3.0), (2, 0.1), (3, -9.0), (5, 2.0),
-                                             (2, 0.3), (2, 0.2), (2, -8.0))]
+    samples = [
+        candidate(*each)
+        for each in (
+            (2, 0.5),
+            (2, 0.4),
+            (5, 3.0),
+            (2, 0.1),
+            (3, -9.0),
+            (5, 2.0),
+            (2, 0.3),
+            (2, 0.2),
+            (2, -8.0),
+        )
+    ]
     kept = best_samples(samples, [a, a, b] * 3, 3)
     assert [(len(sample['tokens']), sample['energy']) for sample in kept] == [(2, 0.1), (2, 0.2), (5, 2.0)]
     assert [sample['nfe'] for sample in kept] == [2 + 2 + 2, 2 + 3 + 2, 5 + 5 + 2]
@@ -190,6 +226,7 @@ def test_best_of_keeps_every_row_its_own_canvas_and_trace(monkeypatch):
     def minus_the_number(model, ids, real):
         seen.append((ids * torch.tensor([9, 3, 1])).sum(1))
         return -seen[-1].float()
+
     monkeypatch.setattr('sample.energy', minus_the_number)
     canvas = torch.tensor([[2, 3, 3], [0, 3, 3], [1, 3, 3], [0, 3, 3], [2, 1, 3]])
     samples = fill(model, LETTERS, canvas, canvas != 3, best_of=8, batch_size=16, trace=True)
@@ -229,18 +266,27 @@ def test_the_critic_sees_completed_canvases_whose_tokens_are_committed():
     def token_energy(ids, real):
         seen.append(ids.clone())
         return torch.full(ids.shape, -50.0)
+
     oracle.token_energy = token_energy
-    _, nfe, trace = generate_diffusion(oracle, *empty(oracle, 50), remask='critic', correct_share=0.0,
-                                       trace=True,
-                                       generator=seeded())
-    assert len(seen) == 3 and (nfe == 3 * 3 + 1).all()                    # the last step asks nobody
+    _, nfe, trace = generate_diffusion(
+        oracle, *empty(oracle, 50), remask='critic', correct_share=0.0, trace=True, generator=seeded()
+    )
+    assert len(seen) == 3 and (nfe == 3 * 3 + 1).all()  # the last step asks nobody
     for ids, before, after in zip(seen, trace, trace[1:]):
         assert (ids < 3).all() and torch.equal(ids[after != 3], after[after != 3])
 
 
-@pytest.mark.parametrize('rules', [dict(remask='critic', steps=5), dict(guide=2, steps=3),
-                                   dict(remask='critic', guide=3, steps=4), dict(best_of=3, steps=4),
-                                   dict(best_of=2, guide=2, remask='critic', ar_prefix=1)], ids=str)
+@pytest.mark.parametrize(
+    'rules',
+    [
+        dict(remask='critic', steps=5),
+        dict(guide=2, steps=3),
+        dict(remask='critic', guide=3, steps=4),
+        dict(best_of=3, steps=4),
+        dict(best_of=2, guide=2, remask='critic', ar_prefix=1),
+    ],
+    ids=str,
+)
 def test_every_pass_is_counted_and_the_seed_decides(rules):
     """A hook counts the passes of one row; what is fixed stays, and the samples hold real tokens only."""
     model, passes = headed(18, 12), []
@@ -249,6 +295,7 @@ def test_every_pass_is_counted_and_the_seed_decides(rules):
     one, again, other = (fill(model, ARITHMETIC, canvas, fixed, seed=seed, **rules)[0] for seed in (1, 1, 2))
     assert one == again != other and one['nfe'] + again['nfe'] + other['nfe'] == sum(passes)
     assert one['tokens'][:3] == [15, 10, 3] and max(one['tokens']) < 18
+
 
 # -----------------------------------------------------------------------------
 # who may ask it
@@ -272,7 +319,10 @@ def test_who_has_no_head_is_told_how_to_get_one():
     with pytest.raises(UserError, match='python tools/energy.py'):
         generate_diffusion(model, torch.full((1, 6), 5), torch.zeros(1, 6).bool(), remask='critic')
     with pytest.raises(UserError, match='guide chooses among whole completions'):
-        generate_diffusion(headed(), torch.full((1, 6), 5), torch.zeros(1, 6).bool(), guide=2, remask='causal')
+        generate_diffusion(
+            headed(), torch.full((1, 6), 5), torch.zeros(1, 6).bool(), guide=2, remask='causal'
+        )
+
 
 # -----------------------------------------------------------------------------
 # the command
@@ -283,7 +333,7 @@ def test_a_batch_says_what_is_clean_and_what_is_wrong():
     clean = torch.full((24, 64), 17)
     for row, n in zip(clean, range(5, 53, 2)):
         text = torch.randint(15, (n,), generator=seeded(n))
-        row[:n + 2] = torch.cat((torch.tensor([15]), text, torch.tensor([16])))
+        row[: n + 2] = torch.cat((torch.tensor([15]), text, torch.tensor([16])))
     pool = clean[:2].clone()  # samples that are as good as the data
     ids, real, label, wrong, known = script.make_batch(model, clean, ARITHMETIC, pool, seeded())
     assert torch.equal(ids[:12], clean[:12]) and not label[:12].any() and not wrong[:12].any()
@@ -291,7 +341,9 @@ def test_a_batch_says_what_is_clean_and_what_is_wrong():
     assert torch.equal(wrong, ids != clean) and label[20:].all()
     assert all((pool == row).all(1).any() for row in ids[20:])
     assert torch.equal(label[12:20], wrong[12:20].any(1)) and label[12:16].any() and label[16:20].any()
-    assert (ids < 18).all() and torch.equal(real, text_of(ids, Ends(16, 17, (15,)))[1]) and not real[:, 0].any()
+    assert (
+        (ids < 18).all() and torch.equal(real, text_of(ids, Ends(16, 17, (15,)))[1]) and not real[:, 0].any()
+    )
     total, tokens = script.losses(model, ids, real, label, wrong, known)
     score = token_energy(model, ids, real)
     of_rows = score.logsumexp(1)
@@ -309,6 +361,7 @@ def test_what_is_measured(monkeypatch):
     def row(text):
         ids = [15, *(ARITHMETIC['itos'].index(c) for c in text), 16]
         return torch.tensor(ids + [17] * (64 - len(ids)))
+
     texts = ['1=1', '(+1(+12))=4', '(+12)=4', '(+12', '3=3=3']
     clean, own = torch.stack([row('(+12)=3')] * 4), torch.stack([row(text) for text in texts])
     result = script.measure(model, ARITHMETIC, clean, own, texts, seeded())
@@ -338,12 +391,18 @@ def trained(tmp_path_factory):
 
 def test_training_an_energy_head(trained):
     source, path, text = trained
-    for words in ('joint on arithmetic', 'step 4/4  energy ', 'ROC-AUC against noise',
-                  f'python sample.py --init_from={path}'):
+    for words in (
+        'joint on arithmetic',
+        'step 4/4  energy ',
+        'ROC-AUC against noise',
+        f'python sample.py --init_from={path}',
+    ):
         assert words in text, text
     before, (model, after) = torch.load(source, weights_only=True), GPT.load(path)
-    assert (after['config'] == {**before['config'], 'energy_head': 2}
-            and after['model_args'] == {**before['model_args'], 'energy_head': 2})
+    assert after['config'] == {**before['config'], 'energy_head': 2} and after['model_args'] == {
+        **before['model_args'],
+        'energy_head': 2,
+    }
     assert after['meta'] == before['meta'] and after['iter_num'] == 7
     assert not {'optimizers', 'rng'} & set(after)
     assert after['energy']['settings']['max_iters'] == 4 and 0 <= after['energy']['result']['noise'] <= 1
@@ -352,13 +411,19 @@ def test_training_an_energy_head(trained):
         critic = {name: weight for name, weight in after[weights].items() if name not in before[weights]}
         assert len(critic) == 3
         assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in critic.items())
-    assert model.critic.proj.weight.abs().sum() > 0                       # it started at zero
+    assert model.critic.proj.weight.abs().sum() > 0  # it started at zero
 
 
-@pytest.mark.parametrize('words', [['--best_of=2', '--steps=3', '--remask=none'], ['--guide=2', '--steps=3'],
-                                   ['--remask=critic', '--steps=3'],
-                                   ['--best_of=2', '--task=infill', '--text=(+_2)=_']],
-                         ids=' '.join)
+@pytest.mark.parametrize(
+    'words',
+    [
+        ['--best_of=2', '--steps=3', '--remask=none'],
+        ['--guide=2', '--steps=3'],
+        ['--remask=critic', '--steps=3'],
+        ['--best_of=2', '--task=infill', '--text=(+_2)=_'],
+    ],
+    ids=' '.join,
+)
 def test_sampling_with_it(run, trained, words):
     status, out, err = run('sample', f'--init_from={trained[1]}', '--num_samples=2', *words, *CPU)
     assert status == 0, err
@@ -373,8 +438,9 @@ def test_the_same_seed_gives_the_same_head(run, trained, tmp_path):
         status, _, err = run('energy', *words)
         assert status == 0, err
         heads.append(GPT.load(str(tmp_path / name))[0].state_dict())
-    critics = [torch.cat([w.flatten() for name, w in head.items() if name.startswith('critic.')])
-               for head in heads]
+    critics = [
+        torch.cat([w.flatten() for name, w in head.items() if name.startswith('critic.')]) for head in heads
+    ]
     assert torch.equal(critics[0], critics[1]) and not torch.equal(critics[0], critics[2])
 
 
@@ -384,14 +450,16 @@ def test_mistakes(run, trained, tmp_path):
     with open(trained[1], 'rb') as file:
         before = file.read()
     folder = os.path.dirname(trained[1])
-    for words, message in (([f'--init_from={trained[1]}', f'--out_dir={folder}'],
-                            'would overwrite the checkpoint it is made from'),
-                           (['--init_from=ckpt', f'--out_dir={folder}'], 'would overwrite'),
-                           ([f'--init_from={trained[1]}', f'--save={folder}/a/../ckpt_energy.pt'],
-                            'would overwrite'),
-                           ([f'--init_from={causal}', f'--out_dir={tmp_path}'], 'cannot unmask'),
-                           ([f'--init_from={trained[1]}', '--own_samples=2'],
-                            'own_samples must be at least 8')):
+    for words, message in (
+        (
+            [f'--init_from={trained[1]}', f'--out_dir={folder}'],
+            'would overwrite the checkpoint it is made from',
+        ),
+        (['--init_from=ckpt', f'--out_dir={folder}'], 'would overwrite'),
+        ([f'--init_from={trained[1]}', f'--save={folder}/a/../ckpt_energy.pt'], 'would overwrite'),
+        ([f'--init_from={causal}', f'--out_dir={tmp_path}'], 'cannot unmask'),
+        ([f'--init_from={trained[1]}', '--own_samples=2'], 'own_samples must be at least 8'),
+    ):
         status, _, err = run('energy', *words, *CPU)
         assert status == 1 and message in err and err.count('\n') == 1, err
     with open(trained[1], 'rb') as file:

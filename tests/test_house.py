@@ -7,11 +7,27 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-FILES = sorted(path for path in subprocess.run(['git', 'ls-files', '*.py'], cwd=ROOT, capture_output=True,
-                                               text=True).stdout.split() if os.path.exists(os.path.join(ROOT, path)))
+FILES = sorted(
+    path
+    for path in subprocess.run(
+        ['git', 'ls-files', '*.py'], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    if os.path.exists(os.path.join(ROOT, path))
+)
 # a file imports only from its own room and from those before it; tests may import anything
-ROOMS = ('configurator.py', 'data', 'plumbing', 'model.py', 'parts', 'corruption.py', 'sample.py', 'train.py', 'tools',
-         'suites', 'bench.py')
+ROOMS = (
+    'configurator.py',
+    'data',
+    'plumbing',
+    'model.py',
+    'parts',
+    'corruption.py',
+    'sample.py',
+    'train.py',
+    'tools',
+    'suites',
+    'bench.py',
+)
 
 
 def tree(path):
@@ -38,9 +54,15 @@ def room(name):
 
 @pytest.mark.skipif(not FILES, reason='needs git')
 def test_files_import_only_downwards():
-    upwards = [f'{path} imports {module}' for path in FILES if room(path) is not None for module in imported(path)
-               if room(module) is not None and room(module) > room(path)]
-    # data/common.py and the loader know the configurator only, plumbing knows data, and nothing knows what stands above it
+    upwards = [
+        f'{path} imports {module}'
+        for path in FILES
+        if room(path) is not None
+        for module in imported(path)
+        if room(module) is not None and room(module) > room(path)
+    ]
+    # data/common.py and the loader know the configurator only, plumbing knows data, and nothing knows what
+    # stands above it
     assert not upwards
 
 
@@ -52,6 +74,9 @@ def test_the_root_is_six_files():
 
 @pytest.mark.parametrize('path', [path for path in FILES if not path.startswith('config/')])
 def test_no_function_is_longer_than_sixty_lines(path):
-    long = [f'{node.name}: {node.end_lineno - node.lineno + 1}' for node in ast.walk(tree(path))
-            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60]
+    long = [
+        f'{node.name}: {node.end_lineno - node.lineno + 1}'
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60
+    ]
     assert not long

@@ -1,6 +1,6 @@
 """
-The sampling loop and its rules: which law the samples follow, what each rule commits and doubts, and what holds
-whatever the network says.
+The sampling loop and its rules: which law the samples follow, what each rule commits and doubts, and what
+holds whatever the network says.
 """
 
 from types import SimpleNamespace
@@ -49,10 +49,22 @@ def one_look(model, canvas, fixed=None, step=0, seed=0, **rules):
 
 def doubtful_look(visible, steps=9, seed=0, **rules):
     """As much of a Look at visible (R, T) as the rules of doubt need."""
-    run = SimpleNamespace(steps=steps, generator=seeded(seed), tried=torch.zeros_like(visible), ends=Ends(),
-                          rows=torch.arange(len(visible)))
-    return SimpleNamespace(run=run, how=How(**{**USUAL, 'remask': 'wrong', **rules}), step=0, visible=visible,
-                           masked=~visible, x=visible.long())
+    run = SimpleNamespace(
+        steps=steps,
+        generator=seeded(seed),
+        tried=torch.zeros_like(visible),
+        ends=Ends(),
+        rows=torch.arange(len(visible)),
+    )
+    return SimpleNamespace(
+        run=run,
+        how=How(**{**USUAL, 'remask': 'wrong', **rules}),
+        step=0,
+        visible=visible,
+        masked=~visible,
+        x=visible.long(),
+    )
+
 
 # -----------------------------------------------------------------------------
 # the law of the samples
@@ -66,11 +78,13 @@ def test_one_token_a_step_reproduces_the_law(rules):
     assert follows(canvas, V, law) and (nfe == 3).all()
 
 
-@pytest.mark.parametrize('rules', [{}, LEFT_TO_RIGHT, dict(commit='threshold', commit_threshold=1e-9)], ids=str)
+@pytest.mark.parametrize(
+    'rules', [{}, LEFT_TO_RIGHT, dict(commit='threshold', commit_threshold=1e-9)], ids=str
+)
 def test_all_tokens_in_one_step_give_the_product_of_the_marginals(rules):
     """
-    The factorisation error of few steps is known exactly, and the tests of the law would notice it. A threshold
-    within everybody's reach takes all of them at once.
+    The factorisation error of few steps is known exactly, and the tests of the law would notice it. A
+    threshold within everybody's reach takes all of them at once.
     """
     V, T = 3, 3
     law = random_law(V, T, seed=1)
@@ -107,7 +121,7 @@ def test_law_of_texts_with_an_end_token(rules):
     if rules:
         ends = (canvas == end).long()
         length = torch.where(ends.any(1), ends.argmax(1) + 1, T)
-        assert torch.equal(nfe, length)                        # a finished row leaves the batch
+        assert torch.equal(nfe, length)  # a finished row leaves the batch
         assert ((canvas == pad) | (torch.arange(T) < length[:, None])).all()
 
 
@@ -121,12 +135,21 @@ def test_a_causal_sampler_is_a_remask_rule_as_well():
     with_prompt, _, _ = traced(oracle, empty(oracle, 20000, [1])[0], remask='causal')
     assert follows(with_prompt, V, given_prompt(law, V, T, [1]))
 
+
 # -----------------------------------------------------------------------------
 # the same under another name
 
 
-@pytest.mark.parametrize('rules', [dict(remask='remdm'), dict(remask='remdm', remdm='rescale'), dict(remask='p2'),
-                                   dict(remask='confidence')], ids=lambda rules: '-'.join(rules.values()))
+@pytest.mark.parametrize(
+    'rules',
+    [
+        dict(remask='remdm'),
+        dict(remask='remdm', remdm='rescale'),
+        dict(remask='p2'),
+        dict(remask='confidence'),
+    ],
+    ids=lambda rules: '-'.join(rules.values()),
+)
 def test_a_rate_of_zero_is_ancestral_sampling(rules):
     """Nothing is re-masked whatever is doubted, and one token a step is exact, as without a remask rule."""
     V, T = 3, 3
@@ -142,8 +165,10 @@ def test_a_rate_of_zero_leaves_a_full_canvas_alone(remask):
     model = uniform(6, wrong=0.9)
     canvas, _ = empty(model, 40)
     for rate, again in ((0.0, False), (0.5, True)):
-        ratio = 0.5 if rate == 0 else 0.0                      # at random nothing is taken either
-        _, nfe, trace = traced(model, canvas, steps=12, remask=remask, remask_rate=rate, remask_random_ratio=ratio)
+        ratio = 0.5 if rate == 0 else 0.0  # at random nothing is taken either
+        _, nfe, trace = traced(
+            model, canvas, steps=12, remask=remask, remask_rate=rate, remask_random_ratio=ratio
+        )
         assert (nfe == 12).all() and bool(remasked(trace, 2).any()) == again
 
 
@@ -151,8 +176,9 @@ def test_a_rate_of_zero_leaves_a_full_canvas_alone(remask):
 @pytest.mark.parametrize('remask', ['wrong', 'confidence'])
 def test_all_at_random_is_the_rule_random(remask, shares):
     """remask_random_ratio=1 takes the doubt out of the rule: the same draws give the same canvases."""
-    model = Independent([[0.9, 0.1], [0.5, 0.5], [0.2, 0.8], [0.99, 0.01], [0.5, 0.5]],
-                        wrong=[0.01, 0.2, 0.4, 0.8, 0.99])
+    model = Independent(
+        [[0.9, 0.1], [0.5, 0.5], [0.2, 0.8], [0.99, 0.01], [0.5, 0.5]], wrong=[0.01, 0.2, 0.4, 0.8, 0.99]
+    )
     canvas = empty(model, 50)[0]
     how = dict(steps=10, remask_rate=0.4, remask_schedule=shares)
     _, _, trace = traced(model, canvas, remask=remask, remask_random_ratio=1.0, **how)
@@ -169,20 +195,24 @@ def test_one_block_for_the_whole_canvas_changes_nothing(commit):
     how = dict(commit=commit, priority=(1,), remask='random', steps=5)
     plain = traced(oracle, canvas, **how)
     for length in (4, 99):
-        assert all(torch.equal(a, b) for a, b in zip(plain, traced(oracle, canvas, block_length=length, **how)))
+        assert all(
+            torch.equal(a, b) for a, b in zip(plain, traced(oracle, canvas, block_length=length, **how))
+        )
 
 
-@pytest.mark.parametrize('commit', ['random', 'confidence', 'margin', 'entropy', 'abstain', 'priority', 'threshold'])
+@pytest.mark.parametrize(
+    'commit', ['random', 'confidence', 'margin', 'entropy', 'abstain', 'priority', 'threshold']
+)
 @pytest.mark.parametrize('steps', [None, 3])
 def test_blocks_are_filled_from_left_to_right(commit, steps):
     """
-    No token of a later block is there while an earlier block has a hole; the blocks begin at the first hole of
-    a row.
+    No token of a later block is there while an earlier block has a hole; the blocks begin at the first hole
+    of a row.
     """
     model, V = stubborn_gpt(5, 8), 5
     canvas = torch.full((60, 8), V)
-    canvas[20:, 0] = 1                                         # blocks 1-2, 3-4, .. here
-    canvas[40:, 4] = 2                                         # a given token in the middle
+    canvas[20:, 0] = 1  # blocks 1-2, 3-4, .. here
+    canvas[40:, 4] = 2  # a given token in the middle
     _, _, trace = traced(model, canvas, commit=commit, steps=steps, block_length=2, priority=(1, 3))
     orders = set()
     for row, start in zip(trace.unbind(1), canvas):
@@ -194,15 +224,24 @@ def test_blocks_are_filled_from_left_to_right(commit, steps):
                 assert block[new].max() <= block[unfilled].min()
         orders.add(tuple(committed(row, V).nonzero()[:, 1].tolist()))
     if commit == 'random' and steps is None:
-        assert len(orders) > 20                                # within its block every token may be the first
+        assert len(orders) > 20  # within its block every token may be the first
+
 
 # -----------------------------------------------------------------------------
 # commit rules
 
 
-@pytest.mark.parametrize('schedule, steps, expected', [
-    ('linear', 4, [2, 4, 6, 8]), ('linear', 8, [*range(1, 9)]), ('linear', 3, [3, 6, 8]), ('cosine', 4, [1, 3, 5, 8]),
-    ('cosine', 1, [8]), ('linear', 20, [*range(1, 9)])])
+@pytest.mark.parametrize(
+    'schedule, steps, expected',
+    [
+        ('linear', 4, [2, 4, 6, 8]),
+        ('linear', 8, [*range(1, 9)]),
+        ('linear', 3, [3, 6, 8]),
+        ('cosine', 4, [1, 3, 5, 8]),
+        ('cosine', 1, [8]),
+        ('linear', 20, [*range(1, 9)]),
+    ],
+)
 @pytest.mark.parametrize('rules', [dict(commit='random'), dict(commit='confidence'), LEFT_TO_RIGHT], ids=str)
 def test_schedules(schedule, steps, expected, rules):
     """How many tokens are visible after each step: linear, equally many; cosine, few early and many late."""
@@ -220,8 +259,15 @@ def test_what_margin_entropy_and_threshold_call_sure(commit):
     """Each has an order of its own (threshold's is the confidence's); a single row may be greedy."""
     model = Independent(SURE)
     for seed in range(5):
-        out, _, trace = traced(model, empty(model, 1)[0], seed=seed, temperature=0.0, commit=commit,
-                               commit_threshold=2.0, choice_temperature=0.0)
+        out, _, trace = traced(
+            model,
+            empty(model, 1)[0],
+            seed=seed,
+            temperature=0.0,
+            commit=commit,
+            commit_threshold=2.0,
+            choice_temperature=0.0,
+        )
         assert tuple(committed(trace, 3).nonzero()[:, 2].tolist()) == ORDERS[commit]
         assert out.tolist() == [[0, 0, 0, 0]]
     assert len({ORDERS[name] for name in ('confidence', 'margin', 'entropy')}) == 3
@@ -253,9 +299,14 @@ def test_gumbel_noise_of_the_confidence_order():
     logp = F.pad(p.log(), (0, 1), value=5.0).expand(B, 5)
 
     def first(noise, count=1):
-        look = SimpleNamespace(candidates=(None, logp, None), how=How(choice_temperature=noise),
-                               progress=torch.zeros(B), noise=torch.rand(B, 5, generator=seeded()).double())
+        look = SimpleNamespace(
+            candidates=(None, logp, None),
+            how=How(choice_temperature=noise),
+            progress=torch.zeros(B),
+            noise=torch.rand(B, 5, generator=seeded()).double(),
+        )
         return first_of(sample.confidence(look), masked, torch.full((B,), count))
+
     chosen = first(1.0)
     assert (chosen.sum(1) == 1).all()
     statistic, bound = chi_square(chosen.sum(0)[:4], B * p)
@@ -269,7 +320,7 @@ def test_priority_takes_its_tokens_first():
     """Positions 2, 4 and 5 get a token of the priority; within both groups any order."""
     likely, holes = torch.tensor([0, 0, 2, 0, 3, 2, 1]), {2, 3, 4, 5, 6}
     model = Independent(0.9 * F.one_hot(likely, 4) + 0.025)
-    canvas = empty(model, 400, [0, 0])[0]                      # two tokens are given, so that it may be greedy
+    canvas = empty(model, 400, [0, 0])[0]  # two tokens are given, so that it may be greedy
     for priority, ahead in (((2, 3), {2, 4, 5}), ((3,), {4}), ((1, 0), {3, 6}), ((), set())):
         out, _, trace = traced(model, canvas, commit='priority', priority=priority, temperature=0.0)
         assert (out == likely).all()
@@ -289,6 +340,7 @@ def test_proposals_come_with_the_unfiltered_probability():
     assert torch.allclose(confidence[where], law.gather(2, ids[..., None])[..., 0][where])
     assert len(ids[:, 0].unique()) == 2
 
+
 # -----------------------------------------------------------------------------
 # commit=threshold
 
@@ -302,15 +354,18 @@ def test_threshold_out_of_reach_commits_one_token_a_step():
 def test_threshold_commits_exactly_the_candidates_that_reach_it():
     """The first step takes each position with the probability that a likely token is drawn there."""
     B = 20000
-    model = Independent([[1.0, 0.0, 0.0], [0.5, 0.45, 0.05], [0.7, 0.2, 0.1], [0.35, 0.35, 0.3], [0.4, 0.4, 0.2]])
+    model = Independent(
+        [[1.0, 0.0, 0.0], [0.5, 0.45, 0.05], [0.7, 0.2, 0.1], [0.35, 0.35, 0.3], [0.4, 0.4, 0.2]]
+    )
     _, nfe, trace = traced(model, empty(model, B)[0], commit='threshold', commit_threshold=0.38)
-    chance = torch.tensor([1.0, 0.95, 0.7, 0.0, 0.8], dtype=torch.float64)    # of a token that reaches it
-    taken = committed(trace, 3)[0]                                            # (B, T)
+    chance = torch.tensor([1.0, 0.95, 0.7, 0.0, 0.8], dtype=torch.float64)  # of a token that reaches it
+    taken = committed(trace, 3)[0]  # (B, T)
     tokens = trace[1][taken]
     assert (model.table.expand(B, -1, -1)[taken].gather(1, tokens[:, None]) >= 0.38).all()
     pattern = torch.stack((1 - chance, chance), 1)
-    statistic, bound = chi_square((taken * 2 ** torch.arange(4, -1, -1)).sum(1).bincount(minlength=32),
-                                  B * product_law(pattern))
+    statistic, bound = chi_square(
+        (taken * 2 ** torch.arange(4, -1, -1)).sum(1).bincount(minlength=32), B * product_law(pattern)
+    )
     assert statistic < bound and (nfe >= 2).all() and nfe.max() <= 5 and len(nfe.unique()) > 2
 
 
@@ -318,8 +373,9 @@ def test_threshold_commits_exactly_the_candidates_that_reach_it():
 def test_threshold_does_not_wait_for_the_schedule(schedule):
     """But it stops with the steps: the last one takes whatever is left."""
     model = uniform(6, V=3)
-    _, nfe, trace = traced(model, empty(model, 5)[0], commit='threshold', commit_threshold=0.9, steps=3,
-                           schedule=schedule)
+    _, nfe, trace = traced(
+        model, empty(model, 5)[0], commit='threshold', commit_threshold=0.9, steps=3, schedule=schedule
+    )
     assert [(x == 3).sum(1).tolist() for x in trace] == [[6] * 5, [5] * 5, [4] * 5, [0] * 5]
     assert (nfe == 3).all()
 
@@ -330,12 +386,14 @@ def test_threshold_within_a_block_does_not_count_the_sure_ones_of_later_blocks()
     hold.
     """
     model = Independent([[0.6, 0.4], [0.6, 0.4], [1.0, 0.0], [1.0, 0.0], [0.6, 0.4], [0.6, 0.4]])
-    _, _, trace = traced(model, empty(model, 50)[0], commit='threshold', commit_threshold=0.9, block_length=2,
-                         steps=6)
+    _, _, trace = traced(
+        model, empty(model, 50)[0], commit='threshold', commit_threshold=0.9, block_length=2, steps=6
+    )
     for before, after in zip(trace[:-2], trace[1:-1]):
         for old, new in zip(before, after):
             at = ((old == 2) & (new != 2)).nonzero()[:, 0]
             assert len(at) <= 1 or (model.table[at, new[at]] >= 0.9).all(), (old, new)
+
 
 # -----------------------------------------------------------------------------
 # commit=abstain
@@ -363,7 +421,7 @@ class Reluctant(Oracle):
 
     def __call__(self, idx, causal=False, cache=None):
         hidden = super().__call__(idx, causal)
-        hidden[..., self.V] = self.keep[:idx.size(1)]
+        hidden[..., self.V] = self.keep[: idx.size(1)]
         return hidden
 
 
@@ -372,13 +430,13 @@ def test_commit_abstain_fills_what_the_network_is_readiest_for(remask):
     keep = [0.3, -2.0, 1.5, -1.0, -3.0]
     model = Reluctant(keep)
     canvas, fixed = empty(model, 50)
-    canvas[:10, 1], fixed[:10, 1] = 2, True                    # the readiest but one is given
+    canvas[:10, 1], fixed[:10, 1] = 2, True  # the readiest but one is given
     filled, nfe, trace = traced(model, canvas, fixed, commit='abstain', remask=remask, correct_share=0.0)
     for before, after in zip(trace, trace[1:]):
         for row, now in zip(before, after):
             masked = [t for t in range(5) if row[t] == 3]
             chosen = {t for t in masked if now[t] != 3}
-            assert chosen == set(sorted(masked, key=lambda t: keep[t])[:len(chosen)])
+            assert chosen == set(sorted(masked, key=lambda t: keep[t])[: len(chosen)])
             assert bool(chosen) == bool(masked)
     assert (filled < 3).all() and torch.equal(filled[fixed], canvas[fixed])
     if remask == 'none':
@@ -392,6 +450,7 @@ def test_commit_abstain_draws_from_the_law():
     model = Reluctant([1.0, -1.0, 0.0])
     canvas, _, _ = traced(model, empty(model, 20000)[0], commit='abstain')
     assert follows(canvas, 3, random_law(3, 3, seed=1))
+
 
 # -----------------------------------------------------------------------------
 # remask=random and wrong
@@ -415,20 +474,23 @@ def test_remask_rules_have_the_probabilities_they_say():
     oracle, judge = Oracle(3, T, law, wrong=wrong), Oracle(3, T, law, wrong=1 - wrong)
     fixed = torch.tensor([0, 0, 1, 1]).bool().expand(4000, T)
     for expected, rules in (
-            (wrong, dict(remask='wrong')),                     # remask_rate is 1 here, and 0.3 of random
-            (0.3 * wrong, dict(remask='wrong', remask_rate=0.3)),
-            ([0.3] * T, dict(remask='random')),
-            ([0.6] * T, dict(remask='random', remask_rate=0.6)),
-            ([0.5] * T, dict(remask='wrong', remask_rate=0.5, remask_random_ratio=1.0)),
-            (0.5 * (0.6 * wrong + 0.4), dict(remask='wrong', remask_rate=0.5, remask_random_ratio=0.4)),
-            (0.7 * (1 - wrong), dict(judge=judge, remask='wrong', remask_rate=0.7)),
-            ([0.9, 0.9, 0, 0], dict(fixed=fixed, remask='random', remask_rate=0.9))):
+        (wrong, dict(remask='wrong')),  # remask_rate is 1 here, and 0.3 of random
+        (0.3 * wrong, dict(remask='wrong', remask_rate=0.3)),
+        ([0.3] * T, dict(remask='random')),
+        ([0.6] * T, dict(remask='random', remask_rate=0.6)),
+        ([0.5] * T, dict(remask='wrong', remask_rate=0.5, remask_random_ratio=1.0)),
+        (0.5 * (0.6 * wrong + 0.4), dict(remask='wrong', remask_rate=0.5, remask_random_ratio=0.4)),
+        (0.7 * (1 - wrong), dict(judge=judge, remask='wrong', remask_rate=0.7)),
+        ([0.9, 0.9, 0, 0], dict(fixed=fixed, remask='random', remask_rate=0.9)),
+    ):
         assert within_noise(remasked_share(oracle, **rules), expected), rules
 
 
 @pytest.mark.parametrize('patience, power', [(0.0, 1), (1.0, 2), (2.0, 4)])
 def test_patience_counts_a_doubt_less_while_little_is_visible(patience, power):
-    """Half of the row is visible: its doubts count as their power 2^patience; where all is, they count in full."""
+    """
+    Half of the row is visible: its doubts count as their power 2^patience; where all is, they count in full.
+    """
     T, B, wrong = 4, 4000, torch.tensor([0.3, 0.8, 0.5, 0.5])
     oracle = Oracle(3, T, product_law(torch.full((T, 3), 1 / 3, dtype=torch.float64)), wrong=wrong)
     canvas, how = torch.tensor([0, 1, 3, 3]).expand(B, T), dict(remask='wrong', remask_patience=patience)
@@ -443,6 +505,7 @@ def test_text_without_an_end_is_sampled_with_patience(monkeypatch):
     def watched(model, canvas, fixed, **more):
         asked.append(more['remask_patience'])
         return canvas * 0, torch.ones(len(canvas)), None
+
     monkeypatch.setattr(sample, 'generate_diffusion', watched)
     model = tiny_gpt(18, 64, n_recur=1)
     for meta in (ARITHMETIC, dict(ARITHMETIC, bos=None, eos=None, pad=None)):
@@ -454,7 +517,7 @@ def test_text_without_an_end_is_sampled_with_patience(monkeypatch):
 def test_the_judge_sees_completed_canvases():
     oracle, judge = (Oracle(3, 4, random_law(3, 4, seed=seed), wrong=[0.5] * 4) for seed in (1, 2))
     _, nfe, trace = traced(oracle, empty(oracle, 50, [1])[0], steps=6, remask='wrong', remask_model=judge)
-    assert len(judge.seen) == 5 and len(oracle.seen) == 6      # the last step asks nobody
+    assert len(judge.seen) == 5 and len(oracle.seen) == 6  # the last step asks nobody
     for (idx, causal), x in zip(judge.seen, trace):
         assert not causal and (idx < 3).all() and torch.equal(idx[x != 3], x[x != 3])
     assert (nfe == 11).all()
@@ -462,8 +525,9 @@ def test_the_judge_sees_completed_canvases():
 
 def test_committed_tokens_are_those_that_the_judge_saw():
     oracle, judge = [Oracle(3, 4, random_law(3, 4, seed=1), wrong=[1e-9] * 4) for _ in range(2)]
-    _, _, trace = traced(oracle, empty(oracle, 50)[0], steps=4, remask='wrong', remask_model=judge,
-                         correct_share=0.0)
+    _, _, trace = traced(
+        oracle, empty(oracle, 50)[0], steps=4, remask='wrong', remask_model=judge, correct_share=0.0
+    )
     for (idx, _), before, after in zip(judge.seen, trace, trace[1:]):
         new = (before == 3) & (after != 3)
         assert new.sum() == 50 and torch.equal(after[new], idx[new])
@@ -472,10 +536,11 @@ def test_committed_tokens_are_those_that_the_judge_saw():
 def test_remasking_does_not_slow_the_filling_down():
     """What is re-masked is made up for: each step ends with the masks that the schedule asks for."""
     oracle = Oracle(2, 8, random_law(2, 8, seed=1))
-    _, _, trace = traced(oracle, empty(oracle, 200)[0], steps=8, remask='random', remask_rate=0.15,
-                         correct_share=0.0)
+    _, _, trace = traced(
+        oracle, empty(oracle, 200)[0], steps=8, remask='random', remask_rate=0.15, correct_share=0.0
+    )
     doubted = remasked(trace, 2).sum(2)
-    for step, count in enumerate(doubted):                     # nor is a token written in the step that doubts it
+    for step, count in enumerate(doubted):  # nor is a token written in the step that doubts it
         assert torch.equal((trace[step + 1] == 2).sum(1), count.clamp(min=7 - step))
     assert all((count > 0).any() for count in doubted[2:-1])
 
@@ -483,16 +548,17 @@ def test_remasking_does_not_slow_the_filling_down():
 def test_correct_share_ends_the_filling_early():
     oracle = Oracle(2, 8, random_law(2, 8, seed=1))
     for share, filled_after in ((0.0, 8), (0.25, 6), (0.5, 4), (1.0, 1)):
-        _, nfe, trace = traced(oracle, empty(oracle, 5)[0], steps=8, remask='random', remask_rate=0.0,
-                               correct_share=share)
+        _, nfe, trace = traced(
+            oracle, empty(oracle, 5)[0], steps=8, remask='random', remask_rate=0.0, correct_share=share
+        )
         assert [bool((x == 2).any()) for x in trace].index(False) == filled_after
-        assert (nfe == 8).all()                                # the rest of the steps looks for errors
+        assert (nfe == 8).all()  # the rest of the steps looks for errors
 
 
 def test_repair_finds_the_errors_itself():
     """Nothing is fixed and nothing masked; the network doubts the tokens that never occur in its law."""
     law = torch.zeros(81, dtype=torch.float64)
-    law[all_sequences(3, 4).eq(1).all(1)] = 1.0                # only 1 1 1 1 exists
+    law[all_sequences(3, 4).eq(1).all(1)] = 1.0  # only 1 1 1 1 exists
 
     class Doubter(Oracle):
         def __call__(self, idx, causal=False, cache=None):
@@ -508,6 +574,7 @@ def test_repair_finds_the_errors_itself():
     out, nfe, _ = traced(oracle, canvas, fixed, remask='none')
     assert torch.equal(out, canvas) and (nfe == 0).all()
 
+
 # -----------------------------------------------------------------------------
 # remask=confidence
 
@@ -517,8 +584,14 @@ def test_confidence_remembers_the_probability_at_commit_time():
     p = torch.tensor([0.1, 0.3, 0.6], dtype=torch.float64)
     model = Independent(p.expand(4, 3))
     for rate in (1.0, 0.5):
-        _, _, trace = traced(model, empty(model, 20000)[0], remask='confidence', remask_rate=rate,
-                             correct_share=0.0, **LEFT_TO_RIGHT)
+        _, _, trace = traced(
+            model,
+            empty(model, 20000)[0],
+            remask='confidence',
+            remask_rate=rate,
+            correct_share=0.0,
+            **LEFT_TO_RIGHT,
+        )
         again = remasked(trace, 3)
         assert not again[0].any() and again[1][:, 0].any() and not again[1][:, 1:].any()
         for token in range(3):
@@ -530,15 +603,22 @@ def test_confidence_remembers_the_probability_at_commit_time():
 def test_confidence_takes_the_probability_before_the_filters():
     """Of a greedy choice too: it was as sure as the network, not as sure as the filter."""
     B, model = 4000, Independent([[0.7, 0.3]] * 4)
-    _, _, trace = traced(model, empty(model, B, [0, 0])[0], remask='confidence', correct_share=0.0, steps=3,
-                         temperature=0.0, **LEFT_TO_RIGHT)
+    _, _, trace = traced(
+        model,
+        empty(model, B, [0, 0])[0],
+        remask='confidence',
+        correct_share=0.0,
+        steps=3,
+        temperature=0.0,
+        **LEFT_TO_RIGHT,
+    )
     assert within_noise(remasked(trace, 2)[1][:, 2].double().mean(), 0.3)
 
 
 def test_confidence_never_doubts_what_was_there_from_the_start():
     model = uniform(6, wrong=0.9)
     canvas, fixed = empty(model, 500, [1, 0, 1])
-    fixed[:, 1:] = False                                       # visible, but not fixed
+    fixed[:, 1:] = False  # visible, but not fixed
     _, _, trace = traced(model, canvas, fixed, steps=12, remask='confidence')
     again = remasked(trace, 2)
     assert not again[..., :3].any() and again[..., 3:].any((0, 1)).all()
@@ -547,8 +627,9 @@ def test_confidence_never_doubts_what_was_there_from_the_start():
 def test_confidence_forgets_what_stood_there_before():
     """What was re-masked and written anew is doubted by its new probability."""
     model = Independent([[1.0, 0.0], [0.2, 0.8]])
-    _, _, trace = traced(model, empty(model, 6000)[0], remask='confidence', correct_share=0.75, steps=8,
-                         **LEFT_TO_RIGHT)
+    _, _, trace = traced(
+        model, empty(model, 6000)[0], remask='confidence', correct_share=0.75, steps=8, **LEFT_TO_RIGHT
+    )
     # committed at 1, doubted at the earliest in 3
     for before, now, later in zip(trace[2:], trace[3:], trace[4:-1]):
         new = (before[:, 1] == 2) & (now[:, 1] != 2)
@@ -556,4 +637,4 @@ def test_confidence_forgets_what_stood_there_before():
             rows = new & (now[:, 1] == token)
             if rows.sum() > 100:
                 assert within_noise((later[rows, 1] == 2).double().mean(), 1 - p, int(rows.sum()))
-        assert not (later[:, 0] == 2).any()                    # p = 1: beyond doubt
+        assert not (later[:, 0] == 2).any()  # p = 1: beyond doubt

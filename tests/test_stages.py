@@ -23,11 +23,12 @@ from plumbing import optim
 from plumbing.checkpoint import save_checkpoint
 from suites import diagnose
 
-ON = 'level:8,graph:1:2,mu:4'            # all parts of the stages, for a width of 16
+ON = 'level:8,graph:1:2,mu:4'  # all parts of the stages, for a width of 16
 
 
 def fresh(**more):
     return fresh_gpt(7, 16, **more)
+
 
 # -----------------------------------------------------------------------------
 # Muon in batches
@@ -68,8 +69,8 @@ def test_muon_makes_the_steps_of_torch(decay):
         for kind in (optim.Muon, torch.optim.Muon)
     )
     moved = [farthest([a], [b]) for a, b in zip(ours, make_muon(optim.Muon).param_groups[0]['params'])]
-    assert min(moved[:5]) > 0.1 and moved[5] == 0                           # not even weight decay
-    assert farthest(ours, theirs) < 0.01 * max(moved)                       # bfloat16 rounds each as it likes
+    assert min(moved[:5]) > 0.1 and moved[5] == 0  # not even weight decay
+    assert farthest(ours, theirs) < 0.01 * max(moved)  # bfloat16 rounds each as it likes
 
 
 @pytest.mark.parametrize('before, after', [(optim.Muon, torch.optim.Muon), (torch.optim.Muon, optim.Muon)])
@@ -86,7 +87,8 @@ def test_the_state_of_muon_is_that_of_torch(before, after):
     a, b = first.state_dict(), other.state_dict()
     assert a['param_groups'] == b['param_groups'] and a['state'].keys() == b['state'].keys()
     assert all(
-        torch.equal(a['state'][n]['momentum_buffer'], b['state'][n]['momentum_buffer']) for n in a['state'])
+        torch.equal(a['state'][n]['momentum_buffer'], b['state'][n]['momentum_buffer']) for n in a['state']
+    )
 
 
 @pytest.mark.parametrize('shape', [(8, 8), (24, 8), (8, 24)])
@@ -106,15 +108,19 @@ def test_orthogonalized(shape):
         assert (scaled.diag()[values > 0.05 * values.max()] - 0.95).abs().max() < 0.35
     assert not optim.orthogonalized(torch.zeros(2, *shape), (3.4445, -4.775, 2.0315), 5).any()
 
+
 # -----------------------------------------------------------------------------
 # credit
 
 
 def test_credit_by_hand():
     grads = [
-        torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([0.0, -4.0]), torch.zeros(3),
-        torch.tensor([[1.0]])]
-    optim.give_credit(grads)                                                # norms 3, 4, 0, 1: the mean is 2
+        torch.tensor([[3.0, 0.0], [0.0, 0.0]]),
+        torch.tensor([0.0, -4.0]),
+        torch.zeros(3),
+        torch.tensor([[1.0]]),
+    ]
+    optim.give_credit(grads)  # norms 3, 4, 0, 1: the mean is 2
     for found, wanted in zip(grads, ([[3.0, 0.0], [0.0, 0.0]], [0.0, -4.0], [0.0] * 3, [[0.5]])):
         assert torch.allclose(found, torch.tensor(wanted))
     nothing = [torch.zeros(2, 2), torch.zeros(3)]
@@ -136,13 +142,14 @@ def test_update_gives_credit_to_all_but_the_draft_head(clip, credit):
     before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     norms = {name: grad.norm().item() for name, grad in before.items() if not name.startswith('drafter')}
     optim.update(model, [], dict(optimizer='adamw', learning_rate=1.0, grad_clip=clip, k1_credit=credit), 1.0)
-    clipped = clip / sum(n ** 2 for n in norms.values()) ** 0.5 if clip else 1.0
+    clipped = clip / sum(n**2 for n in norms.values()) ** 0.5 if clip else 1.0
     assert len(before) > len(norms) > 5 and model.causal_embd.grad is None
     for name, p in model.named_parameters():
         if name in before:
             share = min(1.0, len(norms) * norms.get(name, 0.0) / sum(norms.values())) if credit else 1.0
             factor = 1.0 if name.startswith('drafter') else clipped * share
             assert torch.allclose(p.grad, before[name] * factor, rtol=1e-4), name
+
 
 # -----------------------------------------------------------------------------
 # the graph
@@ -177,10 +184,11 @@ def test_edges_against_a_double_loop(causal, packed, window, topk):
     segment = torch.arange(T).div(13, rounding_mode='floor').expand(4, T) if packed else None
     found = graph_edges(vectors[ids], window, topk, causal, segment)
     assert found.shape == (4, T, T) and found.dtype == torch.bool
-    looks = attention_bias(T, causal, segment, torch.float32, 'cpu') == 0   # (T, T) or (4, 1, T, T)
+    looks = attention_bias(T, causal, segment, torch.float32, 'cpu') == 0  # (T, T) or (4, 1, T, T)
     texts = segment.tolist() if packed else [[0] * T] * 4
     wanted = torch.stack(
-        [edges_by_hand(table, row, window, topk, causal, text) for row, text in zip(ids.tolist(), texts)])
+        [edges_by_hand(table, row, window, topk, causal, text) for row, text in zip(ids.tolist(), texts)]
+    )
     assert torch.equal(found & looks.view(-1, T, T), wanted)
 
 
@@ -203,11 +211,12 @@ def test_the_length_of_the_row_has_no_say_in_the_edges(causal):
     for vectors in (alike, torch.randn(3, 8, generator=seeded())):
         ids = torch.randint(len(vectors), (3, 48), generator=seeded())
         segment = (torch.arange(48) >= 20).long().expand(3, 48)
-        looks = attention_bias(48, causal, segment, torch.float32, 'cpu')[:, 0] == 0         # (3, 48, 48)
+        looks = attention_bias(48, causal, segment, torch.float32, 'cpu')[:, 0] == 0  # (3, 48, 48)
         packed = graph_edges(vectors[ids], 1, 3, causal, segment) & looks
         for own in (slice(20), slice(20, 48)):
             alone = graph_edges(vectors[ids[:, own]], 1, 3, causal, None)
             assert torch.equal(packed[:, own, own], alone & looks[:, own, own])
+
 
 # -----------------------------------------------------------------------------
 # nothing is given away
@@ -236,7 +245,8 @@ def leak(model, x, segment):
     for i in range(x.size(1)):
         right = torch.cat((x[:, :i], torch.randint(8, x[:, i:].shape, generator=seeded(i))), 1)
         moved = max(
-            moved, (model(right, causal=True, segment=segment) - before)[:, : i + 1].abs().max().item())
+            moved, (model(right, causal=True, segment=segment) - before)[:, : i + 1].abs().max().item()
+        )
     return moved
 
 
@@ -249,8 +259,9 @@ def test_the_causal_mode_gives_nothing_away(monkeypatch, plain, packed):
     segment = (torch.arange(16) >= torch.tensor([1, 3, 5, 8, 11, 16])[:, None]).long() if packed else None
     assert leak(model, x, segment) == 0
     monkeypatch.setattr(
-        layers, 'graph_edges', lambda e, window, topk, causal, s: graph_edges(e, window, topk, False, s))
-    assert leak(model, x, segment) > 1e-3                                   # these rows would show it
+        layers, 'graph_edges', lambda e, window, topk, causal, s: graph_edges(e, window, topk, False, s)
+    )
+    assert leak(model, x, segment) > 1e-3  # these rows would show it
 
 
 @torch.no_grad()
@@ -260,7 +271,7 @@ def test_texts_in_a_row_do_not_move_one_another(plain, causal):
     model = aloof_network()
     model.plain_attention = plain
     x, other = torch.randint(8, (2, 6, 16), generator=seeded())
-    second = (torch.arange(16) >= torch.tensor([1, 3, 5, 8, 11, 15])[:, None])
+    second = torch.arange(16) >= torch.tensor([1, 3, 5, 8, 11, 15])[:, None]
     how = dict(causal=causal, segment=second.long(), level=torch.where(second, 0.2, 0.7))
     before = model(x, **how)
     for text in (second, ~second):
@@ -284,8 +295,9 @@ def test_a_token_reaches_its_neighbours_only_if_the_heads_are_aloof():
             for j in range(16):
                 one = x.clone()
                 one[:, j] = (one[:, j] + 1) % 7
-                moved = (model(one) - model(x)).abs().amax(-1) > 1e-6       # (3, T)
+                moved = (model(one) - model(x)).abs().amax(-1) > 1e-6  # (3, T)
                 assert torch.equal(moved, reach[j].expand(3, 16))
+
 
 # -----------------------------------------------------------------------------
 # heads that turn away from what is no neighbour
@@ -298,9 +310,11 @@ def attended(block, x, far, open_pairs):
     B, T, C = x.shape
     q, k, v = block.qkv(x).view(B, T, 3, 2, C // 2).permute(2, 3, 0, 1, 4)  # (2, B, T, hs) each
     q, k = (rotate(norm(h), *rotary_table(T, C // 2)) for h in (q, k))
-    heads = [(q[n] @ k[n].mT).masked_fill(~seen, float('-inf')).softmax(-1) @ v[n]
-             for n, seen in enumerate((open_pairs, open_pairs & ~far))]
-    return torch.cat(heads, -1) @ block.attn_proj.weight.T                   # (B, T, C)
+    heads = [
+        (q[n] @ k[n].mT).masked_fill(~seen, float('-inf')).softmax(-1) @ v[n]
+        for n, seen in enumerate((open_pairs, open_pairs & ~far))
+    ]
+    return torch.cat(heads, -1) @ block.attn_proj.weight.T  # (B, T, C)
 
 
 @torch.no_grad()
@@ -314,7 +328,8 @@ def test_a_very_aloof_head_sees_neighbours_alone_and_one_that_is_not_sees_all(pl
     bias = attention_bias(10, causal, None, torch.float32, 'cpu')
     cos, sin = rotary_table(10, 8)
     found = block.attention(
-        x, Pass(causal, plain, cos=cos, sin=sin, bias=bias, not_neighbours=far[:, None].float()))
+        x, Pass(causal, plain, cos=cos, sin=sin, bias=bias, not_neighbours=far[:, None].float())
+    )
     found = block.attn_proj(found)
     assert torch.allclose(found, attended(block, x, far, (bias == 0).expand(3, 10, 10)), atol=1e-5)
 
@@ -353,6 +368,7 @@ def test_both_attentions_teach_the_heads_alike(causal):
             assert 0 < (model(x, causal=causal).float() - exact).abs().max() < 0.25
             model.compute_dtype = torch.float32
 
+
 # -----------------------------------------------------------------------------
 # blocks of the embedding, and the noise level
 
@@ -361,18 +377,20 @@ def test_both_attentions_teach_the_heads_alike(causal):
 def test_the_mixer_is_attention_among_the_blocks_of_a_token():
     torch.manual_seed(0)
     mixer, x = layers.Mixer(GPTConfig(n_embd=12), 3), torch.randn(2, 5, 12)
-    assert torch.equal(mixer.embed(x), x)                                   # it starts as the identity
+    assert torch.equal(mixer.embed(x), x)  # it starts as the identity
     mixer.proj.weight.normal_()
     found = mixer.embed(x)
     for b, t in ((0, 0), (1, 3)):
         blocks = x[b, t].view(3, 4)
         h = (blocks - blocks.mean(1, keepdim=True)) / (
-            blocks.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+            blocks.var(1, unbiased=False, keepdim=True) + 1e-5
+        ).sqrt()
         q, k, v = (h @ mixer.qkv.weight[rows].T for rows in (slice(4), slice(4, 8), slice(8, 12)))
         for n in range(3):
             mixed = (k @ q[n] / 2).softmax(0) @ v
             assert torch.allclose(
-                found[b, t, 4 * n : 4 * n + 4], blocks[n] + mixer.proj.weight @ mixed, atol=1e-5)
+                found[b, t, 4 * n : 4 * n + 4], blocks[n] + mixer.proj.weight @ mixed, atol=1e-5
+            )
 
 
 def test_embeddings_by_table_and_by_position_agree(monkeypatch):
@@ -387,24 +405,24 @@ def test_embeddings_by_table_and_by_position_agree(monkeypatch):
         model.zero_grad()
         embedded = model.embed(x.repeat(repeats, 1))[:4]
         (embedded * weight).sum().backward()
-        found.append(
-            (embedded.detach(), *(p.grad.clone() for p in (model.wte.weight, *mixer.parameters()))))
+        found.append((embedded.detach(), *(p.grad.clone() for p in (model.wte.weight, *mixer.parameters()))))
     assert sizes == [64, 64] and len(found[0]) == 4
     shapes = []
     monkeypatch.setattr(
-        F, 'embedding', lambda *args: shapes.append(args) or torch.embedding(args[1], args[0]))
+        F, 'embedding', lambda *args: shapes.append(args) or torch.embedding(args[1], args[0])
+    )
     model.embed(x.repeat(2, 1))
-    assert [len(table) for _, table in shapes] == [64]                      # worked out once for every word
+    assert [len(table) for _, table in shapes] == [64]  # worked out once for every word
     for one, other in zip(*found):
         assert torch.allclose(one, other, atol=1e-5) and one.abs().max() > 0.1
-    assert not found[1][1][9:].any()                                        # nothing teaches the padding
+    assert not found[1][1][9:].any()  # nothing teaches the padding
 
 
 @torch.no_grad()
 def test_an_embedding_does_not_depend_on_its_neighbours():
     model = tiny_gpt(V=7, T=16, parts=ON)
-    words = model.embed(torch.arange(9)[None])[0]                           # (9, C)
-    assert (words - model.wte.weight[:9]).abs().amax(-1).min() > 0.05       # the mixer does something
+    words = model.embed(torch.arange(9)[None])[0]  # (9, C)
+    assert (words - model.wte.weight[:9]).abs().amax(-1).min() > 0.05  # the mixer does something
     for rows in (2, 8):
         x = torch.randint(9, (rows, 16), generator=seeded())
         assert torch.allclose(model.embed(x), words[x], atol=1e-5)
@@ -429,8 +447,9 @@ def test_the_level_goes_through_an_mlp():
         assert torch.allclose(model(x, **told), norm(norm(model.wte(x) + extra)), atol=1e-4)
     assert torch.equal(model(x, causal=True, level=share), model(x, causal=True, level=each))
     with torch.no_grad():
-        last.weight.zero_()                                                 # as it starts
+        last.weight.zero_()  # as it starts
     assert torch.equal(model(x, level=share), model(x, level=each))
+
 
 # -----------------------------------------------------------------------------
 # all parts together
@@ -447,12 +466,15 @@ def in_both_blocks(name):
 @pytest.mark.parametrize(
     'parts, tensors',
     [
-        ('level:8', LEVEL), ('level', {'parts.level.mlp.0.weight'}), ('mu:4', MIXER),
+        ('level:8', LEVEL),
+        ('level', {'parts.level.mlp.0.weight'}),
+        ('mu:4', MIXER),
         ('graph:2', in_both_blocks('graph.off_graph_penalty')),
         ('short_conv:2', in_both_blocks('short_conv.weight')),
         ('shortcuts', in_both_blocks('shortcuts.weight')),
         ('bigrams:20', {'parts.bigrams.left.weight', 'parts.bigrams.around.weight'}),
-        (ON, {*LEVEL, *MIXER, *in_both_blocks('graph.off_graph_penalty')})],
+        (ON, {*LEVEL, *MIXER, *in_both_blocks('graph.off_graph_penalty')}),
+    ],
 )
 @pytest.mark.parametrize('draft_head, others', [(False, ''), (True, 'previous')])
 def test_a_fresh_part_changes_no_number(parts, tensors, draft_head, others):
@@ -488,16 +510,22 @@ def test_every_new_parameter_is_optimised_once(kind):
     assert len(new) == 6 and all(found[name] == [('AdamW', 0.0)] for name in new)
     assert found['blocks.1.qkv.weight'] == [('Muon' if kind == 'muon' else 'AdamW', 0.1)]
 
+
 # -----------------------------------------------------------------------------
 # going up
 
 
 WORDS = [
-    *TINY, '--training_type=joint', '--causal_ratio=0.5', '--eval_samples=0', '--proofreading_warmup_iters=0',
-    '--max_iters=3']
+    *TINY,
+    '--training_type=joint',
+    '--causal_ratio=0.5',
+    '--eval_samples=0',
+    '--proofreading_warmup_iters=0',
+    '--max_iters=3',
+]
 
 
-PARTS = ('', 'level:128', 'level:128', 'level:128,graph:8')      # of stages 0 to 3
+PARTS = ('', 'level:128', 'level:128', 'level:128,graph:8')  # of stages 0 to 3
 EVERYTHING = f'{PARTS[3]},mu:4'
 
 
@@ -550,11 +578,15 @@ def test_a_checkpoint_holds_what_its_stage_turns_on(of_stage):
     [
         (1, [stage_file(0)], 'parts is level:128 and $'),
         (3, [stage_file(2)], 'parts is level:128,graph:8 and level:128$'),
-        (3, [stage_file(3), '--parts=level:128,graph:8:2'],
-         'parts is level:128,graph:8 and level:128,graph:8:2$'),
+        (
+            3,
+            [stage_file(3), '--parts=level:128,graph:8:2'],
+            'parts is level:128,graph:8 and level:128,graph:8:2$',
+        ),
         (1, [stage_file(2), '--parts=level:64'], 'parts is level:128 and level:64$'),
         (0, [stage_file(1), '--n_embd=32'], 'n_embd is 16 and 32'),
-        (0, [stage_file(3), '--n_layer=2'], 'n_layer is 1 and 2')],
+        (0, [stage_file(3), '--n_layer=2'], 'n_layer is 1 and 2'),
+    ],
 )
 def test_what_is_no_way_up_is_refused(tmp_path, of_stage, before, words, message):
     path = of_stage(before)
@@ -585,11 +617,13 @@ def test_a_level_that_an_mlp_would_replace_is_refused(tmp_path):
 @pytest.mark.parametrize(
     'before, after, message',
     [
-        (0, [stage_file(1)], 'parts is  and level:128$'), (1, [stage_file(2)], 'k1_credit is False and True'),
+        (0, [stage_file(1)], 'parts is  and level:128$'),
+        (1, [stage_file(2)], 'k1_credit is False and True'),
         (2, [stage_file(1)], 'k1_credit is True and False'),
         (2, [stage_file(3)], 'parts is level:128 and level:128,graph:8$'),
         (3, [stage_file(0)], 'parts is level:128,graph:8 and $'),
-        (3, [stage_file(3), f'--parts={EVERYTHING}'], f'parts is level:128,graph:8 and {EVERYTHING}$')],
+        (3, [stage_file(3), f'--parts={EVERYTHING}'], f'parts is level:128,graph:8 and {EVERYTHING}$'),
+    ],
 )
 def test_a_run_does_not_change_its_stage(of_stage, before, after, message):
     path = of_stage(before)
@@ -598,8 +632,14 @@ def test_a_run_does_not_change_its_stage(of_stage, before, after, message):
 
 
 def test_a_run_with_everything_resumes_bit_identically(tmp_path):
-    words = [*WORDS, stage_file(3), f'--parts={EVERYTHING}', '--draft_head', '--eval_interval=2',
-             '--max_iters=4']
+    words = [
+        *WORDS,
+        stage_file(3),
+        f'--parts={EVERYTHING}',
+        '--draft_head',
+        '--eval_interval=2',
+        '--max_iters=4',
+    ]
     straight, resumed = str(tmp_path / 'straight'), str(tmp_path / 'resumed')
     start(straight, *words, '--keep_every=2')
     os.makedirs(resumed)
@@ -617,8 +657,11 @@ def test_all_that_grows_starts_as_the_identity():
     What load_start lets a network grow: with each of them alone, what comes out is what came out before.
     """
     x = torch.randint(8, (3, 16), generator=seeded())
-    grows = [*(dict(parts=name) for name in {**layers.IN_A_BLOCK, **layers.IN_THE_NETWORK}),
-             dict(parts='level:4'), dict(draft_head=True)]
+    grows = [
+        *(dict(parts=name) for name in {**layers.IN_A_BLOCK, **layers.IN_THE_NETWORK}),
+        dict(parts='level:4'),
+        dict(draft_head=True),
+    ]
     for name in grows:
         on = fresh(**name)
         with torch.no_grad():
@@ -628,18 +671,20 @@ def test_all_that_grows_starts_as_the_identity():
             for causal in (False, True):
                 assert torch.allclose(plain(x, causal=causal), on(x, causal=causal), atol=1e-5), name
 
+
 # -----------------------------------------------------------------------------
 # the doctor
 
 
 def test_the_doctor_finds_no_leak_in_a_network_with_everything():
-    words = 'config/remask_all.py config/stage3.py --parts=level:128,graph:8,mu:16 --n_layer=1 --n_head=2 --n_embd=32'
+    words = ('config/remask_all.py config/stage3.py --parts=level:128,graph:8,mu:16 '
+             '--n_layer=1 --n_head=2 --n_embd=32')
     config, *_ = diagnose.set_up(SimpleNamespace(train_args=words, init_from='ckpt'))
     meta, data = diagnose.load_data(config['dataset'])
     model = diagnose.fresh_network(config, meta)
     assert {*model.parts, *model.blocks[0].parts} == {'level', 'mu', 'graph'}
     with torch.no_grad():
-        for p in model.parameters():                                        # a fresh network could not leak
+        for p in model.parameters():  # a fresh network could not leak
             p.add_(torch.randn(p.shape, generator=seeded()) * 0.3)
         for block in model.blocks:
             graph_of(block).off_graph_penalty.fill_(3.0)

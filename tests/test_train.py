@@ -1123,7 +1123,8 @@ def test_control_of_a_run(tmp_path):
         module.steer = lambda control, part, *rest: (
             seen.append((control, part.tolist(), rest)) or steer(control, part, *rest))
         module.loss = lambda model, *args, **more: (
-            seen.append((more.get('keep_mask_price'), float(model.mask_logit_bias))) or loss(model, *args, **more)
+            seen.append((more.get('keep_mask_price'), float(model.mask_logit_bias)))
+            or loss(model, *args, **more)
         )
 
     start(
