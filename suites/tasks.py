@@ -23,7 +23,7 @@ from suites.common import checkpoint_of_arithmetic, mean_nfe, table_of, wanted, 
 
 # an insertion never fired in the experiment that the first protocol is from
 WITHOUT_INSERTIONS = 'mask:0.5,replace:0.2,swap:0.15,delete:0.075,insert:0'
-PROTOCOLS = {"the seed's protocol": WITHOUT_INSERTIONS, 'with insertions': WITHOUT_INSERTIONS + '.075'}
+PROTOCOLS = {"without insertions": WITHOUT_INSERTIONS, 'with insertions': WITHOUT_INSERTIONS + '.075'}
 
 
 def run(s):

@@ -718,9 +718,9 @@ def test_repair_is_measured_beside_doing_nothing(monkeypatch):
     rows = tasks.repair_rows(s, model, ARITHMETIC, default_config(training_type='joint'), clean[:7])
     table = {(row['name'], row['sampler']): row for row in rows}
     hows = ['nothing', 'nothing, masks filled perfectly', 'the likeliest token everywhere', '--task=repair']
-    protocols = ["the seed's protocol", 'with insertions']
+    protocols = ["without insertions", 'with insertions']
     assert list(table) == [(protocol, how) for protocol in protocols for how in hows]
-    for protocol, level, insert in (("the seed's protocol", 0.2 * 0.925, 0), ('with insertions', 0.2, 0.075)):
+    for protocol, level, insert in (("without insertions", 0.2 * 0.925, 0), ('with insertions', 0.2, 0.075)):
         nothing, filled, likeliest, repair = (table[protocol, how] for how in hows)
         mix = [('mask', 0.5), ('replace', 0.2), ('swap', 0.15), ('delete', 0.075), ('insert', insert)]
         real = clean[:7] < 17
@@ -809,7 +809,7 @@ def test_the_suite_of_tasks(monkeypatch, made):
 
 
 @pytest.mark.parametrize(
-    'only, names', [('edit', {'edit'}), ('repair', {"the seed's protocol", 'with insertions'})]
+    'only, names', [('edit', {'edit'}), ('repair', {"without insertions", 'with insertions'})]
 )
 def test_one_of_the_tasks_alone(monkeypatch, made, only, names):
     s = quick_bench(monkeypatch, f"--init_from={made['plain']}", '--budgets=2,3', f'--only={only}')
