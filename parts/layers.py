@@ -18,20 +18,14 @@ from plumbing.rows import places
 
 
 class Part(nn.Module):
-    """
-    The joints at which a part may act. p is what the blocks share in one pass, model.Pass; config is a
-    GPTConfig.
-    """
+    """The joints at which a part may act. p is a model.Pass, what the blocks share in one pass."""
 
     def embed(self, embedded):
         """Embeddings (..., C) -> (..., C), a function of the token alone."""
         return embedded
 
     def added(self, network, idx, p):
-        """
-        What is added to the embeddings of the ids idx (B, T), broadcast to (B, T, C), or (B, W, C) with a
-        cache.
-        """
+        """Added to the embeddings of the ids idx (B, T): (B, T, C), or (B, W, C) with a cache."""
         return 0
 
     def before(self, x, p):
@@ -247,9 +241,7 @@ IN_THE_NETWORK = dict(previous=Previous, mu=Mixer, bigrams=Bigrams, level=Level)
 
 
 def parse_parts(text):
-    """
-    'short_conv:2,shortcuts' -> {'short_conv': (2,), 'shortcuts': ()}. Raises UserError for what is no part.
-    """
+    """'short_conv:2,shortcuts' -> {'short_conv': (2,), 'shortcuts': ()}. Raises UserError."""
     chosen = {}
     known = {**IN_A_BLOCK, **IN_THE_NETWORK}
     for word in filter(None, (word.strip() for word in text.split(','))):

@@ -226,9 +226,7 @@ def check_task(settings):
 
 
 def check_rules(how, canvas, fixed, mask, judge, commits, remasks):
-    """
-    Raises UserError where a rule of How does not exist, or does not fit the others or canvas, fixed (B, T).
-    """
+    """Raises UserError for rules of How that do not exist, or do not fit together or the canvas (B, T)."""
     known = dict(commit=[*commits], remask=['none', *remasks, 'causal'], remdm=['cap', 'rescale'],
                  schedule=['linear', 'cosine'])
     for name, names in known.items():
@@ -261,9 +259,7 @@ def check_suffix(masked):
 
 
 def check_not_greedy(how, masked):
-    """
-    Raises UserError if the surest token always comes first and nothing is given: all samples would be one.
-    """
+    """Raises UserError if the surest token comes first and nothing is given: all samples would be one."""
     by_sureness = how.commit not in ('random', 'priority')
     no_noise = how.commit == 'confidence' and how.choice_temperature == 0
     greedy = how.temperature == 0 or how.top_k == 1 or no_noise

@@ -42,10 +42,7 @@ class Drafter(nn.Module):
 
 
 def next_state(model, state, ids):
-    """
-    The draft head's state (N, C), fed the tokens ids (N,) -> its next state (N, C), for
-    model.logits(norm(state)).
-    """
+    """The draft head's state (N, C), fed the tokens ids (N,) -> its next state (N, C)."""
     return model.drafter(state, model.wte(ids).detach().to(state.dtype))
 
 
@@ -187,10 +184,7 @@ def next_draft(model, hidden, p, count, redrawn, window, filters, generator):
 
 
 def bidirectional_draft(model, x, masked, window, filters, generator):
-    """
-    A draft by a bidirectional pass over x (R, T): ids (R, W), and the laws (R, W, V+2) that they were drawn
-    from.
-    """
+    """A draft by a bidirectional pass over x (R, T): ids (R, W), and their laws (R, W, V+2)."""
     at = masked.long().argmax(1)[:, None] + torch.arange(window, device=x.device)            # (R, W)
     hidden = model(x)
     # (R, W, C)

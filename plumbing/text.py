@@ -166,9 +166,7 @@ def load_task(dataset):
 
 
 def read_lines(path):
-    """
-    The lines of a text file that are not empty. Raises UserError if there are none or it cannot be read.
-    """
+    """The lines of a text file that are not empty. Raises UserError if there are none."""
     try:
         with open(path, encoding='utf-8') as lines:
             found = [line for line in lines.read().splitlines() if line]
