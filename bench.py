@@ -1,24 +1,21 @@
 """
-Everything that is measured, a suite a file in suites/.
+Everything that is measured. Each suite is a file in suites/.
 
-    python bench.py --suite=arithmetic --init_from=ckpt                 the generation table of one checkpoint
-    python bench.py --suite=arithmetic --num_samples=200 --num_seeds=1  the same, quickly
-    python bench.py --suite=arithmetic --json=table.json                and as JSON
-    python bench.py --suite=samplers                                    every rule and preset at 8, 16, 32 and 64 passes
-    python bench.py --suite=tasks                                       infill, repair and edit held-out strings
-    python bench.py --suite=checkpoints --init_from='out/*/ckpt_*.pt'   training runs compared, seeds of one config together
-    python bench.py --suite=diagnose --train_args="config/unmask.py --n_layer=3"   can this set-up learn, does nothing leak?
-    python bench.py --suite=diagnose --init_from=ckpt                   the same of a checkpoint's set-up, and of its weights
-    python bench.py --suite=faults --num_samples=40                     training runs killed and resumed: is anything lost?
-    python bench.py --suite=universal                                   the universal denoiser's table; trains what it needs
-    python bench.py --suite=text --num_samples=100 --budgets=32,64,128  likelihood, samples, infill and repair of text; trains too
-    python bench.py --suite=stages --only="text: stage 0"               simple first, or everything from the start? Trains too
-    python bench.py --suite=speed --only=training,head                  ours against a plain script, in time and memory
+    python bench.py --suite=arithmetic --init_from=ckpt   the samplers of one checkpoint
+    python bench.py --suite=samplers --json=table.json    every rule and preset, at several numbers of passes
+    python bench.py --suite=tasks --num_samples=200       infill, repair and edit held-out strings
+    python bench.py --suite=checkpoints --init_from='out/*/ckpt_*.pt'    training runs side by side
+    python bench.py --suite=universal                     the universal denoiser's table; trains what it needs
+    python bench.py --suite=text --budgets=64,128         likelihood, samples, infill, repair; trains too
+    python bench.py --suite=stages --only="text: stage 0" simple first, or all from the start? Trains too
+    python bench.py --suite=diagnose --train_args=config/unmask.py       or --init_from=ckpt: can this learn?
+    python bench.py --suite=faults --num_samples=40       training runs killed and resumed: is anything lost?
+    python bench.py --suite=speed --only=training,head    ours against a plain script, in time and memory
 """
 
 import configurator
 
-configurator.help_first(globals())           # --help shall not wait for torch
+configurator.help_first(globals())           # --help does not wait for torch
 # ruff: noqa: E402 (so the imports come after it)
 
 import importlib
@@ -26,24 +23,23 @@ import json as jsonlib
 import sys
 from types import SimpleNamespace
 
-from plumbing.checkpoint import write_atomically
+from plumbing.files import check_folder, write_atomically
 from configurator import UserError
-from sample import check_folder
 
 # -----------------------------------------------------------------------------
-suite = 'arithmetic'     # arithmetic | samplers | tasks | checkpoints | universal | text | stages | diagnose | faults | speed
-init_from = 'ckpt'       # 'ckpt': the newest checkpoint under out_dir; or a path; checkpoints: paths or patterns, a comma between
-merge_from: str = None   # another checkpoint, merged with the first (see sample.py); checkpoints: as many as init_from
+suite = 'arithmetic'     # which one, see above
+init_from = 'ckpt'       # the newest checkpoint under out_dir; or a path; checkpoints: patterns with commas
+merge_from: str = None   # another checkpoint, merged with the first; checkpoints: as many as init_from
 merge_weight = 0.5       # its share
-out_dir = 'out'          # where 'ckpt' looks; universal, text, stages: runs, rows and table go to the folder of that name in it
-train_args = ''          # diagnose: words for train.py; universal, text, stages: words for all training scripts that have them
+out_dir = 'out'          # where 'ckpt' looks; universal, text, stages: runs and table go to that folder in it
+train_args = ''          # diagnose: words for train.py; universal, text, stages: for scripts that have them
 num_samples = 1000       # samples a row and seed; faults: kills
-num_seeds = 3            # arithmetic, samplers, universal, text: seeds a row; tasks: draws a string; stages: of training
-steps = 64               # arithmetic, checkpoints, stages: passes of diffusion samplers; soak of faults: minutes; speed: rounds
-budgets = (8, 16, 32, 64)  # samplers, text: passes
+num_seeds = 3            # seeds a row; tasks: draws of a string; stages: seeds of training
+steps = 64               # arithmetic, checkpoints, stages: passes; soak of faults: minutes; speed: rounds
+budgets = (8, 16, 32, 64)  # samplers, tasks, text: passes
 remask_rate = 0.3        # checkpoints: of remask=wrong
 eval_rows = 1000         # checkpoints, universal: rows of the validation split
-only: str = None         # only rows whose name contains this text, or one of several with commas between; speed: tables
+only: str = None         # only rows whose name contains this, or one of several with commas; speed: tables
 seed = 1337              # the first seed
 batch_size = 125         # samples drawn at a time
 json: str = None         # also write the table to this file
@@ -53,27 +49,28 @@ attention = 'auto'       # auto | plain | sdpa
 compile = False          # torch.compile the network
 # -----------------------------------------------------------------------------
 
-SUITES = ('arithmetic', 'samplers', 'tasks', 'checkpoints', 'universal', 'text', 'stages', 'diagnose', 'faults', 'speed')
+SUITES = 'arithmetic samplers tasks checkpoints universal text stages diagnose faults speed'.split()
 
 
 def main():
     if suite not in SUITES:
         raise UserError(f"suite expects one of {', '.join(SUITES)}; got '{suite}'")
+    settings = {name: globals()[name] for name in configurator.settings(__file__)}
     for name in ('num_samples', 'num_seeds', 'steps', 'batch_size', 'eval_rows'):
-        if globals()[name] < 1:
-            raise UserError(f'{name} must be at least 1, got {globals()[name]}')
+        if settings[name] < 1:
+            raise UserError(f'{name} must be at least 1, got {settings[name]}')
+    for name in ('merge_weight', 'remask_rate'):
+        if not 0 <= settings[name] <= 1:
+            raise UserError(f'{name} must be in 0..1, got {settings[name]}')
     if not budgets or any(type(n) is not int or n < 1 for n in budgets):
         raise UserError(f'budgets expects numbers of passes, each at least 1, got {budgets}')
-    for name in ('merge_weight', 'remask_rate'):
-        if not 0 <= globals()[name] <= 1:
-            raise UserError(f'{name} must be in 0..1, got {globals()[name]}')
     check_folder(json)
-    settings = {name: globals()[name] for name in configurator.settings(__file__)}
+
     rows, table = importlib.import_module(f'suites.{suite}').run(SimpleNamespace(**settings))
     print(table)
     if json:
-        command = 'python bench.py ' + ' '.join(sys.argv[1:])
-        write_atomically(json, jsonlib.dumps(dict(command=command, rows=rows), indent=1) + '\n')
+        written = dict(command=' '.join(['python bench.py', *sys.argv[1:]]), rows=rows)
+        write_atomically(json, jsonlib.dumps(written, indent=1) + '\n')
         print(f'written to {json}')
     problems = [row['name'] for row in rows if row.get('status') == 'problem']     # of diagnose
     if problems:

@@ -229,6 +229,11 @@ def configure(scope, argv):
         print_help(scope, known)
         raise SystemExit(0)
     values = current(scope, known)
+    # settings of earlier versions are still read: FORMER has their defaults, modernise() makes them today's
+    former = {name: Setting(name, default, type(default), '', [], None)
+              for name, default in scope.get('FORMER', {}).items()}
+    known = {**known, **former}
+    values.update(scope.get('FORMER', {}))
     files, overrides = parse(argv, known)
     for file in files:
         apply_file(file, values, known)
@@ -236,8 +241,10 @@ def configure(scope, argv):
     for name, value in overrides:
         print(f'override: {name} = {value!r}')
         values[name] = value
-    for name, setting in known.items():  # last, so that an error leaves the script as it was
-        home(scope, setting)[name] = values[name]
+    if former:
+        values = scope['modernise'](values)
+    for name, value in values.items():  # last, so that an error leaves the script as it was
+        home(scope, known[name])[name] = value
     return values
 
 

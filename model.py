@@ -204,7 +204,7 @@ class GPT(nn.Module):
         p = Pass(causal, self.plain_attention, segment, cache, at, told)
 
         added = self.causal_embd if causal else 0
-        for part in self.parts.values():
+        for part in [*self.parts.values()][::-1]:               # in this order a seed keeps its digits
             added = added + part.added(self, idx, p)
         p.embedded = self.embed(idx if at is None else idx.gather(1, at))
         x = norm(p.embedded + added).to(self.compute_dtype)     # (B, T, C)

@@ -103,6 +103,14 @@ class How:
         """How a token is drawn, see model.filtered."""
         return dict(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
+    def corrects(self):
+        """Whether the last steps only re-mask and refill."""
+        return self.remask in DOUBT
+
+    def needs_candidates(self):
+        """Whether a rule looks at tokens for all masked positions."""
+        return self.remask == 'critic' or self.commit not in BLIND
+
 
 how = How()      # what the command line says
 USUAL = dict(commit='random', schedule='linear', choice_temperature=4.5, commit_threshold=0.9, priority=(),
@@ -128,8 +136,7 @@ def generate_diffusion(model, canvas, fixed, *, ends=Ends(), closed=None, remask
     if how.remask == 'causal':
         return write(model, canvas, fixed, how.filters(), ends, generator=generator, trace=trace)
     sampler = rewrite if how.rewrite else denoise
-    run = Sampling(model, canvas, fixed, how, ends, closed, remask_model, generator,
-                   corrects=how.remask in DOUBT, wanted=how.commit not in BLIND)
+    run = Sampling(model, canvas, fixed, how, ends, closed, remask_model, generator)
     return sampler(run, trace)
 
 

@@ -1,8 +1,5 @@
-# the autoregressive baseline: the same network with causal attention, next token, nothing masked
+# the autoregressive baseline: the same network with causal attention, next token, nothing masked; network,
+# data and number of rows as in config/remask_all.py, so that the two can be compared
 training_type = 'causal'
-
-# same network, data and number of rows as config/remask_all.py, so that the two can be compared
-dataset = 'arithmetic'
-batch_size = 64
-max_iters = 1000
-eval_interval = 250
+causal_ratio = 0.0           # all rows are causal anyway
+draft_head = False

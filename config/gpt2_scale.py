@@ -1,23 +1,17 @@
 # GPT-2's size on OpenWebText (its loss was not measured here; a step is, see docs/log.md):
 #   torchrun --standalone --nproc_per_node=8 train.py config/gpt2_scale.py
-# half a million tokens a step, all processes together; on fewer GPUs raise gradient_accumulation_steps and lower batch_size
-# in proportion
-training_type = 'joint'
-mask_weighting = 'token'        # all masks weigh alike: on characters that gives a lower bound
+# half a million tokens a step, all processes together; on fewer GPUs raise gradient_accumulation_steps and
+# lower batch_size in proportion
+mask_weighting = 'token'       # all masks weigh alike: on characters that gives a lower bound
 remask_ratio = 0.25
 causal_ratio = 0.25
-draft_head = True
-remask_target = 'original'
-
-proofreading_warmup_iters = 10000
-masking_warmup_iters = 10000
+proofreading_warmup_iters = masking_warmup_iters = 10000
 
 dataset = 'openwebtext'
 block_size = 1024
 batch_size = 256               # 32 a GPU
 gradient_accumulation_steps = 2
-n_layer = 12
-n_head = 12
+n_layer = n_head = 12
 n_embd = 768
 n_recur = 1
 max_iters = 40000              # 20 billion tokens

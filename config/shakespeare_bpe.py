@@ -1,20 +1,15 @@
-# tiny Shakespeare in GPT-2's tokens, on a CPU. Only positions that carry loss are projected to the vocabulary of 50,257
-training_type = 'joint'
-mask_weighting = 'token'        # all masks weigh alike: on characters that gives a lower bound
+# tiny Shakespeare in GPT-2's tokens, on a CPU. Only positions that carry loss are projected to the
+# vocabulary of 50,257
+mask_weighting = 'token'     # all masks weigh alike: on characters that gives a lower bound
 remask_ratio = 0.25
 causal_ratio = 0.2
-draft_head = True
-remask_target = 'original'
-
-proofreading_warmup_iters = 500
-masking_warmup_iters = 500
+proofreading_warmup_iters = masking_warmup_iters = 500
 
 dataset = 'shakespeare'
 block_size = 64
 batch_size = 16
 n_layer = 4
 n_head = 2
-n_embd = 128
 n_recur = 1
 max_iters = 2000
 eval_interval = 500

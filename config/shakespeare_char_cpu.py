@@ -1,26 +1,20 @@
 # characters of tiny Shakespeare, 11 to 13 minutes on two CPU cores
-training_type = 'joint'
-mask_weighting = 'token'          # all masks weigh alike: a lower bound at equal steps
-remask_ratio = 0.2                # a fifth of the other rows carries wrong characters ...
-corruption = 'own:0.7,random:0.3' # ... most of them mistakes that the network would make, some of them typing errors
-remask_target = 'original'        # where it is wrong it learns what is right
-causal_ratio = 0.15               # a share of the batch trains the causal mode, which has the last word when sampling
-draft_head = True
-
-proofreading_warmup_iters = 1000
-masking_warmup_iters = 1000
+mask_weighting = 'token'           # all masks weigh alike: a lower bound at equal steps
+remask_ratio = 0.2                 # a fifth of the other rows carries wrong characters ...
+corruption = 'own:0.7,random:0.3'  # ... most of them mistakes that the network would make, some typing errors
+causal_ratio = 0.15                # this share trains the causal mode, which has the last word when sampling
+proofreading_warmup_iters = masking_warmup_iters = 1000
 
 dataset = 'shakespeare_char'
 block_size = 128
 batch_size = 32
-n_layer = 4
-n_head = 4                        # 32 channels a head; at this size 64 are a little worse, 16 much
-n_embd = 128                      # in ten minutes a narrow network that reads more gets further than a wide one
+n_layer = n_head = 4               # 32 channels a head; at this size 64 are a little worse, 16 much
+n_embd = 128  # in ten minutes a narrow network that reads more gets further than a wide one
 n_recur = 1
-time_dim = 32                     # it is told how much is masked: a lower bound for half a per cent of the parameters
-short_conv = 2                    # every block looks at two neighbours to each side first: a lower bound for 6 % of the time
-shortcuts = True                  # every block is shown the embedding and the first block's values again: lower for 3 % of the time
-bigram_rows = 8192                # it looks up what two neighbours mean together: a lower bound for 2 % of the time
+# each part lowers the bound: the network is told how much is masked; every block looks at two neighbours to
+# each side first, and sees the embedding and the first block's values again; pairs of neighbours have
+# embeddings of their own
+parts = 'level:32,short_conv:2,shortcuts,bigrams:8192'
 max_iters = 2800
 learning_rate = 1e-2
 decay_share = 0.7

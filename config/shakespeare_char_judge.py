@@ -1,6 +1,9 @@
-# a judge of samples for bench.py --suite=text: a larger causal network of another seed, which saw the training split only; its
-# rows are as long as the samples that it is to judge. Five minutes on two CPU cores
+# a judge of samples for bench.py --suite=text: a larger causal network of another seed, which saw the
+# training split only; its rows are as long as the samples that it is to judge. Five minutes on two CPU
+# cores
 training_type = 'causal'
+causal_ratio = 0.0
+draft_head = False
 seed = 4242
 
 dataset = 'shakespeare_char'

@@ -1,13 +1,9 @@
-# WikiText-2 in GPT-2's tokens, 45 million parameters, 26 of them embeddings: for one GPU (not measured here)
-training_type = 'joint'
-mask_weighting = 'token'        # all masks weigh alike: on characters that gives a lower bound
+# WikiText-2 in GPT-2's tokens, 45 million parameters, 26 of them embeddings: for one GPU (not measured
+# here)
+mask_weighting = 'token'     # all masks weigh alike: on characters that gives a lower bound
 remask_ratio = 0.25
 causal_ratio = 0.2
-draft_head = True
-remask_target = 'original'
-
-proofreading_warmup_iters = 2000
-masking_warmup_iters = 2000
+proofreading_warmup_iters = masking_warmup_iters = 2000
 
 dataset = 'wikitext2'
 block_size = 256

@@ -20,10 +20,7 @@ class Cache:
 
     @classmethod
     def empty(cls, model, B, S=0):
-        """
-        A cache for the causal pass over B rows, with places for S positions. None if the network cannot use
-        one.
-        """
+        """A cache for the causal pass over B rows and S positions. None if the network cannot use one."""
         config = model.config
         if 'graph' in config.parts:  # a graph compares embeddings, which no cache keeps
             return None
@@ -33,10 +30,7 @@ class Cache:
         return cls(torch.zeros(shape, dtype=model.compute_dtype, device=model.wte.weight.device))
 
     def make_room(self, S):
-        """
-        Adds places for S positions or a few more. Attention goes over all of them, so there should not be
-        many.
-        """
+        """Makes places for S positions or a few more; attention goes over all of them."""
         more = S - self.kept.size(4)
         if more > 0:
             self.kept = F.pad(self.kept, (0, 0, 0, -(-more // 16) * 16))
@@ -47,9 +41,7 @@ class Cache:
             self.kept = self.kept.index_select(2, rows)
 
     def begin(self, idx, at):
-        """
-        A pass over idx (B, T) begins that computes the positions at (B, W), None: all of them. Returns at.
-        """
+        """A pass over idx (B, T) begins, at the positions at (B, W), None: at all of them. Returns at."""
         if at is None:
             at = torch.arange(idx.size(1), device=idx.device).expand(len(idx), -1)
         self.at = at
@@ -64,20 +56,14 @@ class Cache:
         return torch.zeros(behind.shape, dtype=dtype, device=behind.device).masked_fill(behind, float('-inf'))
 
     def put(self, layer, k, v):
-        """
-        Keeps the keys and values (B, nh, W, hs) of the new positions, and returns all of them, (B, nh, S, hs)
-        each.
-        """
+        """Keeps new keys and values (B, nh, W, hs), and returns all of them, (B, nh, S, hs) each."""
         kept = self.kept[layer, :2]                                 # (2, B, nh, S, hs)
         new = torch.stack((k, v)).flatten(1, 3)                     # (2, B * nh * W, hs)
         kept.view(2, -1, k.size(-1)).index_copy_(1, self.slots, new)
         return kept[0], kept[1]
 
     def convolve(self, layer, x, y, weight, offsets):
-        """
-        x + the weighted sum of the states y (B, W, C) left of each position, some of them from earlier
-        passes.
-        """
+        """x + the weighted sum of the states y (B, W, C) left of each position, also from earlier passes."""
         kept = self.kept[layer, 2]                                  # (B, nh, S, hs)
         heads = y.unflatten(-1, kept.shape[1::2]).transpose(1, 2)   # (B, nh, W, hs)
         states = kept.view(-1, kept.size(-1)).index_copy_(0, self.slots, heads.flatten(0, 2))

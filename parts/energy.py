@@ -79,9 +79,7 @@ def text_of(x, ends):
 
 
 def choose_by_energy(energies, generator, greedy=False):
-    """
-    Of the n texts of each row one, with probability proportional to exp(-energy): energies (R, n) -> (R,).
-    """
+    """One of n texts for each row, with probability ~ exp(-energy): energies (R, n) -> (R,)."""
     return energies.argmin(1) if greedy else draw((-energies).softmax(-1), generator)
 
 

@@ -14,23 +14,18 @@ import torch.nn as nn
 from configurator import UserError
 from model import Linear, attention_bias, norm
 from plumbing.kernels import Taps, beside
+from plumbing.rows import places
 
 
 class Part(nn.Module):
-    """
-    The joints at which a part may act. p is what the blocks share in one pass, model.Pass; config is a
-    GPTConfig.
-    """
+    """The joints at which a part may act. p is a model.Pass, what the blocks share in one pass."""
 
     def embed(self, embedded):
         """Embeddings (..., C) -> (..., C), a function of the token alone."""
         return embedded
 
     def added(self, network, idx, p):
-        """
-        What is added to the embeddings of the ids idx (B, T), broadcast to (B, T, C), or (B, W, C) with a
-        cache.
-        """
+        """Added to the embeddings of the ids idx (B, T): (B, T, C), or (B, W, C) with a cache."""
         return 0
 
     def before(self, x, p):
@@ -246,9 +241,7 @@ IN_THE_NETWORK = dict(previous=Previous, mu=Mixer, bigrams=Bigrams, level=Level)
 
 
 def parse_parts(text):
-    """
-    'short_conv:2,shortcuts' -> {'short_conv': (2,), 'shortcuts': ()}. Raises UserError for what is no part.
-    """
+    """'short_conv:2,shortcuts' -> {'short_conv': (2,), 'shortcuts': ()}. Raises UserError."""
     chosen = {}
     known = {**IN_A_BLOCK, **IN_THE_NETWORK}
     for word in filter(None, (word.strip() for word in text.split(','))):
@@ -269,3 +262,21 @@ def build(config, kinds):
     except TypeError:
         raise UserError(f"parts='{config.parts}' gives a part more numbers than it takes") from None
     return nn.ModuleDict(parts)
+
+
+def told(model, input, segment, level):
+    """
+    What the parts of a network are told in training: keywords of GPT.forward for the canvases input (R, T).
+
+    level (R, T) is the share of noise. previous is the network's own prediction at the masks, from a pass
+    before; every other row goes without, so that the network can start from nothing.
+    """
+    previous = None
+    if 'previous' in model.parts:
+        with torch.no_grad():
+            even = torch.arange(len(input), device=input.device) % 2 == 0
+            shown = (input == model.mask_token_id) & even[:, None]                               # (R, T)
+            hidden = model(input, segment=segment, level=level, only=places(shown))              # (n, C)
+            guess = model.logits(hidden, real_only=True).argmax(-1)                              # (n,)
+        previous = torch.full_like(input, model.mask_token_id).masked_scatter(shown, guess)
+    return dict(level=level, previous=previous)

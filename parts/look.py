@@ -19,14 +19,11 @@ class Sampling:
     ends: the special ids of the dataset, see plumbing.rows.Ends
     closed (B, T) bool: where none of ends.forbid is drawn; None: left of what is fixed
     judge: a second network that finds the wrong tokens, or None
-    corrects: whether the last steps only re-mask and refill
-    wanted: whether the commit rule looks at tokens for all masked positions
     """
 
-    def __init__(self, model, canvas, fixed, how, ends=Ends(), closed=None, judge=None, generator=None,
-                 corrects=False, wanted=True):
+    def __init__(self, model, canvas, fixed, how, ends=Ends(), closed=None, judge=None, generator=None):
         self.model, self.fixed, self.how, self.ends, self.judge = model, fixed, how, ends, judge
-        self.generator, self.corrects, self.wanted = generator, corrects, wanted
+        self.generator = generator
         self.mask = model.mask_token_id
         self.canvas = canvas.clone()
         self.closed = left_of(fixed) if closed is None else closed
@@ -35,7 +32,7 @@ class Sampling:
         masked = canvas == self.mask
         self.start = masked.sum(1)                                   # (B,) tokens to fill
         self.steps = how.steps or int(self.start.max()) or max(1, canvas.size(1) // 4)
-        filling = self.steps - int(how.correct_share * self.steps) if self.corrects else self.steps
+        filling = self.steps - int(how.correct_share * self.steps) if how.corrects() else self.steps
         self.fill = self.start.clamp(min=1, max=max(1, filling))     # (B,) steps to fill a row in
         self.first_hole = masked.long().argmax(1)
 
@@ -43,7 +40,7 @@ class Sampling:
         self.previous = torch.full_like(canvas, self.mask) if 'previous' in model.parts else None
         self.tried = fixed.clone()                                   # remask_threshold doubts a position once
         self.nfe = torch.zeros_like(self.start)
-        at_work = torch.ones_like(self.start) if self.corrects else self.start
+        at_work = torch.ones_like(self.start) if how.corrects() else self.start
         self.rows = at_work.nonzero()[:, 0]                          # (R,) the rows that have not finished
 
     def put(self, look, x, chosen, logp):
@@ -52,7 +49,7 @@ class Sampling:
         self.canvas[rows] = x
         self.committed_logp[rows] = torch.where(chosen, logp, self.committed_logp[rows])
         self.nfe[rows] += look.passes
-        if look.last or not self.corrects or self.how.remask_threshold is not None:
+        if look.last or not self.how.corrects() or self.how.remask_threshold is not None:
             self.rows = rows[places((x == self.mask).any(1))]        # a row without masks has finished
 
 
@@ -86,7 +83,7 @@ class Look:
         if how.guide:
             self.candidates = guided(self)
             self.passes += model.config.energy_head * how.guide
-        elif self.judge or how.remask == 'critic' or run.wanted:
+        elif self.judge or how.needs_candidates():
             self.candidates = self.propose(self.masked)
         self.noise = torch.rand(self.x.shape, generator=run.generator, device=self.x.device,
                                 dtype=fine(self.x.device))

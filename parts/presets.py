@@ -147,9 +147,9 @@ def check_causal(config, commit, remask, ar_prefix, lengths_given):
         raise UserError('this causal checkpoint cannot fill a hole: it samples left to right '
                         '(no --commit, --remask, --remask_from)')
     if lengths_given or (ar_prefix is not None and ar_prefix < config['block_size']):
-        raise UserError('this causal checkpoint writes from left to right to the end: it can neither fill a hole '
-                        'with text right of it, nor be given a length, nor leave anything to other rules '
-                        '(no --ar_prefix)')
+        raise UserError('this causal checkpoint writes from left to right to the end: it can neither fill a '
+                        'hole with text right of it, nor be given a length, nor leave anything to other '
+                        'rules (no --ar_prefix)')
 
 
 def check_energy_head(config, name):
@@ -226,9 +226,7 @@ def check_task(settings):
 
 
 def check_rules(how, canvas, fixed, mask, judge, commits, remasks):
-    """
-    Raises UserError where a rule of How does not exist, or does not fit the others or canvas, fixed (B, T).
-    """
+    """Raises UserError for rules of How that do not exist, or do not fit together or the canvas (B, T)."""
     known = dict(commit=[*commits], remask=['none', *remasks, 'causal'], remdm=['cap', 'rescale'],
                  schedule=['linear', 'cosine'])
     for name, names in known.items():
@@ -238,9 +236,7 @@ def check_rules(how, canvas, fixed, mask, judge, commits, remasks):
     if (masked & fixed).any():
         raise UserError('a fixed position holds a mask: it would never be filled')
     if how.remask == 'causal':
-        if (masked.cummax(1).values & ~masked).any():
-            raise UserError('the causal pass cannot see what is right of a hole: with a fixed suffix or a given '
-                            'length use --remask=wrong, random or none and --ar_prefix=0')
+        check_suffix(masked)
         if how.guide:
             raise UserError('guide chooses among whole completions, which causal sampling does not have: '
                             'use --remask=none, wrong or critic')
@@ -255,10 +251,15 @@ def check_rules(how, canvas, fixed, mask, judge, commits, remasks):
     check_not_greedy(how, masked)
 
 
+def check_suffix(masked):
+    """Raises UserError if the masks (B, T) are not the suffix of each row, which causal sampling needs."""
+    if (masked.cummax(1).values & ~masked).any():
+        raise UserError('the causal pass cannot see what is right of a hole: with a fixed suffix or a given '
+                        'length use --remask=wrong, random or none and --ar_prefix=0')
+
+
 def check_not_greedy(how, masked):
-    """
-    Raises UserError if the surest token always comes first and nothing is given: all samples would be one.
-    """
+    """Raises UserError if the surest token comes first and nothing is given: all samples would be one."""
     by_sureness = how.commit not in ('random', 'priority')
     no_noise = how.commit == 'confidence' and how.choice_temperature == 0
     greedy = how.temperature == 0 or how.top_k == 1 or no_noise

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from model import Linear, norm
 from plumbing.draw import draw, filtered, fine
 from parts.cache import Cache
+from parts.presets import check_suffix
 from plumbing.kernels import squared_relu
 from plumbing.pieces import in_pieces
 from plumbing.rows import close_rows, left_of
@@ -41,10 +42,7 @@ class Drafter(nn.Module):
 
 
 def next_state(model, state, ids):
-    """
-    The draft head's state (N, C), fed the tokens ids (N,) -> its next state (N, C), for
-    model.logits(norm(state)).
-    """
+    """The draft head's state (N, C), fed the tokens ids (N,) -> its next state (N, C)."""
     return model.drafter(state, model.wte(ids).detach().to(state.dtype))
 
 
@@ -186,10 +184,7 @@ def next_draft(model, hidden, p, count, redrawn, window, filters, generator):
 
 
 def bidirectional_draft(model, x, masked, window, filters, generator):
-    """
-    A draft by a bidirectional pass over x (R, T): ids (R, W), and the laws (R, W, V+2) that they were drawn
-    from.
-    """
+    """A draft by a bidirectional pass over x (R, T): ids (R, W), and their laws (R, W, V+2)."""
     at = masked.long().argmax(1)[:, None] + torch.arange(window, device=x.device)            # (R, W)
     hidden = model(x)
     # (R, W, C)
@@ -251,6 +246,7 @@ def write_prefix(model, x, fixed, ar_prefix, *, ends, generator, trace, **rules)
     mask = model.mask_token_id
     masked = x == mask
     width = min(x.size(1), int(masked.long().argmax(1).max()) + ar_prefix)
+    check_suffix(masked[:, :width])
     filters = {name: rules[name] for name in ('temperature', 'top_k', 'top_p') if name in rules}
     closed = left_of(fixed)[:, :width]                                         # the end may be beyond width
     head, nfe, steps = left_to_right(model, x[:, :width], fixed[:, :width], ar_prefix, filters, ends,

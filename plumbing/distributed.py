@@ -5,7 +5,8 @@ Several processes, started by torchrun: each has its share of every batch, and a
 
 A process is a rank. Rank 0 prints, evaluates and writes. In a single process nothing here does anything.
 
-With --fsdp every rank keeps a part of each matrix of the blocks, see shard, and borrows those of one block at a time.
+With --fsdp every rank keeps a part of each matrix of the blocks, see shard, and borrows those of one block at
+a time.
 """
 
 import atexit
@@ -13,6 +14,7 @@ import contextlib
 import datetime
 import os
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -48,8 +50,10 @@ def first_here():
 
 def run(scope):
     """
-    configurator.run, but only rank 0 is heard. The UserErrors of the others are left to it, because every rank has the same
-    ones (see together): they end quietly, since torchrun stops all ranks, rank 0 before it can speak, when one fails.
+    configurator.run, but only rank 0 is heard.
+
+    Every rank has the same UserErrors (see together), so the others end quietly and leave them to rank 0:
+    when one fails, torchrun stops all ranks, rank 0 before it can speak.
     """
     if not launched() or os.environ['RANK'] == '0':
         return configurator.run(scope)
@@ -61,13 +65,13 @@ def run(scope):
 
 def leave():
     """
-    The last line of a script: ends a rank at once, without taking the interpreter down.
+    Ends a rank at once, without taking the interpreter down: the last line of a script.
 
-    Gloo's threads may still hold a tensor, and to let go of it by then aborts the process (PyTorch 2.13, 3 runs of 13):
-    torchrun would call a run failed that is saved.
+    Threads of Gloo may still hold a tensor, and to let go of it by then aborts the process (PyTorch 2.13, 3
+    runs of 13): torchrun would call a run failed that is saved.
     """
     if launched():
-        atexit._run_exitfuncs()                                                # of the loggers, say
+        atexit._run_exitfuncs()                                     # of the loggers, say
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -75,39 +79,42 @@ def leave():
 
 def connect(device):
     """
-    Connects the ranks that torchrun started; returns the device of this one, as a setting: without torchrun, what was asked for.
+    Connects the ranks that torchrun started; returns the device of this one, or without torchrun what was
+    asked for.
 
     Raises UserError if a device cannot be shared out, or if the ranks do not find one another.
     """
     if not launched():
         return device
     if device not in ('auto', 'cpu', 'cuda'):
-        raise UserError(f'torchrun gives every process a device of its own: set --device=cuda or --device=cpu, not {device}')
+        raise UserError('torchrun gives every process a device of its own: '
+                        f'set --device=cuda or --device=cpu, not {device}')
     cuda = torch.cuda.is_available() and device != 'cpu'
-    try:                                                                       # hours: the others wait while rank 0 evaluates
+    try:                                                            # hours: they wait while rank 0 evaluates
         dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=datetime.timedelta(hours=6))
     except (RuntimeError, ValueError) as error:
         raise UserError(f'the processes of torchrun do not find one another: {error}') from error
     here, local = int(os.environ['LOCAL_WORLD_SIZE']), int(os.environ['LOCAL_RANK'])
     with together():
         if cuda and here > torch.cuda.device_count():
-            raise UserError(f'{here} processes need as many GPUs, there are {torch.cuda.device_count()}: set --nproc_per_node, '
-                            f'or --device=cpu')
+            raise UserError(f'{here} processes need as many GPUs, there are {torch.cuda.device_count()}: '
+                            'set --nproc_per_node, or --device=cpu')
     if cuda:
         torch.cuda.set_device(local)
-    elif 'OMP_NUM_THREADS' not in os.environ:
+        return 'cuda'
+    if 'OMP_NUM_THREADS' not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // here))
-    return 'cuda' if cuda else 'cpu' if device == 'auto' else device
+    return 'cpu'
 
 
 def disconnect():
-    """The counterpart of connect. Not for a rank that crashed: it has to end at once, the others are still waiting for it."""
+    """The counterpart of connect. A rank that crashed ends at once, since the others wait for it."""
     if several() and isinstance(sys.exc_info()[1], (UserError, type(None))):
         dist.destroy_process_group()
 
 
 def gather(thing):
-    """The thing of every rank, a list in their order. Every rank waits here for all others."""
+    """The things of all ranks, a list in their order. Every rank waits here for all others."""
     if not several():
         return [thing]
     things = [None] * world()
@@ -117,7 +124,7 @@ def gather(thing):
 
 @contextlib.contextmanager
 def together():
-    """with together(): the UserError of one rank in here becomes that of all, and none goes on before all are through."""
+    """with together(): a UserError of one rank is raised on all; none goes on before all are through."""
     found = None
     try:
         yield
@@ -132,7 +139,7 @@ def anywhere(flag):
     """Whether the flag of any rank is set."""
     if not several():
         return flag
-    flag = torch.tensor(int(flag))                                             # on the CPU, no matter where the network is
+    flag = torch.tensor(int(flag))                                  # on the CPU, wherever the network is
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag)
 
@@ -146,7 +153,7 @@ def total(count):
 
 
 def rows_of_rank(rows):
-    """This rank's rows of a batch (B, T), B a multiple of world(): every world()-th of them."""
+    """The rows of this rank, of a batch (B, T): every world()-th of them, B being a multiple of world()."""
     return rows[rank()::world()] if several() else rows
 
 
@@ -155,32 +162,50 @@ def share(num):
     return len(range(rank(), num, world()))
 
 
-def same_weights(model):
-    """Gives every rank the weights and buffers of rank 0."""
-    if several():
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, 0)
+class Losses(torch.nn.Module):
+    """A network and all losses of a batch as one forward pass: what DistributedDataParallel can follow."""
+
+    def __init__(self, model, losses):
+        super().__init__()
+        self.model, self.losses = model, losses
+
+    def forward(self, *batch):
+        """What losses(model, *batch) yields, [(a loss, its parts)], together: (the sum, the parts)."""
+        found = list(self.losses(self.model, *batch))
+        parts = {name: part for _, more in found for name, part in more.items()}
+        return sum(total for total, _ in found), parts
 
 
-def average_gradients(model, parts, names):
+def data_parallel(model, losses):
     """
-    Makes every gradient its mean over the ranks; returns the parts of the loss (see training_step), now summed over them.
+    losses(model, *batch) by DistributedDataParallel: backward makes every gradient its mean over the ranks.
 
-    names: of all the parts that a rank may have. It is one sum of one flat tensor: training_step goes through the network by
-    several methods, several times, and never through all of it, which the hooks of DistributedDataParallel cannot follow.
+    Returns None for a single process. What no rank uses gets no gradient; this depends on the batch; where
+    there is nothing of the kind PyTorch warns once. All ranks start with the weights of rank 0.
     """
     if not several():
+        return None
+    if model._compiled_call_impl is not None:                       # the network is compiled in one piece
+        torch._dynamo.config.optimize_ddp = False
+    wrapped = Losses(model, losses)
+    split = [name for name, p in wrapped.named_parameters() if sharded(p)]    # FSDP averages them
+    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(wrapped, split)
+    warnings.filterwarnings('ignore', message='.*broadcast_buffers')
+    return torch.nn.parallel.DistributedDataParallel(wrapped, broadcast_buffers=False,
+                                                     find_unused_parameters=True)
+
+
+def averaging(network, last):
+    """A context for a pass of data_parallel: the ranks exchange gradients after the last one of a step."""
+    return contextlib.nullcontext() if network is None or last else network.no_sync()
+
+
+def sum_parts(parts, names):
+    """The parts of the loss {name: (2,)} summed over the ranks; names: all that a rank may have."""
+    if not several():
         return parts
-    params = [p for p in model.parameters() if not sharded(p)]                 # FSDP has made the mean of the others
-    there = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
-    losses = torch.stack([parts[name].float() if name in parts else there.new_zeros(2) for name in names])     # (names, 2)
-    flat = torch.cat([*(torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in params), there,
-                      losses.view(-1)])
-    dist.all_reduce(flat)
-    *grads, there, losses = flat.split([*(p.numel() for p in params), len(params), losses.numel()])
-    for p, grad, some in zip(params, grads, there.tolist()):
-        p.grad = grad.view_as(p).div_(world()) if some else None               # what no rank used is not optimised either
-    return dict(zip(names, losses.view(-1, 2)))
+    zero = torch.zeros_like(next(iter(parts.values())))
+    return dict(zip(names, total(torch.stack([parts.get(name, zero).float() for name in names]))))
 
 
 # -----------------------------------------------------------------------------
@@ -189,18 +214,21 @@ def average_gradients(model, parts, names):
 
 def shard(model, device):
     """
-    Splits the matrices of the blocks over the ranks: from here on they are DTensors, and so are their gradients.
+    Splits the matrices of the blocks over the ranks: from here on they are DTensors, and so are their
+    gradients.
 
-    All else, the embedding for the most part, every rank has whole, because training_step goes there past GPT.forward, where no
-    hook of FSDP sees it. Every rank has to go through the network equally often: a pass of one waits for all the others. In
-    bfloat16 the gradients of a stack that is applied several times are summed in that dtype, without fsdp in float32.
+    Every rank has the rest whole, for the most part the embedding, because training uses that outside of
+    GPT.forward, where no hook of FSDP sees it. Every rank has to go through the network equally often: a pass
+    of one waits for all the others. In bfloat16 the gradients of a stack that is applied several times are
+    summed in that dtype, without fsdp in float32.
     """
     if sharded(model):
         return
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     rest = {p for name, p in model.named_parameters() if not name.startswith('blocks.') or p.ndim != 2}
-    policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=model.compute_dtype, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (world(),))
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=rest)
@@ -209,7 +237,7 @@ def shard(model, device):
 
 def sharded(thing):
     """Whether a network or a tensor is split over the ranks."""
-    return hasattr(thing, 'unshard') or hasattr(thing, 'full_tensor')          # importing DTensor to ask takes a second
+    return hasattr(thing, 'unshard') or hasattr(thing, 'full_tensor')    # to import DTensor takes a second
 
 
 def local(tensors):
@@ -223,9 +251,10 @@ def full(tensor):
 
 
 def like(value, own):
-    """A tensor, or a state dict, in which this rank's part replaces what is whole there and split in its counterpart own."""
+    """A tensor, or a state dict, with only the part of this rank of what is split in its counterpart own."""
     if isinstance(value, dict):
-        return {name: like(one, own[name] if isinstance(own, (dict, list)) else own) for name, one in value.items()}
+        return {name: like(one, own[name] if isinstance(own, (dict, list)) else own)
+                for name, one in value.items()}
     if not sharded(own) or value.shape != own.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
@@ -233,7 +262,7 @@ def like(value, own):
 
 
 def whole(thing):
-    """The counterpart of like, of lists too: what is split is put together, on the CPU of rank 0; elsewhere it becomes None."""
+    """The counterpart of like, also for lists: whole tensors on the CPU of rank 0, and None elsewhere."""
     if isinstance(thing, dict):
         return {name: whole(one) for name, one in thing.items()}
     if isinstance(thing, list):
@@ -245,21 +274,21 @@ def whole(thing):
 
 
 def whole_model(model):
-    """The network for rank 0 to go through alone: if it is split a copy, and None on the others."""
+    """The network for rank 0 to go through alone: if it is split a copy, and None on the other ranks."""
     if not sharded(model):
         return model
     weights = whole(model.state_dict())
     if rank():
         return None
     with torch.random.fork_rng(devices=[]):
-        copy = type(model)(model.config)
+        copy = type(model).__bases__[-1](model.config)              # the first is that of fully_shard
     copy.load_state_dict(weights)
     copy.compute_dtype, copy.plain_attention = model.compute_dtype, model.plain_attention
     return copy.to(model.wte.weight.device)
 
 
 def norms(grads):
-    """The norm of each of the gradients, (n,), of one that is split that of the whole."""
+    """The norms of gradients, (n,); for one that is split the norm of the whole."""
     norms, split = torch.stack(torch._foreach_norm(local(grads))), [sharded(grad) for grad in grads]
     if not any(split):
         return norms
@@ -268,7 +297,7 @@ def norms(grads):
 
 
 def grad_norm(params):
-    """The norm of the gradients of params together, on every rank that of the whole network."""
+    """The norm of the gradients of params together, the same on every rank."""
     grads = [p.grad for p in params if p.grad is not None]
     if not any(sharded(grad) for grad in grads):
         return torch.nn.utils.get_total_norm(grads)

@@ -1,9 +1,13 @@
-"""The log of a training run, a JSON object a line, and its curves."""
+"""What a training run tells: its log, a JSON object a line, its curves, its lines on screen, its samples."""
 
 import json
 import os
 
-from plumbing.checkpoint import atomically, write_atomically
+from plumbing.files import atomically, write_atomically
+from plumbing.optim import ramp
+from plumbing.text import encode, load_task
+
+PARTS = ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)')  # of the loss, as training tells them
 
 
 def read_log(path):
@@ -14,20 +18,21 @@ def read_log(path):
             for line in file:
                 try:
                     records.append(json.loads(line))
-                except ValueError:                                             # torn by a crash
+                except ValueError:                                  # torn by a crash
                     break
     return records
 
 
 def start_log(path, start):
-    """An empty log, an older one being kept as log_before.jsonl; if a run is resumed at step start, the log up to there."""
+    """Starts an empty log, an older one becoming log_before.jsonl; of a resumed run it stays up to start."""
     if not start and os.path.exists(path) and os.path.getsize(path):
         os.replace(path, path.removesuffix('.jsonl') + '_before.jsonl')
-    write_atomically(path, ''.join(json.dumps(record) + '\n' for record in read_log(path) if 0 < start >= record['step']))
+    records = [record for record in read_log(path) if 0 < start >= record['step']]
+    write_atomically(path, ''.join(json.dumps(record) + '\n' for record in records))
 
 
 def draw_curves(log, path):
-    """log.jsonl as curves, one panel for what belongs together, if matplotlib is there; returns whether it is."""
+    """Draws log.jsonl as curves, if matplotlib is there; returns whether it is."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -36,15 +41,18 @@ def draw_curves(log, path):
     groups = {'nats, training': ('causal', 'draft', 'unmask', 'detect', 'keep'),
               'nats a token, validation': ('nelbo', 'causal_nll', 'entropy'),
               'share': ('auc', 'fixed', 'refilled', 'valid', 'correct', 'distinct_3', 'known_words'),
-              'abstention': ('p(MASK)', 'penalty_keep_mask'), 'bias on the logit of [MASK]': ('mask_logit_bias',),
-              'curricula': ('remask_ratio', 'penalty_mask_correct'), 'learning rate': ('learning_rate',)}
-    groups = {title: [name for name in names if any(name in record for record in records)] for title, names in groups.items()}
-    groups = {title: names for title, names in groups.items() if names}
-    if not groups:
+              'abstention': ('p(MASK)', 'penalty_keep_mask'),
+              'bias on the logit of [MASK]': ('mask_logit_bias',),
+                'curricula': ('remask_ratio', 'penalty_mask_correct'), 'learning rate': ('learning_rate',)}
+    there = {name for record in records for name in record}
+    panels = [(title, [name for name in names if name in there]) for title, names in groups.items()]
+    panels = [(title, names) for title, names in panels if names]
+    if not panels:
         return False
-    figure = Figure(figsize=(10, 2.6 * -(-len(groups) // 2)), layout='constrained')
-    for number, (title, names) in enumerate(groups.items(), 1):
-        axes = figure.add_subplot(-(-len(groups) // 2), 2, number, title=title)
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(10, 2.6 * rows), layout='constrained')
+    for number, (title, names) in enumerate(panels, 1):
+        axes = figure.add_subplot(rows, 2, number, title=title)
         for name in names:
             points = [(record['step'], record[name]) for record in records if name in record]
             axes.plot(*zip(*points), label=name, marker='.' if len(points) < 20 else None)
@@ -53,3 +61,38 @@ def draw_curves(log, path):
     with atomically(path) as temporary:
         figure.savefig(temporary, format='png', dpi=110)
     return True
+
+
+def progress_line(step, config, record, speed):
+    """The line on screen: losses by task since the last one, curricula, controller, speed and time left."""
+    words = [f'{name} {record[name]:.3f}' for name in PARTS if name in record]
+    if config['target_mask_prob']:
+        words.append(f"bias {record['mask_logit_bias']:+.2f}  price {record['penalty_keep_mask']:.2f}")
+    if config['training_type'] in ('joint', 'remasking', 'denoising'):
+        proofreading = ramp(step, config['proofreading_warmup_iters'])
+        penalty = ramp(step, config['masking_warmup_iters'])
+        words.append(f'proofreading {proofreading:.0%}  masking penalty {penalty:.0%}')
+    if record.get('skipped'):
+        words.append(f"skipped {record['skipped']}")
+    left = int((config['max_iters'] - step) / speed)
+    time_left = f'{left // 60}:{left % 60:02d}'
+    return f"step {step}/{config['max_iters']}  {'  '.join(words)}  {speed:.1f} it/s  {time_left} left"
+
+
+def show_samples(samples, meta, config, compare, shown=4):
+    """
+    Prints a few of the samples drawn and what they are worth.
+
+    Returns the score of the task, or for text without a task compare(texts, lists of ids).
+    """
+    task, texts = load_task(meta['name']), [sample['text'] for sample in samples]
+    for text in texts[:shown]:
+        print(f'    {text}   {task.verdict(text)}' if task else f'    {text!r}')
+    if not task:
+        given = len(encode(meta, config['sample_prompt'])) + (meta['bos'] is not None)
+        return compare([text[len(config['sample_prompt']):] for text in texts],
+                       [sample['tokens'][given:] for sample in samples])
+    score = task.score(texts)
+    print(f"    {score['valid']:.0%} of {len(texts)} samples are well formed, "
+          f"{score['correct']:.0%} have the right value")
+    return {name: score[name] for name in ('valid', 'correct')}

@@ -1,5 +1,6 @@
 """
-Losses over a large vocabulary, some positions at a time: the logits of all of them would not fit, and need not be kept.
+Losses over a large vocabulary, some positions at a time: the logits of all of them would not fit, and need
+not be kept.
 """
 
 import torch
@@ -12,7 +13,7 @@ class Piecewise(torch.autograd.Function):
     def forward(ctx, of, size, hidden, words):
         learns = ctx.needs_input_grad[3]
         total, found, grad_hidden, grad_words = 0.0, [], [], torch.zeros_like(words) if learns else None
-        cast = words.detach().to(hidden.dtype).requires_grad_(learns)          # once, not for every piece
+        cast = words.detach().to(hidden.dtype).requires_grad_(learns)       # once, not for every piece
         for at in (slice(start, start + size) for start in range(0, len(hidden), size)):
             with torch.enable_grad():
                 piece = hidden[at].detach().requires_grad_()
@@ -22,7 +23,7 @@ class Piecewise(torch.autograd.Function):
             found.append(more)
             grad_hidden.append(grads[0])
             if learns:
-                grad_words += grads[1]                                         # added up in float32
+                grad_words += grads[1]                              # added up in float32
         ctx.save_for_backward(torch.cat(grad_hidden), grad_words)
         found = [torch.cat(column) for column in zip(*found)]
         ctx.mark_non_differentiable(*found)
@@ -35,17 +36,19 @@ class Piecewise(torch.autograd.Function):
 
 
 def at_once(words, most):
-    """How many positions are a piece: at most so many logits, words (rows, C) being the table; never none."""
+    """How many positions have at most `most` logits, words (rows, C) being the table; at least one."""
     return max(1, most // len(words))
 
 
 def in_pieces(of, hidden, words, most):
     """
-    of(hidden, words, places), a sum over positions and vectors (n,) of what else is told about them: (sum, vectors (N,)).
+    of(hidden, words, places), a sum over positions and vectors (n,) of what else it tells about them: (sum,
+    vectors (N,)).
 
-    hidden (N, C), words (rows, C). If there are more than most logits, of is asked for some positions at a time, and the
-    gradients are taken on the way, so that the logits of one piece are all that exist at any time (as Liger's kernels do, Hsu
-    et al. 2024): a large vocabulary takes a fraction of the memory, and on a CPU, where fresh memory is dear, less time as well.
+    hidden (N, C), words (rows, C). If there are more than `most` logits, of is asked for some positions at a
+    time, and the gradients are taken on the way, so that only the logits of one piece exist at any time (as
+    in the Liger kernels, Hsu et al. 2024). A large vocabulary takes a fraction of the memory, and on a CPU,
+    where fresh memory is dear, less time as well.
     """
     if len(hidden) * len(words) <= most or not torch.is_grad_enabled():
         return of(hidden, words, slice(None))

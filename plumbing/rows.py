@@ -8,10 +8,7 @@ import torch
 
 
 def places(where):
-    """
-    The places of the True positions of where (B, T) in the flattened batch: (N,). A GPU is waited for to
-    count them.
-    """
+    """The places of the True positions of where (B, T) in the flattened batch: (N,). Waits for a GPU."""
     return where.flatten().nonzero()[:, 0]
 
 

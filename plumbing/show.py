@@ -15,7 +15,7 @@ import torch
 
 from configurator import UserError
 from data.common import gpt2
-from plumbing.checkpoint import write_atomically
+from plumbing.files import write_atomically
 from plumbing.evaluate import p_wrong
 
 # how the terminal shows what a position can be in a frame; the first letter is its name in the page

@@ -165,14 +165,8 @@ def load_task(dataset):
     return module
 
 
-def modelled(x0, meta):
-    """Which positions of x0 (B, T) are modelled: (free: all but the start symbol, real: those without the padding)."""
-    free = torch.ones_like(x0, dtype=torch.bool) if meta['bos'] is None else x0 != meta['bos']
-    return free, free if meta['pad'] is None else free & (x0 != meta['pad'])
-
-
 def read_lines(path):
-    """The lines of a text file that are not empty. Raises UserError if there are none or it cannot be read."""
+    """The lines of a text file that are not empty. Raises UserError if there are none."""
     try:
         with open(path, encoding='utf-8') as lines:
             found = [line for line in lines.read().splitlines() if line]

@@ -1,81 +1,70 @@
 """
-Training runs side by side: runs that differ in their seed only share a row, ± the standard error over these seeds.
+Training runs side by side. Those that differ in their seed only share a row, ± the standard error over seeds.
 
 A row is named by what it sets differently from the first run; merged ones by both.
 """
 
 import glob
-import statistics
 
 from tqdm import tqdm
 
-from plumbing.checkpoint import load_checkpoint
+from model import GPT
 from configurator import UserError
 from data.loader import data_of, spread_rows
-from plumbing.device import configure_compute
-from corruption import own_errors
-from plumbing.evaluate import evaluate
-from rules import supports
+from parts.presets import supports
 from sample import generate
-from suites.common import SHARES, asked_for, cell, load, markdown, training_strings
+from suites.common import asked_for, averaged, load, score, table_of, training_strings, worth
 from suites.runs import known_settings
 
 VALIDATION = ('nelbo', 'causal_nll', 'auc', 'fixed', 'refilled')
 GENERATED = ('valid', 'correct', 'length_tv', 'unique', 'nfe')
 # settings that say nothing about what was learned
-IGNORED = ('seed', 'out_dir', 'eval_interval', 'eval_rows', 'eval_samples', 'eval_only', 'log_interval', 'keep_every',
-           'wandb_log', 'wandb_project', 'wandb_run_name', 'sample_prompt', 'overwrite', 'max_bad_steps',
-           'device', 'dtype', 'attention', 'compile', 'fsdp', 'stage')   # what a stage turns on has settings of its own
+IGNORED = ('seed', 'out_dir', 'eval_interval', 'eval_rows', 'eval_samples', 'eval_only', 'log_interval',
+           'keep_every', 'wandb_log', 'wandb_project', 'wandb_run_name', 'sample_prompt', 'overwrite',
+           'max_bad_steps', 'device', 'dtype', 'attention', 'compile', 'fsdp')
 
 
 def recipe(checkpoint):
     """What of a checkpoint's settings decides about what it is; of a path only that there is one."""
+    # what an older or a simpler one lacks is off, what train.py no longer has is left out
     known = {name: setting.default for name, setting in known_settings('train.py').items()}
-    config = {**known, 'energy_head': 0, **checkpoint['config']}               # what an older or a simpler one lacks is off
-    if config['init_from'] == 'resume':                                        # of an older one; now it is what it went on with
-        config['init_from'] = 'scratch'
+    config = {name: checkpoint['config'].get(name, default)
+              for name, default in {**known, 'energy_head': 0}.items() if name not in IGNORED}
+    # an older one may say resume, now it is what it went on with
+    if config['init_from'] != 'scratch':
+        config['init_from'] = 'scratch' if config['init_from'] == 'resume' else 'a checkpoint'
     how = checkpoint.get('distilled')
-    config['distilled'] = how and {name: value for name, value in how.items() if name not in (*IGNORED, 'init_from')}
-    early = not how and checkpoint['iter_num'] < config['max_iters']           # numbered ones; runs that were stopped
+    config['distilled'] = how and {name: how[name] for name in how if name not in (*IGNORED, 'init_from')}
+    # numbered ones, and runs that were stopped
+    early = not how and checkpoint['iter_num'] < config['max_iters']
     config['stopped_at'] = checkpoint['iter_num'] if early else None
-    return {name: 'a checkpoint' if name in ('init_from', 'guess_from') and value not in (None, 'scratch') else value
-            for name, value in config.items() if name not in IGNORED}
+    return config
 
 
 def changed(checkpoint, first):
     """What a checkpoint's recipe has that the recipe first has not, as text."""
-    return ', '.join(f'{name}={value}' for name, value in recipe(checkpoint).items() if value != first.get(name)) or 'the first'
+    words = [f'{name}={value}' for name, value in recipe(checkpoint).items() if value != first.get(name)]
+    return ', '.join(words) or 'the first'
 
 
 def checkpoint_scores(s, path, other=None):
-    """(validation: dict of VALIDATION, what there is of it; {sampler: dict of GENERATED}) of one checkpoint."""
+    """(validation: dict of what there is of VALIDATION; {sampler: dict of GENERATED}) of one checkpoint."""
     model, checkpoint = load(s, path, other)
     meta, config = checkpoint['meta'], checkpoint['config']
-    task, train = training_strings(s, meta)
+    strings = training_strings(s, meta)
     can_unmask, causal, detects = supports(config)
-    writer = model
-    if config.get('guess_from') and not can_unmask:
-        writer, _ = load_checkpoint(config['guess_from'])
-        configure_compute(writer, s.device, s.dtype, s.attention, s.compile)
-    writes = can_unmask or writer is not model
     val = spread_rows(data_of(meta, config)[1]['val'], s.eval_rows, model.config.block_size)
-    validation = evaluate(model, val, meta, causal=causal, bidirectional=can_unmask,
-                          own_errors=own_errors if detects and can_unmask else None)
-    rules = {'remask=none': dict(remask='none')} if writes else {}
-    if writes and detects:
-        rules['remask=wrong'] = dict(remask='wrong', remask_rate=s.remask_rate, remask_model=None if writer is model else model)
-    if config.get('allow_abstain'):
-        rules['commit=abstain'] = dict(commit='abstain')
-    if causal and can_unmask:
-        rules['remask=causal'] = dict(remask='causal')
+    validation = worth(model, checkpoint, val)
+
+    samplers = {'remask=none': (can_unmask, dict(remask='none')),
+                'remask=wrong': (can_unmask and detects, dict(remask='wrong', remask_rate=s.remask_rate)),
+                'commit=abstain': (config.get('allow_abstain'), dict(commit='abstain')),
+                'remask=causal': (can_unmask and causal, dict(remask='causal'))}
     scores = {}
-    for name, more in rules.items():
-        if asked_for(s, name):
-            # a judge of its own takes a pass as well
-            passes = max(1, s.steps // 2) if more.get('remask_model') else s.steps
-            samples = generate(writer, meta, s.num_samples, batch_size=s.batch_size, seed=s.seed, steps=passes, **more)
-            score = task.score([sample['text'] for sample in samples], train)
-            scores[name] = {**score, 'nfe': statistics.mean(sample['nfe'] for sample in samples)}
+    for name, (known, rules) in samplers.items():
+        if known and asked_for(s, name):
+            rules.update(steps=s.steps, batch_size=s.batch_size, seed=s.seed)
+            scores[name] = score(strings, generate(model, meta, s.num_samples, **rules))
     return validation, scores
 
 
@@ -86,38 +75,26 @@ def run(s):
     if not paths:
         raise UserError(f"no checkpoint matches '{s.init_from}'")
     if s.merge_from and len(others) != len(paths):
-        raise UserError(f"merge_from='{s.merge_from}' matches {len(others)} checkpoints, init_from {len(paths)}")
-    groups, first = {}, None
+        counts = f'{len(others)} checkpoints, init_from {len(paths)}'
+        raise UserError(f"merge_from='{s.merge_from}' matches {counts}")
+
+    first, groups = recipe(GPT.load(paths[0])[1]), {}
     with tqdm(list(zip(paths, others or [None] * len(paths))), desc='checkpoints', leave=False) as bar:
-        for path, other in bar:
-            checkpoint = load_checkpoint(path)[1]
-            first = first or recipe(checkpoint)
-            name = changed(checkpoint, first) + (f' + {changed(load_checkpoint(other)[1], first)}' if other else '')
-            groups.setdefault(name, []).append(checkpoint_scores(s, path, other))
-    if s.only and not any(scores for runs in groups.values() for _, scores in runs):
-        raise UserError(f"no sampler's name contains '{s.only}'")
+        for pair in bar:
+            name = ' + '.join(changed(GPT.load(path)[1], first) for path in pair if path)
+            groups.setdefault(name, []).append(checkpoint_scores(s, *pair))
     rows = []
     for name, runs in groups.items():
-        rows.append(dict(name=name, sampler='', seeds=len(runs), **mean_and_error([run[0] for run in runs], VALIDATION)))
-        for sampler in runs[0][1]:
-            rows.append(dict(name=name, sampler=sampler, seeds=len(runs),
-                             **mean_and_error([run[1][sampler] for run in runs], GENERATED)))
+        validations, scores = zip(*runs)
+        rows.append(dict(name=name, sampler='', seeds=len(runs), **averaged(validations, VALIDATION)))
+        for sampler in scores[0]:
+            mean = averaged([score[sampler] for score in scores], GENERATED)
+            rows.append(dict(name=name, sampler=sampler, seeds=len(runs), **mean))
+    generated = [row for row in rows if row['sampler']]
+    if s.only and not generated:
+        raise UserError(f"no sampler's name contains '{s.only}'")
     print(f'{s.num_samples} samples a seed and sampler, ± standard error over training seeds\n')
-    validation = [[row['name'], str(row['seeds']), *[cell(row, m) for m in VALIDATION]] for row in rows if not row['sampler']]
-    generated = [[row['name'], row['sampler'], *[cell(row, m) for m in GENERATED]] for row in rows if row['sampler']]
-    head = {m: f'{m} %' if m in SHARES else m for m in (*VALIDATION, *GENERATED)}
-    table = markdown(['run', 'seeds', *[head[m] for m in VALIDATION]], validation)
+    table = table_of([row for row in rows if not row['sampler']], dict(run='name', seeds='seeds'), VALIDATION)
     if generated:
-        table += '\n\n' + markdown(['run', 'sampler', *[head[m] for m in GENERATED]], generated)
+        table += '\n\n' + table_of(generated, dict(run='name', sampler='sampler'), GENERATED)
     return rows, table
-
-
-def mean_and_error(scores, metrics):
-    """The mean of every metric over the runs, and its standard error from their spread (one run: None)."""
-    row = {}
-    for metric in metrics:
-        values = [score.get(metric) for score in scores]
-        there = None not in values
-        row[metric] = statistics.mean(values) if there else None
-        row[f'{metric}_se'] = statistics.stdev(values) / len(values) ** 0.5 if there and len(values) > 1 else None
-    return row

@@ -1,5 +1,5 @@
 """
-What the suites share. s is always bench's settings, a SimpleNamespace.
+What the suites share. s is always bench's settings, a SimpleNamespace; strings are those of training_strings.
 """
 
 import functools
@@ -12,66 +12,98 @@ import torch
 from tqdm import tqdm
 
 from plumbing.text import decode, load_task
-from plumbing.checkpoint import load_checkpoint
+from model import GPT
+from plumbing.checkpoint import find_checkpoint, load_merged
 from configurator import UserError
+from corruption import own_errors
 from data.loader import load_data
 from plumbing.device import configure_compute
-from sample import find_checkpoint, generate, load_merged
+from plumbing.evaluate import evaluate
+from parts.presets import supports
+from sample import generate
 
 METRICS = ('balanced', 'valid', 'correct', 'unique', 'novel', 'mean_length', 'length_tv', 'nfe')
-SHARES = ('balanced', 'valid', 'correct', 'unique', 'novel', 'fixed', 'refilled', 'accuracy', 'by_string', 'exact', 'anchors')
+SHARES = ('balanced', 'valid', 'correct', 'unique', 'novel',
+          'fixed', 'refilled', 'accuracy', 'by_string', 'exact', 'anchors')
+COST = ('minutes', 'tokens_per_second', 'parameters')    # of training, see training_cost in runs.py
+# digits behind the point; 3 for all others
+DIGITS = {**dict.fromkeys((*SHARES, 'nfe', 'mean_length', 'minutes'), 1), 'tokens_per_second': 0}
 
 
-def standard_error(values, name, n):
+def standard_error(values, name, n=None):
     """
-    Of the mean of a metric over seeds with n samples each; None if it cannot be told from a single seed.
+    The standard error of a metric's mean over seeds with n samples each; None if one seed cannot tell.
 
-    A share of independent samples: binomial over all of them, which is surer than the spread of a few seeds. The others
-    (unique and length_tv are properties of the n samples together): from the spread over the seeds.
+    A share of independent samples: binomial, surer than the spread of a few seeds. All else: from the spread.
     """
-    if name in SHARES and name != 'unique':
+    if n and name in SHARES and name != 'unique':
         mean = statistics.mean(values)
         return (mean * (1 - mean) / (n * len(values))) ** 0.5
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
-def summary(name, protocol, scores, n, seconds=None):
-    """One row of the table: every metric with its standard error, from the score of every seed."""
-    row = dict(name=name, protocol=protocol, n=n, seeds=len(scores), seconds=seconds)
-    for metric in METRICS:
-        values = [score[metric] for score in scores]
-        row[metric] = statistics.mean(values) if None not in values else None
-        row[f'{metric}_se'] = standard_error(values, metric, n) if None not in values else None
+def averaged(scores, metrics, n=None):
+    """The mean of every metric over scores, dicts, and its standard error; None where a score lacks it."""
+    row = {}
+    for metric in metrics:
+        values = [score.get(metric) for score in scores]
+        known = None not in values
+        row[metric] = statistics.mean(values) if known else None
+        row[f'{metric}_se'] = standard_error(values, metric, n) if known else None
     return row
 
 
 def with_errors(row, n):
-    """row, with the binomial standard error of its shares over n strings (draws of one string are not independent)."""
+    """row, with the binomial error of its shares over n strings (draws of one are not independent)."""
     errors = {f'{name}_se': (value * (1 - value) / n) ** 0.5 for name, value in row.items() if name in SHARES}
     return {**row, **errors, 'nfe_se': None}
 
 
 def cell(row, metric):
-    """A metric as text: shares in per cent, with the standard error where there is one."""
-    value, error = row[metric], row[f'{metric}_se']
+    """A metric as text: a count as it is, shares in per cent, with the standard error where there is one."""
+    value, error = row[metric], row.get(f'{metric}_se')
     if value is None:
         return '—'
-    scale, digits = (100, 1) if metric in SHARES else (1, 1 if metric in ('nfe', 'mean_length') else 3)
-    return f'{scale * value:.{digits}f}' + ('' if error is None or math.isnan(error) else f' ± {scale * error:.{digits}f}')
+    if isinstance(value, int) and metric not in SHARES:
+        return f'{value:,}'
+    scale, digits = 100 if metric in SHARES else 1, DIGITS.get(metric, 3)
+    known = error is not None and not math.isnan(error)
+    return f'{scale * value:,.{digits}f}' + (f' ± {scale * error:.{digits}f}' if known else '')
+
+
+def cells(row, metrics):
+    """Several metrics in one cell."""
+    return ' · '.join(cell(row, metric) for metric in metrics)
+
+
+def headings(metrics):
+    """What stands above the cells of metrics."""
+    names = dict(minutes='minutes of training', tokens_per_second='tokens/s')
+    return [f'{metric} %' if metric in SHARES else names.get(metric, metric) for metric in metrics]
 
 
 def markdown(head, lines):
     """A Markdown table that also reads well on screen."""
     lines = [head, *lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = ['| ' + ' | '.join(value.ljust(width) for value, width in zip(line, widths)) + ' |' for line in lines]
+    text = ['| ' + ' | '.join(map(str.ljust, line, widths)) + ' |' for line in lines]
     text.insert(1, '|' + '|'.join('-' * (width + 2) for width in widths) + '|')
     return '\n'.join(text)
 
 
+def table_of(rows, columns, metrics):
+    """Markdown of rows, dicts: the columns {heading: key} as they stand there, then the metrics as cells."""
+    lines = [[*[str(row[key]) for key in columns.values()], *[cell(row, metric) for metric in metrics]]
+             for row in rows]
+    return markdown([*columns, *headings(metrics)], lines)
+
+
 def load(s, path, other=None, learns=False):
-    """The model of a checkpoint, merged with the other if there is one and frozen unless it learns, and the checkpoint."""
-    model, checkpoint = load_merged(path, other, s.merge_weight) if other else load_checkpoint(path)
+    """(model, checkpoint), merged with the other if there is one. The model is frozen unless it learns."""
+    if other:
+        model, checkpoint = load_merged(GPT.load, supports, path, other, s.merge_weight)
+    else:
+        model, checkpoint = GPT.load(path)
     model, choices = configure_compute(model, s.device, s.dtype, s.attention, s.compile)
     tqdm.write(f"{path}: {checkpoint['config']['training_type']} on {checkpoint['meta']['name']}, iteration "
                f"{checkpoint['iter_num']}, {model.num_params():,} parameters; {choices}")
@@ -79,16 +111,16 @@ def load(s, path, other=None, learns=False):
 
 
 def checkpoint_of_arithmetic(s):
-    """(model, meta, config, task module, set of training strings) of the one checkpoint that is measured."""
+    """(model, checkpoint, strings) of the one checkpoint that is measured."""
     model, checkpoint = load(s, find_checkpoint(s.init_from, s.out_dir), s.merge_from)
-    meta, config = checkpoint['meta'], checkpoint['config']
-    return model, meta, config, *training_strings(s, meta)
+    return model, checkpoint, training_strings(s, checkpoint['meta'])
 
 
 def training_strings(s, meta):
-    """The task of the dataset and the set of its training strings. Raises UserError if it is not arithmetic."""
+    """(the dataset's task, the set of its training strings). Raises UserError if it is not arithmetic."""
     if meta['name'] != 'arithmetic':
-        raise UserError(f"the suite {s.suite} needs checkpoints trained on arithmetic, this one saw {meta['name']}")
+        raise UserError(f"the suite {s.suite} needs checkpoints trained on arithmetic, "
+                        f"this one saw {meta['name']}")
     return load_task(meta['name']), training_texts(meta.get('dataset', meta['name']))
 
 
@@ -99,32 +131,56 @@ def training_texts(dataset):
     return {decode(meta, ids)[0] for ids in data['train'].tolist()}
 
 
-def measure(s, model, meta, task, train, name, rules, protocol='free', more=None):
+def worth(model, checkpoint, rows, detects=True, **how):
+    """What a network is worth on clean rows (N, T): evaluate for the modes that it was trained for."""
+    can_unmask, causal, finds = supports(checkpoint['config'])
+    return evaluate(model, rows, checkpoint['meta'], causal=causal, bidirectional=can_unmask,
+                    own_errors=own_errors if detects and can_unmask and finds else None, **how)
+
+
+def mean_nfe(samples):
+    """The mean number of passes of samples, dicts as fill returns them."""
+    return statistics.fmean(sample['nfe'] for sample in samples)
+
+
+def score(strings, samples):
+    """What the task says of samples, dicts text, nfe, and their mean number of passes."""
+    task, known = strings
+    return {**task.score([sample['text'] for sample in samples], known), 'nfe': mean_nfe(samples)}
+
+
+def measure(s, model, meta, strings, name, rules, protocol='free', **more):
     """One row: num_seeds x num_samples of a sampler, scored. more: columns to add."""
     def draw(number):
         lengths = None
         if protocol == 'given':
-            lengths = torch.tensor([len(text) for text in fresh_draws(s, task, number)])
-        return generate(model, meta, s.num_samples, lengths=lengths, batch_size=s.batch_size, seed=s.seed + number, **rules)
-    return measure_draws(s, task, train, name, draw, protocol, more)
+            lengths = torch.tensor([len(sample['text']) for sample in fresh_draws(s, strings, number)])
+        return generate(model, meta, s.num_samples, lengths=lengths, batch_size=s.batch_size,
+                        seed=s.seed + number, **rules)
+    return measure_draws(s, strings, name, draw, protocol, **more)
 
 
-def measure_draws(s, task, train, name, draw, protocol='free', more=None):
-    """measure for samples of any origin: draw(number) -> those of the seed of that number, a list of dicts text, nfe."""
-    scores, t0 = [], time.time()
-    for number in range(s.num_seeds):
-        samples = draw(number)
-        score = task.score([sample['text'] for sample in samples], train)
-        scores.append({**score, 'nfe': statistics.mean(sample['nfe'] for sample in samples)})
-    row = {**summary(name, protocol, scores, s.num_samples, time.time() - t0), **(more or {})}
+def measure_draws(s, strings, name, draw, protocol='free', **more):
+    """measure for samples of any origin: draw(number) -> dicts text, nfe for the seed of that number."""
+    t0 = time.time()
+    scores = [score(strings, draw(number)) for number in range(s.num_seeds)]
+    row = dict(name=name, protocol=protocol, n=s.num_samples, seeds=s.num_seeds, seconds=time.time() - t0,
+               **averaged(scores, METRICS, s.num_samples), **more)
     tqdm.write(f'{name}, {protocol}: ' + ', '.join(f'{metric} {cell(row, metric)}' for metric in METRICS))
     return row
 
 
-def fresh_draws(s, task, number):
-    """num_samples strings of the grammar, for the seed of that number."""
+def grammar_itself(s, strings):
+    """A row for fresh draws of the grammar: what a perfect network would get at this number of samples."""
+    scores = [score(strings, fresh_draws(s, strings, number)) for number in range(s.num_seeds)]
+    return dict(name='the grammar itself', protocol='free', n=s.num_samples, seeds=s.num_seeds, seconds=None,
+                **averaged(scores, METRICS, s.num_samples))
+
+
+def fresh_draws(s, strings, number):
+    """num_samples strings of the grammar, for the seed of that number: dicts like samples."""
     rng = random.Random(f'bench {s.seed + number}')
-    return [task.draw(rng)[0] for _ in range(s.num_samples)]
+    return [dict(text=strings[0].draw(rng)[0], nfe=0) for _ in range(s.num_samples)]
 
 
 def asked_for(s, name):

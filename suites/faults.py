@@ -1,11 +1,11 @@
 """
-Does training survive? Runs that are killed again and again, resumed, and compared with one that nobody touched.
+Does training survive? Runs are killed again and again, resumed, and compared with one that nobody touched.
 
-    python bench.py --suite=faults --num_samples=40             40 disturbances: SIGKILL at any time and inside a write, SIGTERM
-    python bench.py --suite=faults --only=soak --steps=10       for 10 minutes train, sample, resume: does anything grow?
+    python bench.py --suite=faults --num_samples=40         SIGKILL, anywhere or inside a write, and SIGTERM
+    python bench.py --suite=faults --only=soak --steps=10   train, sample, resume for 10 minutes: what grows?
 
-Every checkpoint that a kill leaves must load, none may be older than the one before the kill, and in the end the weights,
-optimisers and random numbers must be, bit by bit, those of the undisturbed run.
+Every checkpoint that a kill leaves must load, and none may be older than the one before the kill. In the end
+weights, optimisers and random numbers must be, bit by bit, those of the undisturbed run.
 """
 
 import contextlib
@@ -23,8 +23,9 @@ import time
 
 import torch
 
-from plumbing.checkpoint import load_checkpoint, make_folder
 from configurator import UserError
+from model import GPT
+from plumbing.files import make_folder
 from suites.common import markdown
 from suites.runs import ROOT
 
@@ -32,10 +33,10 @@ if os.name == 'nt':
     raise UserError('faults kills processes by signals that Windows does not have: run it on Linux or macOS')
 
 # a run of some seconds that saves all the time
-TINY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--n_recur=1', '--batch_size=4', '--max_iters=200', '--eval_interval=5',
-        '--eval_rows=4', '--eval_samples=0', '--log_interval=5', '--keep_every=50', '--training_type=joint', '--causal_ratio=0.5',
-        '--device=cpu']
-FRESH = multiprocessing.get_context('forkserver')  # processes of a server that imported torch once, because that takes seconds
+TINY = ('--n_layer=1 --n_head=2 --n_embd=16 --n_recur=1 --batch_size=4 --max_iters=200 --eval_interval=5 '
+        '--eval_rows=4 --eval_samples=0 --log_interval=5 --keep_every=50 --training_type=joint '
+        '--causal_ratio=0.5 --device=cpu').split()
+FRESH = multiprocessing.get_context('forkserver')    # its server imports torch once, which takes seconds
 KINDS = ('SIGKILL at any time', 'SIGKILL inside a write', 'SIGTERM')
 STATE = ('model', 'ema', 'optimizers', 'rng', 'sums', 'control', 'iter_num')
 
@@ -44,7 +45,7 @@ STATE = ('model', 'ema', 'optimizers', 'rng', 'sums', 'control', 'iter_num')
 
 
 def work(folder, words):
-    """What a run's process does: train.py as from the command line, without curves, which would take longer than all the rest."""
+    """What a run's process does: train.py as from the command line, but without curves, which take long."""
     os.chdir(ROOT)
     with open(f'{folder}.txt', 'a', encoding='utf-8') as said:
         os.dup2(said.fileno(), 1)
@@ -65,12 +66,12 @@ def start(folder, words):
 def straight_run(folder, words):
     """A run that nobody disturbs: the seconds until it trains, and those that it trains."""
     FRESH.set_forkserver_preload(['torch', 'torch._dynamo', 'tqdm'])
-    server = FRESH.Process(target=os.getpid)                                   # what the first process waits for
+    server = FRESH.Process(target=os.getpid)                             # what the first process waits for
     server.start()
     server.join()
     t0 = time.time()
     process = start(folder, words)
-    while process.is_alive() and not os.path.exists(os.path.join(folder, 'train.lock')):
+    while process.is_alive() and not os.path.exists(os.path.join(folder, 'log.jsonl')):
         time.sleep(1e-3)
     t1 = time.time()
     finish(process, folder)
@@ -81,8 +82,9 @@ def finish(process, folder, *expected):
     """Waits for a run's end: its status. Raises UserError if that is neither 0 nor one of those expected."""
     process.join()
     if process.exitcode not in (0, *expected):
-        with open(f'{folder}.txt', encoding='utf-8') as said:
-            raise UserError(f"a run of train.py failed: {(said.read().strip() or 'without a word').splitlines()[-1]}")
+        with open(f'{folder}.txt', encoding='utf-8') as file:
+            said = file.read().strip() or 'without a word'
+        raise UserError(f'a run of train.py failed: {said.splitlines()[-1]}')
     return process.exitcode
 
 
@@ -98,16 +100,17 @@ def half_written(folder, process):
 
 
 def disturb(process, folder, kind, seconds, rng):
-    """Kills the run, or asks it to stop; returns whether that was inside a write, None if the run was done before."""
-    writes, inside = rng.randint(0, 8), False
+    """Kills the run or asks it to stop: whether that was inside a write, None if the run was done before."""
+    writes = rng.randint(0, 8)                                           # how many are let pass
     until = time.time() + rng.uniform(0.5 * seconds[0], seconds[0] + seconds[1] / 4)
+    inside = False
     while process.is_alive() and (kind == KINDS[1] or time.time() < until):
         before, inside = inside, half_written(folder, process)
         writes -= inside and not before
-        if kind == KINDS[1] and inside and writes < 0:                         # the write after so many others
+        if kind == KINDS[1] and inside and writes < 0:
             break
         time.sleep(2e-4)
-    if not process.is_alive():                                                 # it came to its end before the signal
+    if not process.is_alive():                                           # it ended before the signal
         return finish(process, folder) or None
     process.terminate() if kind == 'SIGTERM' else process.kill()
     status = finish(process, folder, -signal.SIGKILL, -signal.SIGTERM)
@@ -119,7 +122,7 @@ def last_step(folder, found):
     steps = {None: 0}
     for path in glob.glob(os.path.join(glob.escape(folder), 'ckpt_*.pt')):
         try:
-            steps[path] = load_checkpoint(path)[1]['iter_num']
+            steps[path] = GPT.load(path)[1]['iter_num']
         except UserError as error:
             print(error)
             found['corrupt'] += 1
@@ -142,8 +145,9 @@ def same_run(folder, other):
 
 
 def survive(s, words=()):
-    """s.num_samples disturbances, as many runs as that takes: rows of what was found, a kind each, and one of the runs."""
-    place, rng = os.path.join(s.out_dir, 'faults'), random.Random(s.seed)
+    """Disturbs runs s.num_samples times: rows of what was found, one for each kind, and one of the runs."""
+    place = os.path.join(s.out_dir, 'faults')
+    rng = random.Random(s.seed)
     shutil.rmtree(place, ignore_errors=True)
     make_folder(place)
     rows = [dict(name=kind, disturbances=0, inside=0, corrupt=0, lost=0) for kind in KINDS]
@@ -158,36 +162,40 @@ def survive(s, words=()):
             if inside is None:
                 break
             now = last_step(folder, found)
-            for name, what in (('disturbances', True), ('inside', inside), ('lost', now < step)):
-                found[name] += what
+            found['disturbances'] += 1
+            found['inside'] += inside
+            found['lost'] += now < step
             done, step = done + 1, now
-            print(f"{done}/{s.num_samples}: {found['name']}, step {step}" + (', half a file left' if inside else ''), flush=True)
+            left = ', half a file left' if inside else ''
+            print(f"{done}/{s.num_samples}: {found['name']}, step {step}{left}", flush=True)
         if not complete(folder, straight):
             finish(start(folder, words), folder)
         runs['finished'] += 1
         runs['identical'] += same_run(folder, straight)
-        runs['left_behind'] += sum(name.endswith(('.tmp', '.lock')) for name in os.listdir(folder))
+        runs['left_behind'] += sum(name.endswith('.tmp') for name in os.listdir(folder))
     return rows, runs
 
 
 def complete(folder, other):
     """Whether a run is where the other one ended."""
-    return newest(folder) is not None and last_step(folder, {'corrupt': 0}) == last_step(other, {'corrupt': 0})
+    steps = [last_step(where, {'corrupt': 0}) for where in (folder, other)]
+    return newest(folder) is not None and steps[0] == steps[1]
 
 # -----------------------------------------------------------------------------
 # soak
 
 
 def command(script, *words):
-    """A script in this process, as from the command line, its words on screen dropped. Raises UserError if it fails."""
+    """A script in this process, as from the command line, but silent. Raises UserError if it fails."""
     said, argv = io.StringIO(), sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}    # train.py sets its own
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         sys.argv = [script, *words]
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
             runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
     except SystemExit as stop:
-        raise UserError(f"{script} failed: {(said.getvalue().strip() or str(stop)).splitlines()[-1]}") from stop
+        words = said.getvalue().strip() or str(stop)
+        raise UserError(f'{script} failed: {words.splitlines()[-1]}') from stop
     finally:
         sys.argv = argv
         for number, handler in handlers.items():
@@ -198,12 +206,13 @@ def usage(folder):
     """What this process and the folder take now: dict of memory (RSS) and disk in MB, open files."""
     with open('/proc/self/statm', encoding='utf-8') as file:
         memory = int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6
-    disk = sum(os.path.getsize(path) for path in glob.glob(os.path.join(glob.escape(folder), '**'), recursive=True)) / 1e6
+    paths = glob.glob(os.path.join(glob.escape(folder), '**'), recursive=True)
+    disk = sum(map(os.path.getsize, paths)) / 1e6
     return {'memory, MB': memory, 'open files': len(os.listdir('/proc/self/fd')), 'disk, MB': disk}
 
 
 def soak(s, minutes, words=()):
-    """Trains, samples and resumes in this process for so many minutes: rows of what is used, and its growth in the later half."""
+    """Trains, samples and resumes here for these minutes: rows of what the process uses, and how it grows."""
     if not os.path.exists('/proc/self/statm'):
         raise UserError('the soak reads /proc, which only Linux has')
     folder = os.path.join(s.out_dir, 'faults', 'soak')
@@ -211,27 +220,32 @@ def soak(s, minutes, words=()):
     here, seen, end = f'--out_dir={folder}', [], time.time() + 60 * minutes
     while time.time() < end or len(seen) < 4:
         command('train.py', *TINY, *words, here, '--max_iters=10')
-        command('sample.py', here, '--steps=4', '--num_samples=4', f'--save={folder}/samples.jsonl', '--device=cpu')
+        save = f'--save={folder}/samples.jsonl'
+        command('sample.py', here, '--steps=4', '--num_samples=4', save, '--device=cpu')
         command('train.py', *TINY, *words, here, '--max_iters=20', '--init_from=resume')
         seen.append(usage(folder))
-    late = seen[len(seen) // 2:]                                               # the first rounds fill caches
-    return [dict(name=f'soak: {name}', rounds=len(seen), first=seen[0][name], last=seen[-1][name],
-                 slope=statistics.linear_regression(range(len(late)), [use[name] for use in late]).slope) for name in seen[0]]
 
-# -----------------------------------------------------------------------------
+
+    def slope(name):
+        late = [use[name] for use in seen[len(seen) // 2:]]              # the first rounds fill caches
+        return statistics.linear_regression(range(len(late)), late).slope
+    return [dict(name=f'soak: {name}', rounds=len(seen), first=first, last=seen[-1][name], slope=slope(name))
+            for name, first in seen[0].items()]
 
 
 def run(s):
     """The suite with bench's settings s: (rows, table)."""
     if s.only and s.only not in 'soak':
-        raise UserError(f"faults has nothing of the name '{s.only}': --only=soak, with --steps=MINUTES, or no --only")
+        raise UserError(f"faults has no '{s.only}': --only=soak, with --steps=MINUTES, or no --only")
     if s.only:
         rows = soak(s, s.steps)
-        return rows, markdown(['of the process', 'rounds', 'after the first', 'after the last', 'growth a round'],
-                              [[row['name'], str(row['rounds']), *[f'{row[key]:.3f}' for key in ('first', 'last', 'slope')]]
-                               for row in rows])
+        lines = [[row['name'], str(row['rounds']), *[f'{row[key]:.3f}' for key in ('first', 'last', 'slope')]]
+                 for row in rows]
+        head = ['of the process', 'rounds', 'after the first', 'after the last', 'growth a round']
+        return rows, markdown(head, lines)
     rows, runs = survive(s)
-    table = markdown(['disturbance', 'how often', 'inside a write', 'corrupt checkpoints', 'lost checkpoints'],
-                     [[row['name'], *[str(row[key]) for key in ('disturbances', 'inside', 'corrupt', 'lost')]] for row in rows])
-    return [*rows, runs], (f"{table}\n\n{runs['finished']} runs reached their end, {runs['identical']} of them bit-identical to "
-                           f"the undisturbed one; {runs['left_behind']} locks and half files left behind")
+    lines = [list(map(str, row.values())) for row in rows]
+    head = ['disturbance', 'how often', 'inside a write', 'corrupt checkpoints', 'lost checkpoints']
+    end = (f"{runs['finished']} runs reached their end, {runs['identical']} of them bit-identical to the "
+           f"undisturbed one; {runs['left_behind']} locks and half files left behind")
+    return [*rows, runs], f'{markdown(head, lines)}\n\n{end}'

@@ -1,56 +1,64 @@
 """
-How fast is it, and what would a plain script take? What is compared takes turns, so that a noisy machine is noisy to all of them.
+How fast is it, and what would a plain script take?
 
-sampling  samples/s: ours, the plain ancestral sampler (one token a pass, every logit of every row), and left to right with a
-          key/value cache, in a loop of its own and in ours. Network, dtype and attention are the same; all end with the text
-training  tokens/s of a whole step: the same network as nanoGPT runs it (float32, eager, fused attention kernel, one AdamW that
-          loops over the tensors, every logit), ours with the same task, and ours as in config/remask_all.py, with one feature
-          less each; with --compile=True also ours with the same task compiled
-peak      FLOP/s of a bare matrix product of these shapes, best of many: what mfu is a share of, in all rows of a shape
-startup   until --help is printed, until the first training step is made, and the heavy imports that this takes
-growth    time and peak memory of a step of config/remask_all.py for longer rows, more of them, more words, more layers
-head      the loss with logits where they count, against logits everywhere, from the same hidden states
+sampling  samples/s of our samplers, of plain ancestral sampling (a token a pass, every logit of every row),
+          and left to right with a key/value cache, in a loop of its own and in ours; all with one network
+training  tokens/s of a step: as nanoGPT makes it (float32, eager, fused attention, AdamW in a loop over the
+          tensors, all logits), ours with the same task, config/remask_all.py, and that less one feature each;
+          with --compile=True also ours with the same task, compiled
+peak      FLOP/s of a bare matrix product of these shapes, best of many: what mfu is a share of
+startup   the time to the end of --help and to the first training step, and the heavy imports on the way
+growth    time and peak memory of a step of config/remask_all.py for longer rows, more rows, words and layers
+head      the loss with logits only where they count, against logits everywhere, from the same hidden states
 compile   eager against torch.compile, only if --only=compile asks for it
 
---only=training,head takes some of the tables, --steps is how often each thing is timed at most: after SECONDS a comparison ends
-with the round that it is in. A time is a median, with the quartiles behind it. keep_memory (device.py) works for the whole
-process, so it speeds up the baselines as well, and the ratios are rather too low. Sizes are the constants below.
+--only=training,head takes some of the tables. What is compared takes turns, so that noise hits all of it.
+--steps is the most rounds of a comparison; after SECONDS it ends with the round it is in. A time is a median,
+with its quartiles. keep_memory (plumbing/device.py) helps the baselines too, so ratios are rather too low.
 """
 
 import copy
+import functools
 import itertools
-import json
+import multiprocessing
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 import configurator
-from plumbing import optim
 import train
-from plumbing.text import decode, start_canvas
-from plumbing.checkpoint import atomically, make_folder
 from configurator import UserError
-from corruption import KINDS, corrupt, modelled, parse_mixture
+from corruption import CORRUPTIONS, Task, ask
+from plumbing.checks import parse_mixture
+from plumbing.text import decode, modelled, start_canvas
 from data.loader import load_data
+from model import GPT, GPTConfig
+from parts.cache import Cache
+from plumbing.rows import Ends, close_rows, places
+from plumbing import optim
+from plumbing.run import is_finite
+from plumbing.files import atomically, make_folder
 from plumbing.device import configure_compute
-from model import GPT, GPTConfig, places, room_for
-from rules import best_rules, close_rows, draw, filtered, supports
-from sample import find_checkpoint, generate
+from parts.presets import best_rules, supports
+from plumbing.draw import draw, filtered
+from plumbing.checkpoint import find_checkpoint
+from sample import generate
 from suites.common import load, markdown, wanted
 from suites.runs import ROOT
 
 # -----------------------------------------------------------------------------
 # what is measured
 
-SECONDS = 30                 # a comparison makes no new round after that, but at least ROUNDS
+SECONDS = 30                 # a comparison begins no new round after that, but makes ROUNDS
 ROUNDS = 3
 SMALL = dict(n_layer=4, n_embd=128, n_head=4, n_recur=1)
 SHAPES = (                   # training, peak
@@ -63,7 +71,7 @@ PLAIN = dict(training_type='unmasking', causal_ratio=0.0, draft_head=False)
 ALL = 'ours, remask_all'
 VARIANTS = {                 # what is changed in config/remask_all.py
     'ours, unmasking': PLAIN,
-    'ours, unmasking, AdamW, no EMA': dict(PLAIN, optimizer='adamw', ema_decay=0.0),       # the very task of the baseline
+    'ours, unmasking, AdamW, no EMA': dict(PLAIN, optimizer='adamw', ema_decay=0.0),   # the baseline's task
     ALL: {},
     'without own corruption (random)': dict(corruption='random'),
     'without causal share, draft head': dict(causal_ratio=0.0, draft_head=False),
@@ -71,18 +79,18 @@ VARIANTS = {                 # what is changed in config/remask_all.py
     'without EMA': dict(ema_decay=0.0),
     'without Muon (AdamW)': dict(optimizer='adamw'),
 }
-BATCHES = (1, 256)           # sampling; of a large vocabulary fewer, so that all their logits are at most MOST_LOGITS
+BATCHES = (1, 256)  # sampling: samples at a time, fewer if all their logits would be more than MOST_LOGITS
 MOST_LOGITS = 2 ** 26
-COMMANDS = {                 # startup: arguments, and the line that is waited for; None: the end
+FIRST = '--max_iters=1 --log_interval=1 --eval_rows=1 --eval_samples=0'.split()
+COMMANDS = {  # startup: arguments, and how the line begins that is waited for; None: the command's end
     'sample.py --help': (['sample.py', '--help'], None),
     'train.py --help': (['train.py', '--help'], None),
-    'train.py, first step': (['train.py', 'config/remask_all.py', '--max_iters=1', '--log_interval=1', '--eval_rows=1',
-                              '--eval_samples=0'], 'step 1/1 '),
+    'train.py, first step': (['train.py', 'config/remask_all.py', *FIRST], 'step 1/1 '),
 }
 HEAVY = ('torch', 'numpy', 'torch._dynamo', 'matplotlib', 'datasets', 'tiktoken')
-CENTRE = dict(SMALL, block_size=64, batch_size=8, vocab_size=65)                           # growth: where all axes meet
-GROWTH = dict(block_size=(64, 128, 256, 512, 1024), batch_size=(8, 32, 128), vocab_size=(65, 1024, 8192, 50257),
-              n_layer=(2, 4, 8, 12))
+CENTRE = dict(SMALL, block_size=64, batch_size=8, vocab_size=65)   # growth: where all axes meet
+GROWTH = dict(block_size=(64, 128, 256, 512, 1024), batch_size=(8, 32, 128),
+              vocab_size=(65, 1024, 8192, 50257), n_layer=(2, 4, 8, 12))
 TINY = dict(n_layer=1, n_embd=16, n_head=1, n_recur=1, block_size=8, batch_size=4, vocab_size=8)
 HEAD = SHAPES[3]
 COMPILE = SHAPES[1]
@@ -98,36 +106,39 @@ def recipe(**changes):
 
 def label(config):
     """The sizes of a config, as text."""
-    return (f"{config['n_layer']}x{config['n_embd']}, T={config['block_size']}, batch {config['batch_size']}, "
-            f"vocabulary {config['vocab_size']:,}")
+    sizes = f"{config['n_layer']}x{config['n_embd']}, T={config['block_size']}, batch {config['batch_size']}"
+    return f"{sizes}, vocabulary {config['vocab_size']:,}"
+
 
 # -----------------------------------------------------------------------------
-# the clock
+# the clock and the tables
+
+
+def seconds_of(step):
+    """How long one call of step() takes, until the device is done with it."""
+    t0 = wait()
+    step()
+    return wait() - t0
 
 
 def wait():
-    """Until the device has done what it was told."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    elif torch.backends.mps.is_available():
-        torch.mps.synchronize()
+    """Waits until the device has done what it was told, and returns the time."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
-def alternate(steps, most):
-    """Times the functions {name: function} in turn, in at most `most` rounds, after one that is not timed: {name: [seconds]}."""
-    times, end = {name: [] for name in steps}, None
-    for number in range(-1, most):
+def compare(table, shape, steps, most):
+    """Times the functions {name: step} in turn, `most` rounds at most, after one for nothing: a row each."""
+    for step in steps.values():
+        seconds_of(step)
+    times, end = {name: [] for name in steps}, time.perf_counter() + SECONDS
+    for number in range(most):
         if number >= ROUNDS and time.perf_counter() > end:
             break
         for name, step in steps.items():
-            wait()
-            t0 = time.perf_counter()
-            step()
-            wait()
-            if number >= 0:
-                times[name].append(time.perf_counter() - t0)
-        end = end or time.perf_counter() + SECONDS
-    return times
+            times[name].append(seconds_of(step))
+    return [dict(table=table, shape=shape, name=name, **spread(times[name])) for name in steps]
 
 
 def spread(times):
@@ -136,13 +147,8 @@ def spread(times):
     return dict(seconds=statistics.median(times), low=low, high=high, n=len(times))
 
 
-def compare(table, shape, steps, most):
-    """One row for each of the functions {name: function}, which take turns."""
-    return [dict(table=table, shape=shape, name=name, **spread(times)) for name, times in alternate(steps, most).items()]
-
-
 def with_ratios(rows, base):
-    """Adds ratio to the rows of one comparison: how many times as fast as the row called base; None without such a row."""
+    """Adds ratio to the rows of a comparison: times as fast as the row base; None without that row."""
     seconds = [row['seconds'] for row in rows if row['name'] == base]
     for row in rows:
         row['ratio'] = seconds[0] / row['seconds'] if seconds else None
@@ -154,45 +160,55 @@ def ms(row):
     return f"{1e3 * row['seconds']:.4g} ({1e3 * row['low']:.4g}–{1e3 * row['high']:.4g})"
 
 
-def times_as_fast(row):
-    """A row's ratio as text."""
-    return '' if row['ratio'] is None else f"{row['ratio']:.2f}x"
+def value(name, style='{}', scale=1):
+    """A column: what makes the text of row[name]; '' for None."""
+    return lambda row: '' if row[name] is None else style.format(scale * row[name])
+
+
+times_as_fast = value('ratio', '{:.2f}x')
+SHAPE, NAME, MEGABYTES = value('shape'), value('name'), value('memory', '{:.0f}', 2**-20)
+
+
+def table_of(rows, columns):
+    """Markdown of the rows; columns: {head: function of a row that makes the text of its cell}."""
+    return markdown(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
 
 # -----------------------------------------------------------------------------
 # training
 
 
 def network(s, config, dtype=None, attention=None, compile=False):
-    """A fresh network of a config, ready to compute; the same weights at every call. dtype, attention: None as in s."""
+    """A fresh network of a config, always with the same weights. dtype, attention: None as in s."""
     torch.manual_seed(s.seed)
-    model = GPT(GPTConfig(**{field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}))
+    sizes = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
+    model = GPT(GPTConfig(**sizes))
     return configure_compute(model, s.device, dtype or s.dtype, attention or s.attention, compile)[0].train()
 
 
 def random_batch(s, model, config):
     """Random ids x0 (B, T), what there is to know about them, and a generator for their corruption."""
-    device = model.wte.weight.device
-    generator = torch.Generator(device).manual_seed(s.seed)
-    x0 = torch.randint(config['vocab_size'], (config['batch_size'], config['block_size']), generator=generator, device=device)
-    return x0, dict(bos=None, eos=None, pad=None), generator
+    device, size = model.wte.weight.device, (config['batch_size'], config['block_size'])
+    rng = torch.Generator(device).manual_seed(s.seed)
+    x0 = torch.randint(config['vocab_size'], size, generator=rng, device=device)
+    return x0, dict(bos=None, eos=None, pad=None), rng
 
 
 def our_step(s, config, compile=False):
     """
-    A step of train.py, ready to be called: forward and backward, clipping, the optimisers, the average of the weights.
+    A step of train.py: forward and backward, clipping, the optimisers, the average of the weights.
 
-    step(at) makes it at that step of the curricula, without at behind all of them. The rates are tiny: random ids teach nothing,
-    and a step that is not finite would be left out.
+    step(at) is at that step of the curricula, step() behind them. The rates are tiny, as ids are random.
     """
     model = network(s, config, compile=compile)
     ema = copy.deepcopy(model) if config['ema_decay'] else None
-    optimizers = optim.make_optimizers(model, config['optimizer'], 1e-5, 1e-5, 0.0, (config['beta1'], config['beta2']))
+    betas = (config['beta1'], config['beta2'])
+    optimizers = optim.make_optimizers(model, config['optimizer'], 1e-5, 1e-5, 0.0, betas)
     rates = dict(config, muon_lr=1e-5, learning_rate=1e-5)
-    x0, meta, generator = random_batch(s, model, config)
+    x0, meta, rng = random_batch(s, model, config)
 
     def step(at=config['max_iters']):
-        parts = train.training_step(model, x0, meta, config, at, generator)
-        if not train.is_finite(model, parts):
+        parts = train.training_step(model, x0, meta, config, at, rng)
+        if not is_finite(model, parts):
             raise UserError(f'the loss of {label(config)} is not finite; try --dtype=float32')
         optim.update(model, optimizers, rates, scale=1.0)
         if ema:
@@ -202,7 +218,7 @@ def our_step(s, config, compile=False):
 
 
 def baseline_loss(model, input, target, weight, hidden=None):
-    """The NELBO loss the plain way: logits at all positions, cross-entropy at all of them, and then the weights. (B, T) each."""
+    """The NELBO loss the plain way: logits and cross-entropy everywhere, then the weights. (B, T) each."""
     hidden = model(input) if hidden is None else hidden                        # (B, T, C)
     words = model.wte.weight[:model.config.vocab_size].to(hidden.dtype)
     logits = F.linear(hidden.flatten(0, 1), words).float()                     # (B*T, V)
@@ -210,10 +226,10 @@ def baseline_loss(model, input, target, weight, hidden=None):
     return (weight.flatten() * ce).sum() / len(input)
 
 
-def masked_batch(model, x0, meta, generator):
+def masked_batch(model, x0, meta, rng):
     """(input, target, weight), (B, T) each, of plain unmasking."""
-    return corrupt(x0, *modelled(x0, meta), training_type='unmasking', mask_token_id=model.mask_token_id,
-                   wrong_token_id=model.wrong_token_id, generator=generator)
+    tokens = model.mask_token_id, model.wrong_token_id, meta['pad']
+    return ask(x0, *modelled(x0, meta), Task(training_type='unmasking'), tokens, rng)
 
 
 def baseline_step(s, config):
@@ -234,71 +250,76 @@ def step_flops(config):
     """
     Model FLOPs of a step: what its products cost if nothing is computed in vain, however it is done.
 
-    A token that passes through the network takes 2 N forward, N = 12 L C^2 being the weights of its matrices, and 4 L T C for the
-    products of attention; a logit 2 C. Backward costs twice the forward pass: 6 N + 12 L T C a token, 6 (V+2) C a position with
-    loss. These are all positions of the causal rows, of those with wrong tokens too, and half of the others (k is uniform on
-    1..T); in the bidirectional pass 9 C^2 of the last block's weights, those behind its attention, see no more positions either.
-    Passes without gradient (own guesses, at a quarter of the positions) count a third of it. The draft head makes 6 steps from
-    256 places; of its logits only the state gets a gradient.
+    A token takes 2 N forward, N = 12 L C^2 being the weights of the matrices, and 4 L T C for the products of
+    attention; a logit takes 2 C. Backward costs twice the forward pass.
     """
     L, C = config['n_layer'] * config['n_recur'], config['n_embd']
-    T, B, row = config['block_size'], config['batch_size'], (config['vocab_size'] + 2) * config['n_embd']
-    token = 12 * L * C * C + 2 * L * T * C                                     # half of the forward FLOPs
+    T, B = config['block_size'], config['batch_size']
+    token = 12 * L * C * C + 2 * L * T * C               # half of the FLOPs of its forward pass
+    logits = (config['vocab_size'] + 2) * C              # the same of all logits of a position
+    behind = 9 * C * C                                   # of the last block behind its attention
+
+    # rows of each task; of rows with wrong tokens all positions have loss, of masked ones half (k is uniform)
     causal = B if config['training_type'] == 'causal' else round(B * config['causal_ratio'])
     others = B * config['views'] if config['views'] else B - causal
     proofread = round(others * config['remask_ratio']) if config['training_type'] == 'joint' else 0
-    learned, behind = proofread * T + (others - proofread) * (T + 1) / 2, 9 * C * C     # positions with loss; weights
-    mixture = dict(parse_mixture('corruption', config['corruption'], KINDS))
-    guesses = proofread * mixture.get('own', 0) / sum(mixture.values())        # rows
+    learned = proofread * T + (others - proofread) * (T + 1) / 2
+
+    # own guesses, at a quarter of the positions of their rows, come from a pass without gradient
+    mixture = dict(parse_mixture('corruption', config['corruption'], CORRUPTIONS))
+    guesses = proofread * mixture.get('own', 0) / sum(mixture.values())
+
+    # the draft head makes 6 steps from 256 places; of its logits only the state gets a gradient
     drafts = 6 * 256 if config['draft_head'] and causal else 0
-    return (6 * (causal * T * (token + row) + others * T * (token - behind) + learned * (row + behind))
-            + 2 * guesses * (T * (token - behind) + (T + 3) / 4 * (row + behind)) + drafts * (6 * 3 * C * C + 4 * row))
+    return (6 * (causal * T * (token + logits) + others * T * (token - behind) + learned * (logits + behind))
+            + 2 * guesses * (T * (token - behind) + (T + 3) / 4 * (logits + behind))
+            + drafts * (6 * 3 * C * C + 4 * logits))
 
 
 def peak_flops(s, shape, least=0.3):
-    """FLOP/s of (B*T, C) x (C, 4C), the best of many calls, in the dtype in use: the machine, measured."""
-    model = network(s, recipe(**CENTRE))                                       # only to see which dtype and device it gets
+    """(FLOP/s of (B*T, C) x (C, 4C), the best of many calls, the dtype in use): the machine, measured."""
+    model = network(s, recipe(**CENTRE))                                       # only for its dtype and device
     dtype, device = model.compute_dtype, model.wte.weight.device
     rows, C = shape['batch_size'] * shape['block_size'], shape['n_embd']
-    x, w = torch.randn(rows, C, device=device).to(dtype), torch.randn(4 * C, C, device=device).to(dtype)
+    x = torch.randn(rows, C, device=device).to(dtype)
+    w = torch.randn(4 * C, C, device=device).to(dtype)
     best, end = float('inf'), time.perf_counter() + least
     with torch.no_grad():
         while time.perf_counter() < end or best == float('inf'):
-            wait()
-            t0 = time.perf_counter()
-            for _ in range(4):                                                 # so that a GPU's launches overlap
-                F.linear(x, w)
-            wait()
-            best = min(best, (time.perf_counter() - t0) / 4)
+            best = min(best, seconds_of(lambda: [F.linear(x, w) for _ in range(4)]) / 4)   # launches overlap
     return 2 * rows * C * 4 * C / best, str(dtype).removeprefix('torch.')
 
 
 def training(s):
     """Rows and text: the baseline, ours, and what each feature costs, for every shape."""
-    rows, lines = [], []
+    rows = []
     for shape in SHAPES:
         configs = {name: recipe(**shape, **changes) for name, changes in VARIANTS.items()}
-        steps = {'baseline': baseline_step(s, configs['ours, unmasking'])}
+        plain = configs['ours, unmasking']
+        steps = {'baseline': baseline_step(s, plain)}
         steps.update((name, our_step(s, config)) for name, config in configs.items())
-        if s.compile:                                                          # the others, with two modes, would take minutes
-            torch.compiler.reset()                                             # it gives up on a function after eight networks
-            for name in [name for name in configs if 'unmasking' in name]:
-                steps[name + ', compiled'] = step = our_step(s, configs[name], compile=True)
-                configs[name + ', compiled'] = configs[name]
-                step()                                                         # the next call may compile again
+
+        # the task of the baseline compiled as well; the others, with two modes, would take minutes
+        if s.compile:
+            torch.compiler.reset()                                       # it gives up after eight networks
+            for name in [name for name in VARIANTS if 'unmasking' in name]:
+                steps[f'{name}, compiled'] = our_step(s, configs[name], compile=True)
+                steps[f'{name}, compiled']()                             # the next call may compile again
+
         found = with_ratios(compare('training', label(shape), steps, s.steps), 'baseline')
         most, _ = peak_flops(s, shape)
         everything = next(row['seconds'] for row in found if row['name'] == ALL)
         for row in found:
-            flops = step_flops(configs.get(row['name'], configs['ours, unmasking']))
-            row.update(tokens_per_second=shape['batch_size'] * shape['block_size'] / row['seconds'], flops=flops,
-                       mfu=flops / row['seconds'] / most,
-                       costs=1 - row['seconds'] / everything if row['name'].startswith('without') else None)
-            lines.append([row['shape'], row['name'], f"{row['tokens_per_second']:,.0f}", ms(row), times_as_fast(row),
-                          '' if row['costs'] is None else f"{row['costs']:.0%}", f'{flops / 1e9:.3g}', f"{row['mfu']:.1%}"])
+            seconds, flops = row['seconds'], step_flops(configs.get(row['name'], plain))
+            row.update(tokens_per_second=shape['batch_size'] * shape['block_size'] / seconds, flops=flops,
+                       mfu=flops / seconds / most, costs=None)
+            if row['name'].startswith('without'):
+                row['costs'] = 1 - seconds / everything
         rows += found
-    head = ['shape', 'step', 'tokens/s', 'ms (quartiles)', 'against baseline', 'costs, of remask_all', 'model GFLOP', 'mfu']
-    return rows, markdown(head, lines)
+    return rows, table_of(rows, {
+        'shape': SHAPE, 'step': NAME, 'tokens/s': value('tokens_per_second', '{:,.0f}'), 'ms (quartiles)': ms,
+        'against baseline': times_as_fast, 'costs, of remask_all': value('costs', '{:.0%}'),
+        'model GFLOP': value('flops', '{:.3g}', 1e-9), 'mfu': value('mfu', '{:.1%}')})
 
 
 def peak(s):
@@ -307,8 +328,8 @@ def peak(s):
     for shape in SHAPES:
         flops, dtype = peak_flops(s, shape)
         rows.append(dict(table='peak', shape=label(shape), name=dtype, flops_per_second=flops))
-    lines = [[row['shape'], row['name'], f"{row['flops_per_second'] / 1e12:.3g}"] for row in rows]
-    return rows, markdown(['shape', 'dtype', 'peak TFLOP/s'], lines)
+    teraflops = value('flops_per_second', '{:.3g}', 1e-12)
+    return rows, table_of(rows, {'shape': SHAPE, 'dtype': NAME, 'peak TFLOP/s': teraflops})
 
 # -----------------------------------------------------------------------------
 # sampling
@@ -316,7 +337,7 @@ def peak(s):
 
 @torch.no_grad()
 def plain_ancestral(model, canvas, generator):
-    """canvas (B, T), equally many masks a row -> whole ids (B, T): a token a pass, at a random place; every logit of all rows."""
+    """Fills canvas (B, T), equally many masks a row: a token a pass, anywhere, by all logits of all rows."""
     x, row = canvas.clone(), torch.arange(len(canvas), device=canvas.device)
     for _ in range(int((x == model.mask_token_id).sum(1).max())):
         ids = draw(model.logits(model(x), real_only=True).softmax(-1), generator)            # (B, T)
@@ -327,33 +348,35 @@ def plain_ancestral(model, canvas, generator):
 
 
 @torch.no_grad()
-def cached_ar(model, canvas, generator, end_id=None, pad_id=None, **filters):
+def cached_ar(model, canvas, generator, ends=Ends(), **filters):
     """
-    canvas (B, T), whose masks are the same suffix of all rows -> whole ids (B, T), written left to right with a key/value cache.
+    Writes canvas (B, T), whose masks are the same suffix of all rows, left to right with a key/value cache.
 
-    What generate_diffusion does with draft='causal': rows leave the batch at their end token, here a quarter of it at a time.
-    filters: temperature, top_k, top_p.
+    Rows leave the batch behind their end token, a quarter of it at once. filters: temperature, top_k, top_p.
     """
     x, start = canvas.clone(), canvas == model.mask_token_id
     rows = torch.arange(len(x), device=x.device)
-    going = rows >= 0                                                          # (R,) rows without an end token
-    cache = model.empty_cache(len(x))
+    going = rows >= 0  # (R,) rows without an end token
+    cache = Cache.empty(model, len(x))
     for position in range(x.size(1)):
-        cache = room_for(cache, position + 1)
-        hidden = model(x[rows], causal=True, cache=cache, at=torch.full_like(rows[:, None], position))       # (R, 1, C)
+        cache.make_room(position + 1)
+        at = torch.full_like(rows[:, None], position)
+        hidden = model(x[rows], causal=True, cache=cache, at=at)               # (R, 1, C)
         if start[0, position]:
-            x[rows, position] = draw(filtered(model.logits(hidden[:, 0], real_only=True), **filters), generator)
-        going = going & (x[rows, position] != (-1 if end_id is None else end_id))
+            logits = model.logits(hidden[:, 0], real_only=True)
+            x[rows, position] = draw(filtered(logits, **filters), generator)
+        going = going & (x[rows, position] != (-1 if ends.end is None else ends.end))
         left = int(going.sum())
-        if left <= 0.75 * len(rows):                                           # not for every row: that moves the whole cache
-            rows, cache, going = rows[going], cache.index_select(2, going.nonzero()[:, 0]), going[going]
+        if left <= 0.75 * len(rows):  # not for every row: that moves the cache
+            cache.keep_rows(going.nonzero()[:, 0])
+            rows, going = rows[going], going[going]
         if not left:
             break
-    return close_rows(x, start, model.mask_token_id, end_id, pad_id)
+    return close_rows(x, start, model.mask_token_id, ends)
 
 
 def sampling_network(s):
-    """(model, meta, config, what it is) of the checkpoint of init_from; if there is none, of a fresh network."""
+    """(model, meta, config, what it is) of the checkpoint of init_from, or of a fresh network without one."""
     try:
         path = find_checkpoint(s.init_from, s.out_dir)
     except UserError:
@@ -386,8 +409,8 @@ def samplers(model, meta, config, num):
         found['plain ancestral'] = plainly(plain_ancestral)
         found['ours, ancestral'] = ours(commit='random', remask='none')
     found[f"ours, default (remask={best['remask']})"] = ours(**best)
-    if causal and not model.config.graph_window:                               # a graph cannot use a cache
-        found['AR, cached'] = plainly(cached_ar, end_id=meta['eos'], pad_id=meta['pad'])
+    if causal and 'graph' not in model.config.parts:                           # a graph cannot use a cache
+        found['AR, cached'] = plainly(cached_ar, ends=Ends.of(meta))
     if causal:
         found['ours, AR'] = ours(ar_prefix=model.config.block_size)
     return found
@@ -396,21 +419,22 @@ def samplers(model, meta, config, num):
 def sampling(s):
     """Rows and text: the samplers of one checkpoint, for every batch."""
     model, meta, config, what = sampling_network(s)
-    rows = []
-    canvas = model.config.block_size * model.config.vocab_size
-    for num in dict.fromkeys(min(num, max(1, MOST_LOGITS // canvas)) for num in BATCHES):
-        steps = {name: lambda sample=sample, seeds=itertools.count(s.seed): sample(next(seeds))
-                 for name, sample in samplers(model, meta, config, num).items()}
+    most, rows = max(1, MOST_LOGITS // (model.config.block_size * model.config.vocab_size)), []
+    for num in dict.fromkeys(min(num, most) for num in BATCHES):
+        steps = {}
+        for name, sample in samplers(model, meta, config, num).items():
+            seeds = map(sample, itertools.count(s.seed))                       # a new seed every time
+            steps[name] = seeds.__next__
         found = with_ratios(compare('sampling', f'batch {num}', steps, s.steps), 'plain ancestral')
         cached = [row['seconds'] for row in found if row['name'] == 'AR, cached']
         for row in found:
             row.update(checkpoint=what, samples_per_second=num / row['seconds'],
                        against_cached_ar=cached[0] / row['seconds'] if cached else None)
         rows += found
-    lines = [[row['shape'], row['name'], f"{row['samples_per_second']:.4g}", ms(row), times_as_fast(row),
-              '' if row['against_cached_ar'] is None else f"{row['against_cached_ar']:.2f}x"] for row in rows]
-    head = ['samples at a time', 'sampler', 'samples/s', 'ms a batch (quartiles)', 'against plain', 'against cached AR']
-    return rows, f'{what}\n{markdown(head, lines)}'
+    return rows, what + '\n' + table_of(rows, {
+        'samples at a time': SHAPE, 'sampler': NAME, 'samples/s': value('samples_per_second', '{:.4g}'),
+        'ms a batch (quartiles)': ms, 'against plain': times_as_fast,
+        'against cached AR': value('against_cached_ar', '{:.2f}x')})
 
 # -----------------------------------------------------------------------------
 # start-up
@@ -418,13 +442,13 @@ def sampling(s):
 
 def until(command, mark):
     """
-    Runs a Python command: (seconds to its line that begins with mark, None: to its end; what it said until then).
+    Runs a Python command: (seconds to the line that begins with mark, or to its end; what it said by then).
 
-    Raises UserError if it fails.
+    Raises UserError if it fails, or never says it.
     """
     t0, seconds, said = time.perf_counter(), None, []
-    with subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True) as child:
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, **pipe) as child:
         for line in child.stdout:
             if seconds is None:
                 said.append(line)
@@ -438,82 +462,73 @@ def until(command, mark):
 
 
 def imports(text):
-    """What python -X importtime says of the modules in HEAVY: {name: seconds with all that they import themselves}."""
-    found = {}
-    for line in text.splitlines():
-        parts = [part.strip() for part in line.removeprefix('import time:').split('|')]
-        if len(parts) == 3 and parts[2] in HEAVY:
-            found[parts[2]] = int(parts[1]) / 1e6
-    return found
+    """What python -X importtime says of the modules in HEAVY: {name: seconds with all that they import}."""
+    found = re.findall(r'^import time:.*\| +(\d+) \| +(\S+)$', text, re.MULTILINE)
+    return {name: int(microseconds) / 1e6 for microseconds, name in found if name in HEAVY}
 
 
 def startup(s, most=5):
     """Rows and text: how long the commands take to begin, and what they import until then."""
-    load_data(recipe()['dataset'])                                             # making it is not what is timed
+    load_data(recipe()['dataset'])  # making it is not what is timed
     times, heavy = {name: [] for name in COMMANDS}, {}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(-1, min(s.steps, most)):                           # the first round is slower: it lists the imports
+        for number in range(-1, min(s.steps, most)):
             for name, (words, mark) in COMMANDS.items():
-                command = words + ([f'--out_dir={folder}'] if mark else [])
-                seconds, said = until(command if number >= 0 else ['-X', 'importtime', *command], mark)
-                if number >= 0:
-                    times[name].append(seconds)
+                command = [*words, f'--out_dir={folder}'] if mark else words
+                if number < 0:  # slower, as it lists the imports
+                    heavy[name] = imports(until(['-X', 'importtime', *command], mark)[1])
                 else:
-                    heavy[name] = imports(said)
-    rows = [dict(table='startup', shape='', name=name, **spread(times[name]), imports=heavy[name]) for name in COMMANDS]
-    lines = [[row['name'], ms(row), ', '.join(f'{name} {seconds:.2f}' for name, seconds in row['imports'].items())]
-             for row in rows]
-    return rows, markdown(['command', 'ms (quartiles)', 'heavy imports, s'], lines)
+                    times[name].append(until(command, mark)[0])
+    rows = [dict(table='startup', shape='', name=name, imports=heavy[name], **spread(found))
+            for name, found in times.items()]
+
+    def heavy_ones(row):
+        return ', '.join(f'{name} {seconds:.2f}' for name, seconds in row['imports'].items())
+    return rows, table_of(rows, {'command': NAME, 'ms (quartiles)': ms, 'heavy imports, s': heavy_ones})
 
 # -----------------------------------------------------------------------------
 # memory, growth, the head
 
 
 def high_water(device):
-    """
-    The most memory in bytes that was in use so far: of the GPU if the setting device means one, else of the process.
-
-    On Linux not what getrusage says: a new process takes over its parent's mark.
-    """
+    """The most bytes in use so far, of the GPU if the setting device means one, else of the process."""
     if torch.cuda.is_available() and device != 'cpu':
         return torch.cuda.max_memory_allocated()
-    if os.path.exists('/proc/self/status'):
+    if os.path.exists('/proc/self/status'):  # getrusage begins with the parent's mark
         with open('/proc/self/status', encoding='utf-8') as file:
-            marks = [int(line.split()[1]) * 1024 for line in file if line.startswith('VmHWM:')]
-        if marks:
-            return marks[0]
+            mark = re.search(r'VmHWM:\s+(\d+)', file.read())
+        if mark:
+            return 1024 * int(mark[1])
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def peak_memory(s, what, config):
-    """The memory in bytes that two steps take at most, in a process of its own. what: training, sparse head or full head."""
-    told = dict(what=what, config=config, s={name: getattr(s, name) for name in ('seed', 'device', 'dtype', 'attention')})
-    command = [sys.executable, '-m', 'suites.speed']
-    child = subprocess.run(command, cwd=ROOT, input=json.dumps(told), text=True, capture_output=True)
-    if child.returncode:
-        raise UserError(f'{label(config)}, {what}: no memory measured: {child.stderr.strip().splitlines()[-1:]}')
-    return int(child.stdout)
-
-
-def memory_child():
-    """The other side of peak_memory."""
-    told = json.load(sys.stdin)
-    s, what, config = SimpleNamespace(**told['s']), told['what'], told['config']
-    make_step(s, what, {**config, **TINY})()                                   # loads what libraries a step needs
+def memory_of(make, s, config):
+    """The bytes that two calls of the step make(s, config) take at most; for a fresh process."""
+    make(s, {**config, **TINY})()  # loads the libraries that a step needs
     before = high_water(s.device)
-    step = make_step(s, what, config)
+    step = make(s, config)
     step()
     step()
-    print(high_water(s.device) - before)
+    return high_water(s.device) - before
 
 
-def head_step(s, config, everywhere):
-    """The loss of plain unmasking from given hidden states, and backward: logits everywhere, or where there is weight."""
+def peak_memory(make, s, config):
+    """memory_of in a process of its own. Raises UserError where that fails."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as fresh:
+        try:
+            return fresh.submit(memory_of, make, s, config).result()
+        except RuntimeError as error:  # also if the process was killed
+            raise UserError(f'{label(config)}: no memory measured: {error}') from error
+
+
+def head_step(everywhere, s, config):
+    """Loss and gradients of plain unmasking from hidden states: logits everywhere, or where they count."""
     model = network(s, config)
-    x0, meta, generator = random_batch(s, model, config)
-    input, target, weight = masked_batch(model, x0, meta, generator)
-    hidden = torch.randn(*x0.shape, config['n_embd'], device=x0.device).to(model.compute_dtype).requires_grad_()
+    x0, meta, rng = random_batch(s, model, config)
+    input, target, weight = masked_batch(model, x0, meta, rng)
+    hidden = torch.randn(*x0.shape, config['n_embd'], device=x0.device)        # (B, T, C)
+    hidden = hidden.to(model.compute_dtype).requires_grad_()
 
     def step():
         if everywhere:
@@ -528,46 +543,45 @@ def head_step(s, config, everywhere):
     return step
 
 
-def make_step(s, what, config):
-    """The step that a name stands for, see peak_memory."""
-    return our_step(s, config) if what == 'training' else head_step(s, config, what == 'full head')
+HEADS = {'full head': functools.partial(head_step, True), 'sparse head': functools.partial(head_step, False)}
 
 
 def head(s):
     """Rows and text: what logits where they are not needed would cost."""
     config = recipe(**HEAD)
-    names = ('full head', 'sparse head')
-    rows = with_ratios(compare('head', label(HEAD), {name: make_step(s, name, config) for name in names}, s.steps), names[0])
+    steps = {name: make(s, config) for name, make in HEADS.items()}
+    rows = with_ratios(compare('head', label(HEAD), steps, s.steps), 'full head')
     for row in rows:
-        row['memory'] = peak_memory(s, row['name'], config)
-    lines = [[row['shape'], row['name'], ms(row), times_as_fast(row), f"{row['memory'] / 2**20:.0f}"] for row in rows]
-    return rows, markdown(['shape', 'logits', 'ms (quartiles)', 'against full', 'peak memory, MB'], lines)
+        row['memory'] = peak_memory(HEADS[row['name']], s, config)
+    return rows, table_of(rows, {'shape': SHAPE, 'logits': NAME, 'ms (quartiles)': ms,
+                                 'against full': times_as_fast, 'peak memory, MB': MEGABYTES})
 
 
 def exponent(rows, axis):
-    """x in time ~ axis^x, fitted by least squares to the rows of one axis of growth."""
+    """x in time ~ axis^x, by least squares from the rows of one axis of growth; None for a single row."""
     logs = [torch.tensor([float(row[name]) for row in rows]).log().tolist() for name in (axis, 'seconds')]
     return statistics.linear_regression(*logs).slope if len(rows) > 1 else None
 
 
 def growth(s):
-    """Rows and text: time and memory of a step along every axis, and a plot in out_dir if matplotlib is there."""
-    rows, lines = [], []
+    """Rows and text: time and memory of a step along every axis; a plot in out_dir if matplotlib is there."""
+    rows = []
     for axis, values in GROWTH.items():
-        configs = {value: recipe(**{**CENTRE, axis: value}) for value in values}
-        found = compare('growth', axis, {value: our_step(s, config) for value, config in configs.items()}, s.steps)
+        configs = {size: recipe(**{**CENTRE, axis: size}) for size in values}
+        steps = {size: our_step(s, config) for size, config in configs.items()}
+        found = compare('growth', axis, steps, s.steps)
         for row in found:
-            value, config = row['name'], configs[row['name']]
-            row.update(name=label(config), memory=peak_memory(s, 'training', config), **{axis: value})
+            row[axis], config = row['name'], configs[row['name']]
+            row.update(name=label(config), memory=peak_memory(our_step, s, config))
         for row in found:
             row['exponent'] = exponent(found, axis)
-        power = '' if found[0]['exponent'] is None else f"{found[0]['exponent']:.2f}"
-        lines += [[axis, f'{row[axis]:,}', ms(row), f"{row['memory'] / 2**20:.0f}", power] for row in found]
         rows += found
     make_folder(s.out_dir)
     path = os.path.join(s.out_dir, 'speed.png')
     drawn = f'\nplot: {path}' if draw_growth(rows, path) else ''
-    table = markdown(['along', 'value', 'ms (quartiles)', 'peak memory, MB', 'time ~ value to the'], lines)
+    table = table_of(rows, {
+        'along': SHAPE, 'value': lambda row: f"{row[row['shape']]:,}", 'ms (quartiles)': ms,
+        'peak memory, MB': MEGABYTES, 'time ~ value to the': value('exponent', '{:.2f}')})
     return rows, f'a step of remask_all, elsewhere {label(CENTRE)}\n{table}{drawn}'
 
 
@@ -577,18 +591,19 @@ def draw_growth(rows, path):
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    axes = list(dict.fromkeys(row['shape'] for row in rows))
-    figure = Figure(figsize=(3 * len(axes), 5), layout='constrained')
-    for number, axis in enumerate(axes, 1):
+    figure = Figure(figsize=(3 * len(GROWTH), 5), layout='constrained')
+    panels = figure.subplots(2, len(GROWTH), squeeze=False)
+    lines = (('seconds', 'ms a step', 1e3), ('memory', 'peak memory, MB', 2**-20))
+    for axis, column in zip(GROWTH, panels.T):
         points = [row for row in rows if row['shape'] == axis]
-        for line, (name, unit, factor) in enumerate((('seconds', 'ms a step', 1e3), ('memory', 'peak memory, MB', 2**-20))):
-            panel = figure.add_subplot(2, len(axes), number + line * len(axes), xlabel=axis, ylabel=unit)
-            values = [row[axis] for row in points]
-            panel.loglog(values, [factor * row[name] for row in points], marker='.')
-            panel.set_xticks(values, [f'{value:,}' for value in values])       # plain numbers, and no others between
+        sizes = [row[axis] for row in points]
+        for panel, (name, unit, scale) in zip(column, lines):
+            panel.loglog(sizes, [scale * row[name] for row in points], marker='.')
+            panel.set(xlabel=axis, ylabel=unit)
+            panel.set_xticks(sizes, [f'{size:,}' for size in sizes])     # plain numbers, none between them
+            panel.tick_params(which='minor', bottom=False, labelbottom=False)
             panel.yaxis.set_major_formatter('{x:g}')
             panel.yaxis.set_minor_formatter('{x:g}')
-            panel.tick_params(which='minor', labelsize='small', bottom=False, labelbottom=False)
             panel.grid(alpha=0.3)
     with atomically(path) as temporary:
         figure.savefig(temporary, format='png', dpi=110)
@@ -600,40 +615,40 @@ def draw_growth(rows, path):
 
 def through_curricula(step, config, num=6):
     """
-    Makes num first steps, from the start of the curricula to their end: (seconds of the first, graphs compiled in it, and later).
+    Makes num first steps, from start to end of the curricula. Raises UserError if they cannot be compiled.
 
-    Raises UserError where torch.compile does not work.
+    Returns (seconds of the first, graphs compiled in it, graphs compiled later).
     """
     from torch._dynamo.utils import counters
     counters.clear()
+    end = max(config['proofreading_warmup_iters'], config['masking_warmup_iters'])
     seconds, graphs = [], []
     for number in range(num):
-        t0 = time.perf_counter()
         try:
-            step(max(config['proofreading_warmup_iters'], config['masking_warmup_iters']) * number // (num - 1))
-        except RuntimeError as error:                                          # dynamo's errors are such, and inductor's
-            raise UserError(f'torch.compile does not work here (does it find a C++ compiler?): {error}') from error
-        wait()
-        seconds.append(time.perf_counter() - t0)
+            seconds.append(seconds_of(lambda: step(end * number // (num - 1))))
+        except RuntimeError as error:  # dynamo's errors are such, and inductor's
+            advice = 'torch.compile does not work here (does it find a C++ compiler?)'
+            raise UserError(f'{advice}: {error}') from error
         graphs.append(counters['stats']['unique_graphs'])
     return seconds[0], graphs[0], graphs[-1] - graphs[0]
 
 
 def compiled(s):
-    """Rows and text: eager against compiled, how long the first compiled step takes, and what is compiled anew after it."""
+    """Rows and text: eager against compiled, the first compiled step, and what is compiled anew later."""
     config = recipe(**COMPILE)
     steps = {'eager': our_step(s, config), 'compiled': our_step(s, config, compile=True)}
     found = dict(eager=(None, 0, 0), compiled=through_curricula(steps['compiled'], config))
     rows = with_ratios(compare('compile', label(COMPILE), steps, s.steps), 'eager')
     for row in rows:
         row['first'], row['graphs'], row['anew'] = found[row['name']]
-    lines = [[row['shape'], row['name'], '' if row['first'] is None else f"{row['first']:.1f}", ms(row), times_as_fast(row),
-              str(row['graphs']), str(row['anew'])] for row in rows]
-    return rows, markdown(['shape', 'step', 'first step, s', 'ms (quartiles)', 'against eager', 'graphs', 'compiled anew'], lines)
+    return rows, table_of(rows, {
+        'shape': SHAPE, 'step': NAME, 'first step, s': value('first', '{:.1f}'), 'ms (quartiles)': ms,
+        'against eager': times_as_fast, 'graphs': value('graphs'), 'compiled anew': value('anew')})
 
 
 # first what may refuse its checkpoint
-TABLES = dict(sampling=sampling, training=training, peak=peak, startup=startup, growth=growth, head=head, compile=compiled)
+TABLES = dict(sampling=sampling, training=training, peak=peak, startup=startup, growth=growth, head=head,
+              compile=compiled)
 
 
 def run(s):
@@ -648,7 +663,3 @@ def run(s):
         texts.append(f'{name}\n\n{text}')
     print(f'{torch.get_num_threads()} threads, torch {torch.__version__}')
     return rows, '\n\n'.join(texts)
-
-
-if __name__ == '__main__':
-    memory_child()

@@ -2,7 +2,7 @@
 Held-out strings to complete and to mend: num_samples of them, the same in every row, num_seeds draws each.
 
 infill expr=_    correct: the share whose value is right
-infill _=value   valid, and with that value; as many holes as the original had tokens, at several numbers of passes
+infill _=value   valid, and with that value; as many holes as the original had tokens, for all of budgets
 edit             the first operand written anew: valid, and with that value
 repair           see repair_rows
 """
@@ -12,51 +12,68 @@ import statistics
 import torch
 from tqdm import tqdm
 
-from plumbing.text import decode, task_canvas
-from corruption import NOISE, mixed_noise, modelled, parse_mixture
+from plumbing.text import decode, modelled, task_canvas
 from data.loader import data_of, spread_rows
+from parts.noise import NOISE, mixed_noise
+from plumbing.checks import parse_mixture
 from plumbing.evaluate import per_token
-from rules import choose_rules, supports
+from parts.presets import choose_rules, supports
 from sample import fill
-from suites.common import cell, checkpoint_of_arithmetic, markdown, wanted, with_errors
+from suites.common import checkpoint_of_arithmetic, mean_nfe, table_of, wanted, with_errors
+
+# an insertion never fired in the experiment that the first protocol is from
+WITHOUT_INSERTIONS = 'mask:0.5,replace:0.2,swap:0.15,delete:0.075,insert:0'
+PROTOCOLS = {"without insertions": WITHOUT_INSERTIONS, 'with insertions': WITHOUT_INSERTIONS + '.075'}
 
 
 def run(s):
     """The suite with bench's settings s: (rows, two tables)."""
-    model, meta, config, task, train = checkpoint_of_arithmetic(s)
-    clean = spread_rows(data_of(meta, config)[1]['val'], s.num_samples, model.config.block_size)
+    model, checkpoint, (task, _) = checkpoint_of_arithmetic(s)
+    meta, config, T = checkpoint['meta'], checkpoint['config'], model.config.block_size
+    can_unmask = supports(config)[0]
+    clean = spread_rows(data_of(meta, config)[1]['val'], s.num_samples, T)
     texts = [decode(meta, ids)[0] for ids in clean.tolist()]
-    heads, values = zip(*(text.split('=') for text in texts))
-    can_unmask, causal, detects = supports(config)
-    diffusion = [('remask=none', {}), ('remask=random', dict(remask='random'))] if can_unmask else []
-    diffusion += [('remask=wrong', dict(remask='wrong'))] if can_unmask and detects else []
-    causally = ('remask=causal', dict(remask='causal')) if can_unmask else ('AR', dict(ar_prefix=model.config.block_size))
-    asked = []                                                                 # (task, sampler, texts with holes, rules)
-    for sampler, rules in diffusion + [causally] * causal:
-        asked.append(('infill expr=_', sampler, [f'{head}=_' for head in heads], rules))
-    for sampler, rules in diffusion:
-        for n in s.budgets:
-            holed = [f"{'_' * len(head)}={value}" for head, value in zip(heads, values)]
-            asked.append(('infill _=value', f'{sampler}, {n} passes', holed, dict(rules, steps=n)))
-        asked.append(('edit', sampler, first_operand_open(texts), dict(rules, steps=8)))
-    rows = []
+    goals = [int(text.partition('=')[2]) for text in texts] * s.num_seeds
+    asked = rows_of_tasks(s, config, texts, T)
     asked = [] if can_unmask and s.only == 'repair' else wanted(s, asked)
+
+    rows, tables = [], []
     for name, sampler, holed, rules in tqdm(asked, desc='rows', leave=False):
-        canvas, fixed = (torch.cat(parts) for parts in zip(*(task_canvas('infill', model, meta, text, '_') for text in holed)))
-        runs = [fill(model, meta, canvas, fixed, batch_size=s.batch_size, seed=s.seed + number, **rules)
-                for number in range(s.num_seeds)]
-        parsed = [(*task.parse(sample['text']), int(goal)) for run in runs for sample, goal in zip(run, values)]
-        row = dict(name=name, sampler=sampler, nfe=statistics.mean(sample['nfe'] for run in runs for sample in run))
-        row['valid'] = statistics.mean(valid for valid, *_ in parsed)
-        row['correct'] = statistics.mean(valid and value == claimed == goal for valid, value, claimed, goal in parsed)
+        canvas, fixed = canvas_of(model, meta, holed)
+        samples = []
+        for number in range(s.num_seeds):
+            rules = dict(rules, batch_size=s.batch_size, seed=s.seed + number)
+            samples += fill(model, meta, canvas, fixed, **rules)
+        row = dict(name=name, sampler=sampler, nfe=mean_nfe(samples), **right_shares(task, samples, goals))
         rows.append(with_errors(row, len(texts)))
-    mended = repair_rows(s, model, meta, config, clean) if can_unmask and (not s.only or 'repair' in s.only) else []
-    tables = [markdown([*head, *[f'{m} %' for m in metrics], 'nfe'],
-                       [[row['name'], row['sampler'], *[cell(row, m) for m in (*metrics, 'nfe')]] for row in part])
-              for head, metrics, part in ((('task', 'sampler'), ('valid', 'correct'), rows),
-                                          (('repair', 'how'), ('accuracy', 'by_string', 'exact'), mended)) if part]
+    if rows:
+        tables.append(table_of(rows, dict(task='name', sampler='sampler'), ('valid', 'correct', 'nfe')))
+    if can_unmask and (not s.only or 'repair' in s.only):
+        repaired = repair_rows(s, model, meta, config, clean)
+        rows = rows + repaired
+        tables.append(table_of(repaired, dict(repair='name', how='sampler'),
+                               ('accuracy', 'by_string', 'exact', 'nfe')))
     print(f'{len(texts)} held-out strings, {s.num_seeds} draws each, ± standard error over the strings')
-    return rows + mended, '\n\n'.join(tables)
+    return rows, '\n\n'.join(tables)
+
+
+def rows_of_tasks(s, config, texts, block_size):
+    """What is to be completed: (task, sampler, the texts with holes, keywords of sample.fill)."""
+    can_unmask, causal, detects = supports(config)
+    heads, values = zip(*(text.split('=') for text in texts))
+    open_ends = [f'{head}=_' for head in heads]
+    open_heads = [f"{'_' * len(head)}={value}" for head, value in zip(heads, values)]
+    kinds = ['none', 'random'] + ['wrong'] * detects if can_unmask else []
+
+    rows = [('infill expr=_', f'remask={kind}', open_ends, dict(remask=kind))
+            for kind in kinds + ['causal'] * (can_unmask and causal)]
+    if not can_unmask and causal:
+        rows.append(('infill expr=_', 'AR', open_ends, dict(ar_prefix=block_size)))
+    for kind in kinds:
+        rows += [('infill _=value', f'remask={kind}, {n} passes', open_heads, dict(remask=kind, steps=n))
+                 for n in s.budgets]
+        rows.append(('edit', f'remask={kind}', first_operand_open(texts), dict(remask=kind, steps=8)))
+    return rows
 
 
 def first_operand_open(texts):
@@ -65,40 +82,62 @@ def first_operand_open(texts):
     return [f'{text[:i]}_{text[i + 1:]}' for text, i in zip(texts, at)]
 
 
-def repair_rows(s, model, meta, config, clean, sigma=0.2, noise_mix='mask:0.5,replace:0.2,swap:0.15,delete:0.075,insert:0.075'):
-    """
-    Repair of clean rows (N, T) under mixed noise: accuracy over the real tokens; by_string, the mean over strings of their share
-    of right tokens, start symbol included (the seed's measure, kinder to short strings); exact, the share right as a whole.
+def canvas_of(model, meta, holed):
+    """Texts in which _ is a hole, as (canvas (N, T), fixed (N, T))."""
+    canvases = [task_canvas('infill', model, meta, text, '_') for text in holed]
+    return [torch.cat(parts) for parts in zip(*canvases)]
 
-    In the seed's protocol an insertion never fires, in the other it does. Beside the repair: doing nothing; doing nothing but
-    fill the masks perfectly; one pass that takes the likeliest token everywhere. Greedy, so one draw.
+
+def right_shares(task, samples, goals):
+    """The share of samples that are valid, and that are correct: of the value that they claim, the goal."""
+    parsed = [(*task.parse(sample['text']), goal) for sample, goal in zip(samples, goals)]
+    correct = [valid and value == claimed == goal for valid, value, claimed, goal in parsed]
+    return dict(valid=statistics.mean(valid for valid, *_ in parsed), correct=statistics.mean(correct))
+
+
+def with_noise(model, meta, clean, mixture, level, rng):
+    """Clean rows (N, T) under mixed noise of a level (N,). What a mixture lacks of 1 does nothing."""
+    mix = parse_mixture('noise_mix', mixture, NOISE)
+    level = (level * sum(share for _, share in mix)).float()
+    return mixed_noise(clean, modelled(clean, meta)[1], level, mix, model.mask_token_id, meta['pad'], rng)
+
+
+def repair_rows(s, model, meta, config, clean, sigma=0.2, protocols=PROTOCOLS):
     """
-    free, real = modelled(clean, meta)
+    Repair of clean rows (N, T) under mixed noise, beside what takes no repair. Greedy, so one draw.
+
+    accuracy over the real tokens; by_string, the mean over strings of their share of right tokens, with the
+    start symbol (kinder to short strings); exact, the share of strings that are right as a whole.
+    """
+    real = modelled(clean, meta)[1]
     rows = []
-    device = next(model.parameters()).device
-    for protocol, mixture in (("the seed's protocol", noise_mix.replace('insert:0.075', 'insert:0')),
-                              ('with insertions', noise_mix)):
-        mix = parse_mixture('noise_mix', mixture, NOISE)
-        level = sigma * sum(share for _, share in mix)                         # what would have been an insertion does nothing
-        noisy = mixed_noise(clean, real, torch.full((len(clean),), level), mix, model.mask_token_id, meta['pad'],
-                            torch.Generator().manual_seed(s.seed))
-        found = {'nothing': noisy, 'nothing, masks filled perfectly': torch.where(noisy == model.mask_token_id, clean, noisy)}
-        with torch.no_grad():
-            likeliest = [model.logits(model(part.to(device)), real_only=True).argmax(-1).cpu()
-                         for part in noisy.split(s.batch_size)]
-        found['the likeliest token everywhere'] = torch.where(free, torch.cat(likeliest), clean)
-        nfe = dict(zip(found, (0, 0, 1)))
-        if supports(config)[2]:
-            rules = choose_rules(config, task='repair', inside=True)
-            samples = fill(model, meta, noisy, ~free, batch_size=s.batch_size, seed=s.seed, trace=True, **rules)
-            found['--task=repair'] = torch.stack([sample['trace'][-1].cpu() for sample in samples])
-            nfe['--task=repair'] = statistics.mean(sample['nfe'] for sample in samples)
-        for how, ids in found.items():
+    for protocol, mixture in protocols.items():
+        level = torch.full((len(clean),), sigma, dtype=torch.float64)
+        noisy = with_noise(model, meta, clean, mixture, level, torch.Generator().manual_seed(s.seed))
+        for how, (ids, nfe) in ways_to_repair(s, model, meta, config, clean, noisy).items():
             right = ids == clean
             exact = (right | ~real).all(1).double().mean().item()
-            row = with_errors(dict(name=protocol, sampler=how, nfe=nfe[how], exact=exact), len(clean))
+            row = with_errors(dict(name=protocol, sampler=how, nfe=nfe, exact=exact), len(clean))
             row['accuracy'], row['accuracy_se'] = per_token((right & real).sum(1).double(), real.sum(1))
-            share = ((right & real).sum(1) + 1).double() / (real.sum(1) + 1)  # (N,) the start symbol counts, as in the seed
+            share = ((right & real).sum(1) + 1).double() / (real.sum(1) + 1)  # (N,) the start symbol counts
             row['by_string'], row['by_string_se'] = per_token(share, torch.ones_like(share))
             rows.append(row)
     return rows
+
+
+@torch.no_grad()
+def ways_to_repair(s, model, meta, config, clean, noisy):
+    """{way: (what it makes of noisy (N, T), its passes)}: nothing, one pass, and what --task=repair does."""
+    free = modelled(clean, meta)[0]
+    device = next(model.parameters()).device
+    likeliest = torch.cat([model.logits(model(part.to(device)), real_only=True).argmax(-1).cpu()
+                           for part in noisy.split(s.batch_size)])
+    unmasked = torch.where(noisy == model.mask_token_id, clean, noisy)
+    ways = {'nothing': (noisy, 0.0), 'nothing, masks filled perfectly': (unmasked, 0.0),
+            'the likeliest token everywhere': (torch.where(free, likeliest, clean), 1.0)}
+    if supports(config)[2]:
+        rules = choose_rules(config, task='repair', inside=True)
+        samples = fill(model, meta, noisy, ~free, batch_size=s.batch_size, seed=s.seed, trace=True, **rules)
+        ids = torch.stack([sample['trace'][-1].cpu() for sample in samples])
+        ways['--task=repair'] = ids, mean_nfe(samples)
+    return ways

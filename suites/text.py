@@ -1,22 +1,19 @@
 """
-Text: one network that writes both ways beside networks that write left to right only, and a judge of what is written.
+Text: one network that writes both ways beside networks that write left to right only, judged by another one.
 
-likelihood  nats a token of the whole validation split, in windows of block_size: the bound of the diffusion mode (NELBO) and the
-            NLL of the causal mode. Neither sees anything in front of a window
-samples     num_seeds x num_samples texts of block_size tokens, written from nothing: what the judge, a separate causal network,
-            thinks of them (nats a token), and how varied they are (see textstats.text_statistics, all of which depends on the
-            number of texts). Low nats alone are no merit: the line of real text says how many there should be
-infill      a gap in the middle of windows of the validation split; restored: the share of its tokens that are what they were
-repair      such windows with a tenth of their tokens replaced by other ones; restored: the share of these that were put right,
-            damaged: of the others, that were made wrong, right: of all, that are right in the end
+likelihood  nats a token of the whole validation split, in windows of block_size, nothing in front of them:
+            the bound of the diffusion mode (NELBO), the NLL of the causal mode
+samples     num_seeds x num_samples texts of block_size tokens: nats a token by a judge, and variety (see
+            text_statistics; it depends on the number of texts). Low nats alone are no merit: see real text
+infill      a gap in the middle of windows of the validation split; the share of its tokens that is restored
+repair      such windows with a tenth of their tokens replaced; the shares restored of these, damaged of the
+            others, and right of all in the end
 
-The dataset is that of the configs in RUNS, any stream of text; --train_args=--dataset=NAME takes another one for all of them.
-Runs and measured rows are kept under out_dir/text, see runs.py. On a CPU begin with --num_samples=100.
+--train_args=--dataset=NAME takes another stream of text for all runs. Runs and rows are kept in out_dir/text,
+see runs.py. On a CPU begin with --num_samples=100.
 """
 
 import functools
-import json
-import os
 from types import SimpleNamespace
 
 import torch
@@ -24,109 +21,92 @@ from tqdm import tqdm
 
 from plumbing.text import decode
 from configurator import UserError
-from corruption import another_token
+from parts.noise import another_token
 from data.loader import data_of, load_data, random_rows, rows_at, spread_rows
-from plumbing.evaluate import causal_nll, evaluate, per_token
+from plumbing.evaluate import causal_nll, per_token
 from plumbing.textstats import text_statistics, training_text
-from model import random_subset
-from rules import choose_rules, supports
+from plumbing.rows import random_subset
+from parts.presets import choose_rules
 from sample import fill, generate
-from suites.common import cell, markdown, wanted
-from suites.runs import check_train_args, folder_of, measure_all, network_of
-
-# -----------------------------------------------------------------------------
-# the tables
+from suites.common import COST, cell, mean_nfe, table_of, wanted, worth
+from suites.runs import check_train_args, folder_name, measure_all, network_of, training_cost
 
 OURS = ['train.py', 'config/shakespeare_char_cpu.py']
-# the same network and rows, nothing but the next token; what the other tasks need of it and of the settings is off
-CAUSAL = [*OURS, '--training_type=causal', '--views=0', '--draft_head=False', '--noise_condition=False', '--self_condition=False',
-          '--stage=0', '--time_dim=0', '--allow_abstain=False', '--target_mask_prob=0', '--mask_logit_bias=0',
-          '--guess_from=None']
+# the same network and rows, nothing but the next token: what only other tasks need is off, and the level
+CAUSAL = [*OURS, '--training_type=causal', '--views=0', '--draft_head=False', '--allow_abstain=False',
+          '--target_mask_prob=0', '--mask_logit_bias=0', '--parts=short_conv:2,shortcuts,bigrams:8192']
 RUNS = {
     'ours': OURS,
     'AR same tokens': CAUSAL,
-    'AR same time': CAUSAL,                                                    # and as many steps as take the time of ours
+    'AR same time': CAUSAL,                      # and as many steps as take the time of ours
     'judge': ['train.py', 'config/shakespeare_char_judge.py'],
 }
 
 # name: what choose_rules is told beside the number of passes, a row for each of the setting budgets
+PLAIN = dict(commit='random', schedule='linear')
 SAMPLERS = {
-    **{f'remask={remask}': dict(commit='random', schedule='linear', remask=remask)
-       for remask in ('none', 'random', 'wrong', 'remdm', 'p2')},
+    **{f'remask={kind}': dict(PLAIN, remask=kind) for kind in ('none', 'random', 'wrong', 'remdm', 'p2')},
     # a rate of 0.3, which these two have otherwise, takes back more at once than a long text can spare
-    **{f'remask={remask} at 0.03': dict(commit='random', schedule='linear', remask=remask, remask_rate=0.03)
-       for remask in ('random', 'remdm')},
+    **{f'remask={kind} at 0.03': dict(PLAIN, remask=kind, remask_rate=0.03) for kind in ('random', 'remdm')},
     'intelligent': dict(preset='intelligent'),
     # what a doubt is worth while little is visible
-    'remask=wrong without patience': dict(commit='random', schedule='linear', remask='wrong', remask_patience=0.0),
+    'remask=wrong without patience': dict(PLAIN, remask='wrong', remask_patience=0.0),
     'remask=wrong and commit=confidence': dict(commit='confidence', schedule='linear', remask='wrong'),
-    # re-masking what is doubted sharpens the law, and so does a temperature: which text is better at the same entropy?
-    'remask=none at temperature 0.9': dict(commit='random', schedule='linear', remask='none', temperature=0.9),
-    'remask=wrong at temperature 1.05': dict(commit='random', schedule='linear', remask='wrong', temperature=1.05),
+    # re-masking sharpens the law, and so does a temperature: which text is better at equal entropy?
+    'remask=none at temperature 0.9': dict(PLAIN, remask='none', temperature=0.9),
+    'remask=wrong at temperature 1.05': dict(PLAIN, remask='wrong', temperature=1.05),
 }
-DRAWS = 8                                                                      # likelihood: masks a window
-GAP = 16                                                                       # infill: so many tokens are hidden
 INFILL = {
     'remask=none': dict(commit='random', remask='none'),
     'remask=wrong': dict(commit='random', remask='wrong'),
     'commit=confidence': dict(commit='confidence', remask='none'),
 }
-NOISE_SHARE = 0.1                                                              # repair: so many tokens are replaced
-THRESHOLDS = (0.5, 0.2, 0.05)                                                  # repair: of the baseline mend_unsure
+DRAWS = 8                        # likelihood: masks a window
+GAP = 16                         # infill: how many tokens are hidden
+NOISE_SHARE = 0.1                # repair: the share of the tokens that are replaced
+THRESHOLDS = (0.5, 0.2, 0.05)    # repair: of the baseline mend_unsure
 
 
 def rows_of_tables(s):
     """All rows: (name, table, run, what the table's function is told of it)."""
-    rows = [(f'{run}: likelihood', 'likelihood', run, {}) for run in ('ours', 'AR same tokens', 'AR same time')]
+    rows = [(f'{run}: likelihood', 'likelihood', run, {}) for run in RUNS if run != 'judge']
     rows.append(('real text', 'samples', 'ours', dict(real=True)))
     rows += [(f'samples by {name} {steps}', 'samples', 'ours', dict(rules, steps=steps))
              for name, rules in SAMPLERS.items() for steps in s.budgets]
     rows.append(('samples by speculative', 'samples', 'ours', dict(preset='speculative')))
     rows.append(('infill: the text itself', 'infill', 'ours', dict(real=True)))
-    rows += [(f'infill by {name}', 'infill', 'ours', dict(rules, steps=GAP)) for name, rules in INFILL.items()]
+    rows += [(f'infill by {name}', 'infill', 'ours', dict(rules, steps=GAP))
+             for name, rules in INFILL.items()]
     return rows + [('repair', 'repair', 'ours', {})]
-
-# -----------------------------------------------------------------------------
-# likelihood
 
 
 def likelihood_rows(s, network, name, run, how):
     """One row: what a run is worth on the whole validation split, and what it took to train it."""
     model, checkpoint = network(run)
-    config, T = checkpoint['config'], model.config.block_size
-    val = stream(checkpoint)['val']
+    val, T = stream(checkpoint)['val'], model.config.block_size
     windows = rows_at(val, torch.arange(len(val) // T) * T, T)                 # (N, T)
-    can_unmask, causal, _ = supports(config)
-    row = dict(name=name, run=run, n=len(windows), parameters=model.num_params(), minutes=None, tokens_per_second=None,
-               **dict.fromkeys(('nelbo', 'nelbo_se', 'causal_nll', 'causal_nll_se')))
-    row.update(evaluate(model, windows, checkpoint['meta'], causal=causal, bidirectional=can_unmask, draws=DRAWS,
-                        batch_size=s.batch_size, seed=s.seed))
-    if 'seconds' in checkpoint:
-        seen = checkpoint['iter_num'] * config['batch_size'] * config['gradient_accumulation_steps'] * T
-        row.update(minutes=checkpoint['seconds'] / 60, tokens_per_second=seen / max(1e-9, checkpoint['seconds']))
-    return [row]
+    row = dict(name=name, run=run, n=len(windows), nelbo=None, causal_nll=None)
+    how = dict(detects=False, draws=DRAWS, batch_size=s.batch_size, seed=s.seed)
+    return [{**row, **training_cost(model, checkpoint), **worth(model, checkpoint, windows, **how)}]
 
 
 def steps_of_same_time(ours, other):
     """The steps that a run like that of the checkpoint other makes in the time of the checkpoint ours."""
-    for checkpoint in (ours, other):
-        if not checkpoint.get('seconds'):
-            raise UserError('a checkpoint does not say how long its training took: delete the folder of that run, so that it is '
-                            'trained again')
+    if not ours.get('seconds') or not other.get('seconds'):
+        raise UserError('a checkpoint does not say how long its training took: '
+                        'delete the folder of that run, so that it is trained again')
     return max(1, round(ours['seconds'] / (other['seconds'] / other['iter_num'])))
 
 
 def stream(checkpoint):
-    """The splits of a checkpoint's dataset. Raises UserError if it is no stream of text, or not what the checkpoint learned."""
-    meta, data = data_of(checkpoint['meta'], checkpoint['config'])
+    """The splits of a checkpoint's dataset. Raises UserError if it is no text, or has another vocabulary."""
+    known = checkpoint['meta']
+    meta, data = data_of(known, checkpoint['config'])
     if meta['format'] != 'stream':
         raise UserError(f"the suite text needs a stream of text, {meta['name']} has rows")
-    if meta['itos'] != checkpoint['meta']['itos'] or meta['vocab_size'] != checkpoint['meta']['vocab_size']:
-        raise UserError(f"data/{meta['name']} has another vocabulary than the one that the network was trained on")
+    if meta['itos'] != known['itos'] or meta['vocab_size'] != known['vocab_size']:
+        raise UserError(f"data/{meta['name']} has another vocabulary than the network was trained on")
     return data
-
-# -----------------------------------------------------------------------------
-# samples
 
 
 def judge_nll(judge, ids, batch_size=125):
@@ -134,28 +114,24 @@ def judge_nll(judge, ids, batch_size=125):
     if ids.size(1) > judge.config.block_size:
         raise UserError(f'the judge reads {judge.config.block_size} tokens, the samples have {ids.size(1)}: '
                         f'give its config a block_size of at least that')
-    device = next(judge.parameters()).device
-    return torch.cat([causal_nll(judge, x.to(device), torch.ones_like(x, dtype=torch.bool, device=device)).cpu()
-                      for x in ids.split(batch_size)]) / ids.size(1)
+    batches = ids.to(next(judge.parameters()).device).split(batch_size)
+    nats = torch.cat([causal_nll(judge, x, torch.ones_like(x, dtype=torch.bool)) for x in batches])
+    return nats.cpu() / ids.size(1)
 
 
 def judge_of(network, checkpoint):
     """The network that judges samples of a checkpoint. Raises UserError if it was trained on other tokens."""
     judge, other = network('judge')
-    if other['meta']['itos'] != checkpoint['meta']['itos'] or other['meta']['name'] != checkpoint['meta']['name']:
-        raise UserError(f"the judge learned {other['meta']['name']}, what it is to judge is {checkpoint['meta']['name']}: "
+    mine, theirs = checkpoint['meta'], other['meta']
+    if (mine['itos'], mine['name']) != (theirs['itos'], theirs['name']):
+        raise UserError(f"the judge learned {theirs['name']}, what it is to judge is {mine['name']}: "
                         f'give their configs one dataset')
     return judge
 
 
-def mean_and_error(name, values):
+def mean_of(name, values):
     """{name: the mean of values (N,), name_se: its standard error}"""
     return dict(zip((name, f'{name}_se'), per_token(values, torch.ones_like(values))))
-
-
-def mean_nfe(samples):
-    """The passes of samples, dicts as fill returns them, in the mean."""
-    return sum(sample['nfe'] for sample in samples) / len(samples)
 
 
 @functools.lru_cache(maxsize=1)
@@ -166,46 +142,48 @@ def corpus_of(dataset):
 
 
 def sample_rows(s, network, name, run, how):
-    """One row: num_seeds x num_samples texts, judged and counted; with how['real'] as many windows of the validation split."""
+    """One row: num_seeds x num_samples texts, judged and counted; how['real']: of the validation split."""
     model, checkpoint = network(run)
-    meta, data, judge = checkpoint['meta'], stream(checkpoint), judge_of(network, checkpoint)
+    meta, val, judge = checkpoint['meta'], stream(checkpoint)['val'], judge_of(network, checkpoint)
     if 'real' in how:
         num, T = s.num_samples * s.num_seeds, model.config.block_size
-        rows = spread_rows(data['val'], num, T)
-        if len(rows) < num:                                                    # as many as samples, overlapping if need be
-            rows = random_rows(data['val'], num, T, torch.Generator().manual_seed(s.seed))
+        rows = spread_rows(val, num, T)
+        if len(rows) < num:                      # as many as samples, overlapping if need be
+            rows = random_rows(val, num, T, torch.Generator().manual_seed(s.seed))
         samples = [dict(text=decode(meta, ids)[0], tokens=ids, nfe=0) for ids in rows.tolist()]
     else:
-        rules = choose_rules(checkpoint['config'], **{'temperature': 1.0, **how})
-        samples = [sample for number in range(s.num_seeds) for sample in generate(
-            model, meta, s.num_samples, batch_size=s.batch_size, seed=s.seed + number, progress=True, **rules)]
-    tokens = [sample['tokens'] for sample in samples]
+        rules, samples = choose_rules(checkpoint['config'], **{'temperature': 1.0, **how}), []
+        for number in range(s.num_seeds):
+            samples += generate(model, meta, s.num_samples, batch_size=s.batch_size, seed=s.seed + number,
+                                progress=True, **rules)
+    texts, tokens = zip(*((sample['text'], sample['tokens']) for sample in samples))
     row = dict(name=name, n=len(samples), nfe=mean_nfe(samples),
-               **mean_and_error('judge', judge_nll(judge, torch.tensor(tokens), s.batch_size)),
-               **text_statistics([sample['text'] for sample in samples], tokens, corpus_of(meta.get('dataset', meta['name']))))
-    tqdm.write(f"{name}: judge {cell(row, 'judge')}, entropy {row['entropy']:.3f}, distinct-3 {row['distinct_3']:.3f}")
+               **mean_of('judge', judge_nll(judge, torch.tensor(tokens), s.batch_size)),
+               **text_statistics(texts, tokens, corpus_of(meta.get('dataset', meta['name']))))
+    tqdm.write(f"{name}: judge {cell(row, 'judge')}, entropy {row['entropy']:.3f}, "
+               f"distinct-3 {row['distinct_3']:.3f}")
     return [row]
-
-# -----------------------------------------------------------------------------
-# infill and repair
 
 
 def infill_rows(s, network, name, run, how):
-    """One row: a gap in each of num_samples windows filled num_seeds times; with how['real'] it holds what was there."""
+    """One row: a gap in num_samples windows filled num_seeds times; how['real']: by what was there."""
     model, checkpoint = network(run)
-    meta, judge, T = checkpoint['meta'], judge_of(network, checkpoint), model.config.block_size
+    judge, T = judge_of(network, checkpoint), model.config.block_size
     clean = spread_rows(stream(checkpoint)['val'], s.num_samples, T)           # (N, T)
     gap, found, nfe = middle(T), [clean], 0
     if 'real' not in how:
         canvas, fixed = clean.masked_fill(gap, model.mask_token_id), ~gap.expand_as(clean)
         rules = choose_rules(checkpoint['config'], task='infill', inside=True, **how)
-        runs = [fill(model, meta, canvas, fixed, batch_size=s.batch_size, seed=s.seed + number, **rules)
-                for number in range(s.num_seeds)]
+        runs = [fill(model, checkpoint['meta'], canvas, fixed, batch_size=s.batch_size, seed=s.seed + number,
+                     **rules) for number in range(s.num_seeds)]
         found = [torch.tensor([sample['tokens'] for sample in samples]) for samples in runs]
-        nfe = mean_nfe([sample for samples in runs for sample in samples])
-    restored = torch.stack([(ids == clean)[:, gap].double().mean(1) for ids in found]).mean(0)         # (N,), over the draws
+        nfe = mean_nfe(sum(runs, []))
+
+    # means over the draws, (N,)
+    restored = torch.stack([(ids == clean)[:, gap].double().mean(1) for ids in found]).mean(0)
     judged = torch.stack([judge_nll(judge, ids, s.batch_size) for ids in found]).mean(0)
-    return [dict(name=name, n=len(clean), nfe=nfe, **mean_and_error('restored', restored), **mean_and_error('judge', judged))]
+    means = {**mean_of('restored', restored), **mean_of('judge', judged)}
+    return [dict(name=name, n=len(clean), nfe=nfe, **means)]
 
 
 def middle(T):
@@ -215,27 +193,28 @@ def middle(T):
     return (at >= 0) & (at < size)
 
 
-def replaced(clean, V, generator):
-    """Rows clean (N, T) in which NOISE_SHARE of the tokens, at random places, are other ones of the V: ids (N, T)."""
+def replaced(clean, V, rng):
+    """Rows clean (N, T), NOISE_SHARE of whose tokens, at random places, are replaced by others of the V."""
     count = torch.full((len(clean),), max(1, round(NOISE_SHARE * clean.size(1))))
-    where = random_subset(torch.ones_like(clean, dtype=torch.bool), count, generator)
-    return torch.where(where, another_token(clean, V, generator), clean)
+    where = random_subset(torch.ones_like(clean, dtype=torch.bool), count, rng)
+    return torch.where(where, another_token(clean, V, rng), clean)
 
 
 @torch.no_grad()
 def mend_unsure(model, ids, threshold):
     """
-    The plainest repair of ids (N, T): each token to which the network, which sees it stand there, gives less than the threshold
-    is masked, and in one more pass the likeliest one takes its place. It needs no [WRONG] and no rules.
+    The plainest repair of ids (N, T), without [WRONG] and without rules.
+
+    A token to which the network, seeing it, gives less than the threshold is masked and predicted anew.
     """
-    p = model.logits(model(ids), real_only=True).softmax(-1).gather(-1, ids[..., None])[..., 0]        # (N, T)
+    p = model.logits(model(ids), real_only=True).softmax(-1).gather(-1, ids[..., None])[..., 0]    # (N, T)
     masked = p < threshold
     holes = ids.masked_fill(masked, model.mask_token_id)
     return torch.where(masked, model.logits(model(holes), real_only=True).argmax(-1), ids)
 
 
 def mended(name, before, after, clean, nfe):
-    """A row of the repair of before (N, T) to after, clean being right: shares, standard errors over the rows."""
+    """The row of a repair of before (N, T) to after, where clean is right: shares, errors over the rows."""
     wrong, right = before != clean, after == clean
     row = dict(name=name, n=len(clean), nfe=nfe)
     for measure, hit, among in (('restored', wrong & right, wrong), ('damaged', ~wrong & ~right, ~wrong),
@@ -245,30 +224,31 @@ def mended(name, before, after, clean, nfe):
 
 
 def repair_rows(s, network, name, run, how):
-    """A row for every way to mend num_samples windows of the validation split. All of them are greedy, so one draw."""
+    """A row for every way to mend num_samples windows of the validation split. Greedy, so one draw."""
     model, checkpoint = network(run)
     device = next(model.parameters()).device
     clean = spread_rows(stream(checkpoint)['val'], s.num_samples, model.config.block_size)
     before = replaced(clean, model.config.vocab_size, torch.Generator().manual_seed(s.seed))
     rows = [mended('nothing', before, before, clean, 0)]
     for threshold in THRESHOLDS:
-        after = torch.cat([mend_unsure(model, x.to(device), threshold).cpu() for x in before.split(s.batch_size)])
+        batches = before.to(device).split(s.batch_size)
+        after = torch.cat([mend_unsure(model, x, threshold) for x in batches]).cpu()
         rows.append(mended(f'what is less sure than {threshold:g} filled anew', before, after, clean, 2))
     rules = choose_rules(checkpoint['config'], task='repair', inside=True)
-    samples = fill(model, checkpoint['meta'], before, torch.zeros_like(before, dtype=torch.bool), batch_size=s.batch_size,
-                   seed=s.seed, **rules)
+    samples = fill(model, checkpoint['meta'], before, torch.zeros_like(before, dtype=torch.bool),
+                   batch_size=s.batch_size, seed=s.seed, **rules)
     after = torch.tensor([sample['tokens'] for sample in samples])
     return rows + [mended('--task=repair', before, after, clean, mean_nfe(samples))]
 
-# -----------------------------------------------------------------------------
-# the suite
-
-
 MEASURES = dict(likelihood=likelihood_rows, samples=sample_rows, infill=infill_rows, repair=repair_rows)
+METRICS = dict(likelihood=('nelbo', 'causal_nll', *COST),
+               samples=('judge', 'entropy', 'distinct_3', 'known_words', 'copy_mean', 'copy_max', 'nfe'),
+               infill=('restored', 'judge', 'nfe'), repair=('restored', 'damaged', 'right', 'nfe'))
+SIZES = dict(likelihood=[DRAWS], infill=[GAP], repair=[NOISE_SHARE, THRESHOLDS])
 
 
 def run(s):
-    """The suite with bench's settings s: (rows, up to four tables). What cannot be measured is left out, and an error says so."""
+    """The suite with bench's settings s: (rows, up to four tables), see measure_all."""
     check_train_args(s, RUNS)
     networks = {}
 
@@ -282,39 +262,15 @@ def run(s):
     def network(name):
         return network_of(settings(name), RUNS, networks, name)
 
-    def key_of(name, table, run, how):
-        runs = [run, *(['judge'] if table in ('samples', 'infill') else [])]
-        folders = [os.path.basename(folder_of(settings(run), RUNS, run)) for run in runs]
-        sizes = dict(likelihood=[DRAWS], infill=[GAP], repair=[NOISE_SHARE, THRESHOLDS]).get(table, [])
-        return json.dumps([table, name, folders, how, s.num_samples, s.num_seeds, s.seed, *sizes])
+    def key_of(table, run, how):
+        runs = [run, 'judge'] if table in ('samples', 'infill') else [run]
+        return [[folder_name(settings(run), RUNS, run) for run in runs], s.num_seeds, *SIZES.get(table, [])]
 
-    def measure(name, table, run, how):
-        return [dict(row, table=table) for row in MEASURES[table](s, network, name, run, how)]
-
-    return measure_all(s, wanted(s, rows_of_tables(s)), key_of, measure, tables)
+    return measure_all(s, network, wanted(s, rows_of_tables(s)), MEASURES, key_of, tables)
 
 
 def tables(rows):
     """Markdown of the rows of run, a table for every kind that there is."""
-    heads = dict(likelihood=('nelbo', 'causal_nll'), infill=('restored', 'judge', 'nfe'),
-                 repair=('restored', 'damaged', 'right', 'nfe'),
-                 samples=('judge', 'entropy', 'distinct_3', 'known_words', 'copy_mean', 'copy_max', 'nfe'))
-    texts = []
-    for table in MEASURES:
-        found = [row for row in rows if row['table'] == table]
-        cost = ['minutes of training', 'tokens/s', 'parameters'] if table == 'likelihood' else []
-        if found:
-            texts.append(markdown([table, *heads[table], *cost], [
-                [row['name'], *[shown(row, metric) for metric in heads[table]], *(cost and cost_of(row))] for row in found]))
-    return '\n\n'.join(texts)
-
-
-def shown(row, metric):
-    """A cell of the tables: a count as it is, the rest as in the other suites."""
-    return str(row[metric]) if isinstance(row[metric], int) else cell({f'{metric}_se': None, **row}, metric)
-
-
-def cost_of(row):
-    """What the training of a row took, as cells."""
-    cells = ['—', '—'] if row['minutes'] is None else [f"{row['minutes']:.1f}", f"{row['tokens_per_second']:,.0f}"]
-    return [*cells, f"{row['parameters']:,}"]
+    found = {table: [row for row in rows if row['table'] == table] for table in METRICS}
+    return '\n\n'.join(table_of(found[table], {table: 'name'}, metrics)
+                       for table, metrics in METRICS.items() if found[table])

@@ -23,8 +23,17 @@ from model import GPT, GPTConfig  # noqa: E402
 from plumbing.checkpoint import model_args  # noqa: E402
 
 # what data/arithmetic/prepare.py writes, without the token counts
-ARITHMETIC = dict(name='arithmetic', format='rows', block_size=64, vocab_size=18, tokenizer='char',
-                  itos=[*'0123456789()+*=', '<bos>', '<eos>', '<pad>'], bos=15, eos=16, pad=17)
+ARITHMETIC = dict(
+    name='arithmetic',
+    format='rows',
+    block_size=64,
+    vocab_size=18,
+    tokenizer='char',
+    itos=[*'0123456789()+*=', '<bos>', '<eos>', '<pad>'],
+    bos=15,
+    eos=16,
+    pad=17,
+)
 
 
 def seeded(seed=0):
@@ -40,7 +49,9 @@ def fresh_gpt(V=3, T=4, seed=0, **more):
 
 
 def tiny_gpt(V=3, T=4, seed=0, scale=3.0, **more):
-    """A small random network in eval mode, far from uniform, that uses all of its parts; a fresh one does not."""
+    """
+    A small random network in eval mode, far from uniform, that uses all of its parts; a fresh one does not.
+    """
     model = fresh_gpt(V, T, seed, **more)
     with torch.no_grad():
         for p in model.parameters():
@@ -62,7 +73,7 @@ def chi_square(counts, expected):
     counts = torch.as_tensor(counts).double().flatten()
     expected = torch.as_tensor(expected).double().flatten()
     assert abs(counts.sum() - expected.sum()) < 1e-6 * expected.sum()
-    assert counts[expected < 1e-9].sum() == 0               # what is impossible never happens
+    assert counts[expected < 1e-9].sum() == 0  # what is impossible never happens
     small = expected < 8
     if small.any():
         counts = torch.cat((counts[~small], counts[small].sum()[None]))
@@ -85,26 +96,48 @@ def load_script(name):
 cached_settings = functools.lru_cache(configurator.settings)
 
 
+# where most tests start: a plain joint run, without the causal half and the draft head of train.py's defaults
+START = dict(
+    causal_ratio=0.0,
+    remask_target='wrong',
+    draft_head=False,
+    max_iters=2000,
+    proofreading_warmup_iters=500,
+    masking_warmup_iters=500,
+)
+START_WORDS = [f'--{name}={value}' for name, value in START.items()]
+
+
 def default_config(**changes):
-    """The settings of train.py, with changes, as a checkpoint keeps them."""
+    """The settings of train.py, those of START, and changes, as a checkpoint keeps them."""
     known = cached_settings(os.path.join(ROOT, 'train.py'))
     assert set(changes) <= set(known)
-    return {**{name: setting.default for name, setting in known.items()}, **changes}
+    return {**{name: setting.default for name, setting in known.items()}, **START, **changes}
 
 
 def write_checkpoint(path, model=None, meta=ARITHMETIC, **config):
     """A checkpoint of an untrained network, as train.py would have written it; returns its path as text."""
     model = model or tiny_gpt(meta['vocab_size'], config.get('block_size', 64), n_recur=1)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    torch.save(dict(model=model.state_dict(), ema=None, iter_num=7, model_args=model_args(model.config),
-                    config=default_config(**config), meta=meta), path)
+    torch.save(
+        dict(
+            model=model.state_dict(),
+            ema=None,
+            iter_num=7,
+            model_args=model_args(model.config),
+            config=default_config(**config),
+            meta=meta,
+        ),
+        path,
+    )
     return str(path)
 
 
 @pytest.fixture(autouse=True)
 def tidy(monkeypatch):
     """
-    A test leaves no signal handler behind, and finds no matplotlib: curves would take longer than all the rest.
+    A test leaves no signal handler behind, and finds no matplotlib: curves would take longer than all the
+    rest.
     """
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -116,6 +149,7 @@ def tidy(monkeypatch):
 @pytest.fixture
 def run(monkeypatch, capsys):
     """run('train', '--max_iters=3', ...) as from the command line: (exit status, stdout, stderr)."""
+
     def run(script, *words, root=ROOT):
         folder = os.path.join(root, 'tools' if script in ('energy', 'distill') else '')
         path = script if script.endswith('.py') else os.path.join(folder, f'{script}.py')
@@ -128,4 +162,5 @@ def run(monkeypatch, capsys):
             status = stop.code
         out, err = capsys.readouterr()
         return status, out, err
+
     return run

@@ -154,7 +154,8 @@ class Oracle:
 
 class Independent(Oracle):
     """
-    An oracle of independent tokens, for canvases that are too long to enumerate: table (T, V) their marginals.
+    An oracle of independent tokens, for canvases that are too long to enumerate: table (T, V) their
+    marginals.
 
     wrong: its answer for p(WRONG), by position (T,), or by position and token (T, V). A visible token is
     certain otherwise.

@@ -28,7 +28,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
-import torch._dynamo                  # noqa: F401, what the optimisers import: once, not in every command
+import torch._dynamo  # noqa: F401, what the optimisers import: once, not in every command
 
 # every setting whose default may change, and what makes a run small
 BASE = dict(
@@ -151,8 +151,15 @@ CASES = {
         **{f'part {part}': f'--causal_ratio=0.25 --parts={part}' for part in ALL_PARTS.split(',')}}.items()}}
 
 
+RENAMED = {'parts.graph.off_graph_penalty': 'aloof', 'parts.shortcuts.weight': 'shortcuts',
+           'parts.short_conv.weight': 'conv.weight', 'parts.previous.proj.weight': 'previous.weight',
+           'parts.mu.': 'mixer.', 'parts.bigrams.': 'bigrams.', 'parts.level.mlp.': 'level.'}
+
+
 def rename(name):
-    """What a parameter is called in a recording: a hook for a tree in which it is called otherwise."""
+    """What a parameter was called when its network had a field for every part."""
+    for new, old in RENAMED.items():
+        name = name.replace(new, old)
     return name
 
 

@@ -12,16 +12,40 @@ from configurator import UserError
 from model import GPT
 from parts.presets import best_rules, supports
 from parts.speculate import next_state
-from plumbing.checkpoint import (OLD_PARTS, check_same_model, find_checkpoint, identity, load_merged, model_args,
-                                 save_checkpoint)
+from plumbing import oldnames
+from plumbing.checkpoint import (
+    check_same_model,
+    find_checkpoint,
+    identity,
+    load_merged,
+    model_args,
+    save_checkpoint,
+)
 from plumbing.files import write_atomically
 
 
 def checkpoint_of(network, **changes):
-    meta = dict(name='x', vocab_size=network.config.vocab_size, tokenizer='char', itos=None, bos=None,
-                eos=None, pad=None)
-    return dict(dict(model=network.state_dict(), ema=None, iter_num=3, model_args=model_args(network.config),
-                     config=default_config(), meta=meta), **changes)
+    meta = dict(
+        name='x',
+        vocab_size=network.config.vocab_size,
+        tokenizer='char',
+        itos=None,
+        bos=None,
+        eos=None,
+        pad=None,
+    )
+    return dict(
+        dict(
+            model=network.state_dict(),
+            ema=None,
+            iter_num=3,
+            model_args=model_args(network.config),
+            config=default_config(),
+            meta=meta,
+        ),
+        **changes,
+    )
+
 
 # -----------------------------------------------------------------------------
 # what is saved and loaded
@@ -38,7 +62,7 @@ def test_checkpoint_round_trip(tmp_path):
     assert torch.equal(loaded.logits(loaded(x)), model.logits(model(x)))  # the controller's bias included
     averaged, _ = GPT.load(path)
     assert torch.equal(averaged(x), ema(x)) and not torch.equal(averaged(x), model(x))
-    save_checkpoint(path, checkpoint_of(model))                           # one without averaged weights
+    save_checkpoint(path, checkpoint_of(model))  # one without averaged weights
     assert torch.equal(GPT.load(path)[0](x), model(x))
 
 
@@ -77,14 +101,19 @@ def test_find_checkpoint(tmp_path):
         find_checkpoint('ckpt', str(tmp_path))
     (tmp_path / 'run').mkdir()
     joint = tmp_path / 'run' / 'ckpt_joint_all_positions.pt'
-    for path, age in ((tmp_path / 'ckpt_unmasking.pt', 300), (joint, 100), (tmp_path / 'run/ckpt_x.pt.9.tmp', 0),
-                      (tmp_path / 'run/table.pt', 0)):
+    for path, age in (
+        (tmp_path / 'ckpt_unmasking.pt', 300),
+        (joint, 100),
+        (tmp_path / 'run/ckpt_x.pt.9.tmp', 0),
+        (tmp_path / 'run/table.pt', 0),
+    ):
         path.write_bytes(b'')
-        os.utime(path, (10 ** 9 - age,) * 2)
+        os.utime(path, (10**9 - age,) * 2)
     assert find_checkpoint('ckpt', str(tmp_path)) == str(joint)
-    os.utime(tmp_path / 'ckpt_unmasking.pt', (10 ** 9,) * 2)              # it is the age that counts, not the name
+    os.utime(tmp_path / 'ckpt_unmasking.pt', (10**9,) * 2)  # it is the age that counts, not the name
     assert find_checkpoint('ckpt', str(tmp_path)) == str(tmp_path / 'ckpt_unmasking.pt')
     assert find_checkpoint('other.pt', str(tmp_path)) == 'other.pt'
+
 
 # -----------------------------------------------------------------------------
 # saving, interrupted
@@ -142,11 +171,13 @@ def test_save_makes_the_file_durable_before_it_takes_the_name(tmp_path, monkeypa
     def watched_replace(a, b):
         calls.append(('replace', os.path.getsize(a)))
         replace(a, b)
+
     monkeypatch.setattr(os, 'fsync', watched_fsync)
     monkeypatch.setattr(os, 'replace', watched_replace)
     save_checkpoint(str(tmp_path / 'ckpt.pt'), checkpoint_of(tiny_gpt()))
     size = os.path.getsize(tmp_path / 'ckpt.pt')
     assert calls == [('fsync', size), ('replace', size)]
+
 
 # -----------------------------------------------------------------------------
 # files that are no checkpoints
@@ -154,6 +185,7 @@ def test_save_makes_the_file_durable_before_it_takes_the_name(tmp_path, monkeypa
 
 class Evil:
     """Unpickling this creates a file."""
+
     def __init__(self, path):
         self.path = path
 
@@ -172,13 +204,13 @@ def test_checkpoint_cannot_run_code(tmp_path, how):
     with pytest.raises(UserError, match='ckpt.pt: refused') as error:
         GPT.load(str(path))
     assert not marker.exists() and '\n' not in str(error.value)
-    pickle.loads(pickle.dumps(Evil(str(marker))))                         # it would have
+    pickle.loads(pickle.dumps(Evil(str(marker))))  # it would have
     assert marker.exists()
 
 
 def test_damaged_files(tmp_path):
     path = tmp_path / 'ckpt.pt'
-    for nothing in (path, tmp_path):                                      # the second one is a folder
+    for nothing in (path, tmp_path):  # the second one is a folder
         with pytest.raises(UserError, match='no such checkpoint'):
             GPT.load(str(nothing))
     save_checkpoint(str(path), checkpoint_of(tiny_gpt()))
@@ -216,18 +248,20 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     bad['blocks.0.fc.weight'][3, 2] = float('nan')
     fewer = {name: tensor for name, tensor in weights.items() if name != 'causal_embd'}
     for changes, message in (
-            (dict(model=bad), "'blocks.0.fc.weight' holds NaN"),
-            (dict(ema=bad), "'blocks.0.fc.weight' holds NaN"),
-            (dict(model_args={**args, 'n_kv_head': 2}), "field 'n_kv_head'"),
-            (dict(model_args={**args, 'n_embd': 32}), r"has shape \(\d+.*the network needs \(\d+"),
-            (dict(model_args={**args, 'parts': 'level:x'}), 'its model_args make no network: parts knows'),
-            (dict(model_args={**args, 'parts': 3}), 'parts is 3, not'),
-            (dict(model={**weights, 'head.weight': torch.zeros(1)}), "tensor 'head.weight'"),
-            (dict(model=fewer), "tensor 'causal_embd'")):
+        (dict(model=bad), "'blocks.0.fc.weight' holds NaN"),
+        (dict(ema=bad), "'blocks.0.fc.weight' holds NaN"),
+        (dict(model_args={**args, 'n_kv_head': 2}), "field 'n_kv_head'"),
+        (dict(model_args={**args, 'n_embd': 32}), r"has shape \(\d+.*the network needs \(\d+"),
+        (dict(model_args={**args, 'parts': 'level:x'}), 'its model_args make no network: parts knows'),
+        (dict(model_args={**args, 'parts': 3}), 'parts is 3, not'),
+        (dict(model={**weights, 'head.weight': torch.zeros(1)}), "tensor 'head.weight'"),
+        (dict(model=fewer), "tensor 'causal_embd'"),
+    ):
         torch.save(checkpoint_of(model, **changes), path)
         with pytest.raises(UserError, match=message) as error:
             GPT.load(path)
         assert str(error.value).startswith(path) and '\n' not in str(error.value)
+
 
 # -----------------------------------------------------------------------------
 # checkpoints of earlier versions
@@ -254,24 +288,44 @@ def test_a_checkpoint_from_before_a_field_was_there(tmp_path):
 OLD = {
     'short_conv:2': (dict(short_conv=2), {'blocks.0.parts.short_conv.weight': 'blocks.0.conv.weight'}),
     'shortcuts': (dict(shortcuts=True), {'blocks.0.parts.shortcuts.weight': 'blocks.0.shortcuts'}),
-    'graph:1:2': (dict(graph_window=1, graph_topk=2), {'blocks.0.parts.graph.off_graph_penalty': 'blocks.0.aloof'}),
-    'mu:4': (dict(mu_blocks=4), {'parts.mu.qkv.weight': 'mixer.qkv.weight', 'parts.mu.proj.weight': 'mixer.proj.weight'}),
-    'bigrams:9': (dict(bigram_rows=9), {'parts.bigrams.left.weight': 'bigrams.left.weight',
-                                        'parts.bigrams.around.weight': 'bigrams.around.weight'}),
+    'graph:1:2': (
+        dict(graph_window=1, graph_topk=2),
+        {'blocks.0.parts.graph.off_graph_penalty': 'blocks.0.aloof'},
+    ),
+    'mu:4': (
+        dict(mu_blocks=4),
+        {'parts.mu.qkv.weight': 'mixer.qkv.weight', 'parts.mu.proj.weight': 'mixer.proj.weight'},
+    ),
+    'bigrams:9': (
+        dict(bigram_rows=9),
+        {
+            'parts.bigrams.left.weight': 'bigrams.left.weight',
+            'parts.bigrams.around.weight': 'bigrams.around.weight',
+        },
+    ),
     'previous': (dict(self_condition=True), {'parts.previous.proj.weight': 'previous.weight'}),
     'level': (dict(noise_condition=True), {'parts.level.mlp.0.weight': 'level.weight'}),
-    'level:8': (dict(time_dim=8), {'parts.level.mlp.0.weight': 'level.0.weight',
-                                   'parts.level.mlp.2.weight': 'level.2.weight'}),
+    'level:8': (
+        dict(time_dim=8),
+        {'parts.level.mlp.0.weight': 'level.0.weight', 'parts.level.mlp.2.weight': 'level.2.weight'},
+    ),
     '': ({}, {}),
 }
-NOTHING = {**dict.fromkeys(OLD_PARTS, 0), 'graph_topk': 4, 'shortcuts': False, 'self_condition': False,
-           'noise_condition': False}
+NOTHING = {
+    **dict.fromkeys(oldnames.PARTS, 0),
+    'graph_topk': 4,
+    'shortcuts': False,
+    'self_condition': False,
+    'noise_condition': False,
+}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize('parts', [*OLD, 'graph:1:2,shortcuts,short_conv:2,previous,mu:4,bigrams:9,level:8'])
 def test_a_checkpoint_with_the_fields_and_tensors_of_an_earlier_version(tmp_path, parts):
-    """It loads as the network it was, averaged weights included, and its settings say the same by one name."""
+    """
+    It loads as the network it was, averaged weights included, and its settings say the same by one name.
+    """
     path, model, ema = str(tmp_path / 'ckpt.pt'), tiny_gpt(parts=parts), tiny_gpt(parts=parts, seed=1)
     fields, names = dict(NOTHING), {}
     for part in parts.split(','):
@@ -285,8 +339,17 @@ def test_a_checkpoint_with_the_fields_and_tensors_of_an_earlier_version(tmp_path
         weights = {names.get(name, name): tensor for name, tensor in network.state_dict().items()}
         assert not any('parts.' in name for name in weights)
         return weights
-    torch.save(checkpoint_of(model, model=renamed(model), ema=renamed(ema), config=before(default_config()),
-                             model_args=before(model_args(model.config))), path)
+
+    torch.save(
+        checkpoint_of(
+            model,
+            model=renamed(model),
+            ema=renamed(ema),
+            config=before(default_config()),
+            model_args=before(model_args(model.config)),
+        ),
+        path,
+    )
     x = torch.randint(4, (3, 4), generator=seeded())
     for averaged, expected in ((False, model), (True, ema)):
         loaded, checkpoint = GPT.load(path, ema=averaged)
@@ -295,7 +358,10 @@ def test_a_checkpoint_with_the_fields_and_tensors_of_an_earlier_version(tmp_path
             told = dict(previous=x.flip(0), level=torch.rand(3, 1, generator=seeded()))
             assert torch.equal(loaded(x, causal=causal, **told), expected(x, causal=causal, **told))
         for settings in (checkpoint['model_args'], checkpoint['config']):
-            assert set(settings['parts'].split(',')) == set(parts.split(',')) and not set(NOTHING) & set(settings)
+            assert set(settings['parts'].split(',')) == set(parts.split(',')) and not set(NOTHING) & set(
+                settings
+            )
+
 
 # -----------------------------------------------------------------------------
 # merging
@@ -338,15 +404,23 @@ def test_merging_what_does_not_fit(tmp_path):
         merge(path, other)
 
 
-@pytest.mark.parametrize('first, second, expected', [
-    (dict(training_type='unmasking'), dict(training_type='remasking'), (True, False, True)),
-    (dict(training_type='remasking'), dict(training_type='unmasking'), (True, False, True)),
-    (dict(training_type='unmasking', causal_ratio=0.3), dict(training_type='unmasking'), (True, True, False)),
-    (dict(training_type='causal'), dict(training_type='unmasking'), (True, True, False)),
-    (dict(training_type='causal'), dict(training_type='causal'), (False, True, False)),
-    (dict(training_type='remasking'), dict(training_type='remasking'), (False, False, True)),
-    (dict(training_type='causal'), dict(training_type='denoising'), (True, True, True)),
-], ids=lambda value: '-'.join(map(str, value.values())) if isinstance(value, dict) else '')
+@pytest.mark.parametrize(
+    'first, second, expected',
+    [
+        (dict(training_type='unmasking'), dict(training_type='remasking'), (True, False, True)),
+        (dict(training_type='remasking'), dict(training_type='unmasking'), (True, False, True)),
+        (
+            dict(training_type='unmasking', causal_ratio=0.3),
+            dict(training_type='unmasking'),
+            (True, True, False),
+        ),
+        (dict(training_type='causal'), dict(training_type='unmasking'), (True, True, False)),
+        (dict(training_type='causal'), dict(training_type='causal'), (False, True, False)),
+        (dict(training_type='remasking'), dict(training_type='remasking'), (False, False, True)),
+        (dict(training_type='causal'), dict(training_type='denoising'), (True, True, True)),
+    ],
+    ids=lambda value: '-'.join(map(str, value.values())) if isinstance(value, dict) else '',
+)
 def test_merged_networks_support_what_either_did(tmp_path, first, second, expected):
     path, other, _, _ = two_checkpoints(tmp_path, first, second)
     _, checkpoint = merge(path, other)

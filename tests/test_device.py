@@ -1,8 +1,9 @@
 """
-What a GPU would refuse, found without one: a device is pretended, whose tensors say that they lie on 'meta' and hold CPU data.
+What a GPU would refuse, found without one: a device is pretended, whose tensors say that they lie on 'meta'
+and hold CPU data.
 
-What mixes them with tensors of the CPU fails, as on a GPU, and so does float64, which MPS has not; and every time that the
-program would have to wait for the device to learn a value or a number of elements is counted.
+What mixes them with tensors of the CPU fails, as on a GPU, and so does float64, which MPS has not; and every
+time that the program would have to wait for the device to learn a value or a number of elements is counted.
 """
 
 import collections
@@ -14,13 +15,15 @@ from test_train import arithmetic_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from plumbing import distributed
-from plumbing import optim
 import train
 from corruption import own_errors
+from parts.presets import PRESETS, choose_rules, supports
+from plumbing import distributed, optim
 from plumbing.evaluate import evaluate
-from rules import PRESETS, choose_rules, supports
-from sample import fill, generate, judge_rows
+from plumbing.rows import Ends
+from plumbing.run import is_finite
+from plumbing.score import judge_rows
+from sample import fill, generate
 from suites.speed import cached_ar, plain_ancestral, recipe
 
 AWAY = torch.device('meta')
@@ -35,8 +38,9 @@ class Away(torch.Tensor):
 
     @staticmethod
     def __new__(cls, here):
-        self = torch.Tensor._make_wrapper_subclass(cls, here.shape, strides=here.stride(), dtype=here.dtype, device=AWAY,
-                                                   storage_offset=here.storage_offset())
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, here.shape, strides=here.stride(), dtype=here.dtype, device=AWAY,
+            storage_offset=here.storage_offset())
         self.here = here
         return self
 
@@ -69,19 +73,27 @@ def carry_out(operation, args, kwargs):
     if away and name not in ('_to_copy', 'copy_'):
         # a number may come from the CPU, and so may indices
         strangers = [x for x in given if not isinstance(x, Away) and x.dim() and not name.startswith('index')]
-        assert not strangers and (isinstance(args[0], Away) or not name.startswith('index')), f'{operation} mixes devices'
-    if away and (name in WAITING or (name == '_to_copy' and target not in (None, AWAY)) or (
-            name in ('index', 'index_put', 'index_put_') and any(x.dtype == torch.bool for x in tree_leaves(args[1])
-                                                                 if x is not None))):
+        assert not strangers and (isinstance(args[0], Away) or not name.startswith('index')), (
+            f'{operation} mixes devices')
+    if away and (
+        name in WAITING
+        or (name == '_to_copy' and target not in (None, AWAY))
+        or (
+            name in ('index', 'index_put', 'index_put_')
+            and any(x.dtype == torch.bool for x in tree_leaves(args[1]) if x is not None)
+        )
+    ):
         WAITS[name] += 1
     if target == AWAY:
         kwargs = dict(kwargs, device=torch.device('cpu'))
     found = operation(*tree_map(content, args), **tree_map(content, kwargs))
-    same = {id(content(x)): x for x in given}                                  # what was changed in place stays what it is
+    # what was changed in place stays what it is
+    same = {id(content(x)): x for x in given}
     there = target == AWAY or (away and target is None)
 
     def placed(x):
-        assert not (there and isinstance(x, torch.Tensor) and x.dtype == torch.float64), f'{operation} gives float64'
+        assert not (there and isinstance(x, torch.Tensor) and x.dtype == torch.float64), (
+            f'{operation} gives float64')
         return same.get(id(x), Away(x) if there else x) if isinstance(x, torch.Tensor) else x
     return args[0] if name == 'copy_' else tree_map(placed, found)
 
@@ -94,13 +106,16 @@ class Generator(torch.Generator):
 @pytest.fixture
 def away(monkeypatch):
     """away(model): the model, moved to the pretended device, which there is as long as the test runs."""
-    import torch._dynamo                                                       # noqa: F401 (these look at torch.Generator)
-    import torch.distributed.tensor                                            # noqa: F401
-    for module in ('rules', 'sample'):                                         # as on MPS
+    # noqa: F401 (these look at torch.Generator)
+    import torch._dynamo
+    import torch.distributed.tensor  # noqa: F401
+    for module in ('plumbing.draw', 'parts.look', 'parts.abstain', 'parts.speculate'):    # as on MPS
         monkeypatch.setattr(f'{module}.fine', lambda device: torch.float32)
     tensor, generator = torch.tensor, torch.Generator
-    monkeypatch.setattr(torch, 'tensor', lambda *args, device=None, **more: tensor(*args, **more).to(device or 'cpu'))
-    monkeypatch.setattr(torch, 'Generator', lambda device='cpu': Generator() if torch.device(device) == AWAY else generator())
+    monkeypatch.setattr(
+        torch, 'tensor', lambda *args, device=None, **more: tensor(*args, **more).to(device or 'cpu'))
+    monkeypatch.setattr(
+        torch, 'Generator', lambda device='cpu': Generator() if torch.device(device) == AWAY else generator())
 
     def move(model):
         for module in model.modules():
@@ -115,20 +130,20 @@ def away(monkeypatch):
 
 
 def settings(**changes):
-    return train.staged(recipe(block_size=24, batch_size=8, **changes))
+    return recipe(block_size=24, batch_size=8, **changes)
 
 
 def network(config, **more):
-    names = ('short_conv', 'shortcuts', 'bigram_rows', 'time_dim', 'graph_window', 'mu_blocks', 'noise_condition',
-             'self_condition', 'draft_head')
-    return tiny_gpt(18, 24, **{name: config[name] for name in names}, **more).train()
+    sizes = dict(parts=config['parts'], draft_head=config['draft_head'])
+    return tiny_gpt(18, 24, **sizes, **more).train()
 
 
 def a_step(model, config):
     """A step of train.py, but for the optimisers' own kernels."""
     noise = torch.Generator(AWAY).manual_seed(2)
-    parts = train.training_step(model, ROWS.to(AWAY), META, config, 10_000, noise, 0.1 if config['allow_abstain'] else None)
-    assert train.is_finite(model, parts)
+    parts = train.training_step(
+        model, ROWS.to(AWAY), META, config, 10_000, noise, 0.1 if config['allow_abstain'] else None)
+    assert is_finite(model, parts)
     distributed.clip_gradients(list(model.parameters()), 1.0)
 
 
@@ -138,24 +153,34 @@ def a_step(model, config):
 def test_the_pretence_finds_what_it_should(away):
     model = away(tiny_gpt())
     there, here = model.wte.weight, torch.ones(16)
-    for mixed in (lambda: there + here, lambda: there * torch.arange(16), lambda: torch.cat((there, torch.zeros(1, 16))),
-                  lambda: here[there[0].long()], lambda: torch.where(there > 0, there, here)):
+    for mixed in (
+        lambda: there + here, lambda: there * torch.arange(16),
+        lambda: torch.cat((there, torch.zeros(1, 16))), lambda: here[there[0].long()],
+        lambda: torch.where(there > 0, there, here)):
         with pytest.raises(AssertionError, match='mixes devices'):
             mixed()
-    assert (there + here.to(AWAY)).device == (there * torch.tensor(2.0)).device == AWAY and there.cpu().device.type == 'cpu'
+    assert (there + here.to(AWAY)).device == (
+        there * torch.tensor(2.0)).device == AWAY and there.cpu().device.type == 'cpu'
     with pytest.raises(AssertionError, match='gives float64'):
         there.double()
     WAITS.clear()
     assert there[there > 99].numel() == 0 and there.sum().item() and (there > 99).nonzero().tolist() == []
-    assert sum(WAITS.values()) == 4                                            # a mask, a number, their places, a list
+    # a mask, a number, their places, a list
+    assert sum(WAITS.values()) == 4
 
 
-@pytest.mark.parametrize('changes', [
-    {}, dict(short_conv=2, shortcuts=True, bigram_rows=64, time_dim=8), dict(graph_window=3, mu_blocks=4, causal_ratio=0.5),
-    dict(corruption='own:1,random:1,fragment:1,sticky:1,noise:1', remask_target='original'),
-    dict(allow_abstain=True, draft_head=False), dict(views=2, self_condition=True, noise_condition=True),
-    dict(training_type='denoising', remask_target='original'), dict(training_type='causal', stage=2),
-    dict(prefix_ratio=0.5, mask_weighting='token'), dict(optimizer='adamw', bigram_rows=400)], ids=str)
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {}, dict(parts='short_conv:2,shortcuts,bigrams:64,level:8'),
+        dict(parts='graph:3,mu:4', causal_ratio=0.5),
+        dict(corruption='own:1,random:1,fragment:1,sticky:1,noise:1', remask_target='original'),
+        dict(allow_abstain=True, draft_head=False), dict(views=2, parts='previous'),
+        dict(training_type='denoising', remask_target='original'),
+        dict(training_type='causal', k1_credit=True), dict(prefix_ratio=0.5, mask_weighting='token'),
+        dict(optimizer='adamw', parts='bigrams:400')],
+    ids=str,
+)
 @pytest.mark.parametrize('plain', [False, True])
 def test_training_stays_on_its_device(away, changes, plain):
     config = settings(**changes)
@@ -163,7 +188,8 @@ def test_training_stays_on_its_device(away, changes, plain):
     model.plain_attention = plain
     a_step(model, config)
     optimizers = optim.make_optimizers(model, config['optimizer'], 1e-3, 1e-3, 0.1, (0.9, 0.95), 0.1)
-    if config['optimizer'] == 'muon':                                          # AdamW's fused kernel is PyTorch's own affair
+    # AdamW's fused kernel is PyTorch's own affair
+    if config['optimizer'] == 'muon':
         optimizers[0].step()
     can_unmask, causal, detects = supports(config)
     result = evaluate(model.eval(), ROWS, META, causal=causal, bidirectional=can_unmask,
@@ -173,7 +199,10 @@ def test_training_stays_on_its_device(away, changes, plain):
 
 @pytest.mark.parametrize('changes, most', [({}, 9), (dict(causal_ratio=0.0, training_type='unmasking'), 4)])
 def test_a_step_hardly_ever_waits_for_its_device(away, changes, most):
-    """While the program waits it launches nothing, and a GPU that has nothing left to do waits for the program in turn."""
+    """
+    While the program waits it launches nothing, and a GPU that has nothing left to do waits for the program
+    in turn.
+    """
     config = settings(**changes)
     model = away(network(config))
     WAITS.clear()
@@ -181,15 +210,19 @@ def test_a_step_hardly_ever_waits_for_its_device(away, changes, most):
     assert sum(WAITS.values()) <= most, WAITS
 
 
-@pytest.mark.parametrize('rules', [
-    *(dict(preset=name) for name in PRESETS), dict(commit='priority', priority=(1, 2)), dict(commit='margin'),
-    dict(commit='abstain'), dict(commit='entropy', remask='none'), dict(commit='left_to_right', block_length=4),
-    dict(top_k=3, top_p=0.5), dict(remask='critic'), dict(remask='confidence'), dict(remask='random'), dict(remask='remdm', remdm='loop'),
-    dict(remask='wrong', remask_threshold=0.5),
-    dict(remask='wrong', remask_schedule=(0.3, 0.1)), dict(remask='wrong', rewrite=True), dict(remask='none', guide=2),
-    dict(remask='wrong', best_of=2), dict(ar_prefix=24, remask='none')], ids=str)
+@pytest.mark.parametrize(
+    'rules',
+    [
+        *(dict(preset=name) for name in PRESETS), dict(commit='priority', priority=(1, 2)),
+        dict(commit='margin'), dict(commit='abstain'), dict(commit='entropy', remask='none', block_length=4),
+        dict(top_k=3, top_p=0.5), dict(remask='critic'), dict(remask='confidence'), dict(remask='random'),
+        dict(remask='remdm', remdm='rescale'), dict(remask='wrong', remask_threshold=0.5),
+        dict(remask='wrong', remask_schedule=(0.3, 0.1)), dict(remask='wrong', rewrite=True),
+        dict(remask='none', guide=2), dict(remask='wrong', best_of=2), dict(ar_prefix=24, remask='none')],
+    ids=str,
+)
 def test_sampling_stays_on_its_device(away, rules):
-    model = away(network(settings(short_conv=1, bigram_rows=50), energy_head=2)).eval()
+    model = away(network(settings(parts='short_conv:1,bigrams:50'), energy_head=2)).eval()
     if 'preset' in rules:
         rules = choose_rules(settings(), steps=None if rules['preset'] == 'speculative' else 6, **rules)
     samples = generate(model, META, 4, seed=1, **{'steps': 6, **rules})
@@ -215,8 +248,10 @@ def test_other_tasks_stay_on_their_device(away):
     model, config = away(network(settings())).eval(), default_config(causal_ratio=0.5)
     repaired = fill(model, META, ROWS, torch.zeros_like(ROWS, dtype=torch.bool), seed=1, **choose_rules(
         config, task='repair', inside=True))
-    judged = judge_rows(model, META, ROWS[:2], config, estimates=4)[0]
+    judged = judge_rows(model, META, ROWS[:2], supports(config), estimates=4)[0]
     assert len(repaired) == 8 and set(judged) == {'nelbo', 'causal_nll', 'p_wrong'}
     blank = ROWS.masked_fill(torch.arange(24) > 0, 18).to(AWAY)
-    for x in (plain_ancestral(model, blank, torch.Generator(AWAY)), cached_ar(model, blank, torch.Generator(AWAY), 16, 17)):
+    for x in (
+        plain_ancestral(model, blank, torch.Generator(AWAY)),
+        cached_ar(model, blank, torch.Generator(AWAY), Ends(16, 17))):
         assert x.device == AWAY and not bool((x == 18).any())

@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import default_config, load_script, tiny_gpt, write_checkpoint
+from conftest import default_config, load_script, seeded, tiny_gpt, write_checkpoint
 from test_commands import bench_settings
-from test_sample import seeded
 
 import corruption
 from configurator import UserError
@@ -16,12 +15,13 @@ from model import GPT
 from suites import diagnose
 
 A, BOS, EOS, PAD, V = 0, 6, 7, 8, 9
-META = dict(name='small', format='rows', block_size=12, vocab_size=V, tokenizer='char', bos=BOS, eos=EOS, pad=PAD,
-            itos=[*'abcdef', '<bos>', '<eos>', '<pad>'])
+META = dict(name='small', format='rows', block_size=12, vocab_size=V, tokenizer='char',
+            itos=[*'abcdef', '<bos>', '<eos>', '<pad>'], bos=BOS, eos=EOS, pad=PAD)
 SIZE = dict(block_size=12, n_layer=1, n_head=2, n_embd=64, n_recur=2, batch_size=16)
 WORDS = ' '.join(f'--{name}={value}' for name, value in SIZE.items())
 CONFIG = default_config(**SIZE, causal_ratio=0.5, draft_head=True, max_iters=600)
-SET_UP = ['vocabulary', 'special tokens', 'statistics', 'size', 'rates', 'initial loss', 'gradients', 'memorisation']
+SET_UP = ['vocabulary', 'special tokens', 'statistics', 'size', 'rates', 'initial loss', 'gradients',
+          'memorisation']
 LEAKS = ['leak: hidden tokens', 'leak: causal', 'leak: packed texts', 'context']
 
 
@@ -55,58 +55,67 @@ def fresh(**changes):
     return diagnose.fresh_network({**CONFIG, **changes}, META)
 
 
-def result(rows, name):
-    return next(row for row in rows if row['name'] == name)
+def diagnosed(*words):
+    """The rows of the suite, {name: row}, and its summary."""
+    rows, summary = diagnose.run(bench_settings('--suite=diagnose', *words))
+    return {row['name']: row for row in rows}, summary
 
 # -----------------------------------------------------------------------------
 # the suite
 
 
 def test_a_healthy_set_up_is_left_alone(small, capsys):
-    s = bench_settings('--suite=diagnose', f'--train_args={WORDS} --causal_ratio=0.5 --draft_head')
-    rows, summary = diagnose.run(s)
-    assert {row['status'] for row in rows} == {'ok'} and not any(row['advice'] for row in rows), rows
-    assert [row['name'] for row in rows] == [*SET_UP, *LEAKS, 'speed']
+    rows, summary = diagnosed(f'--train_args={WORDS} --causal_ratio=0.5 --draft_head')
+    assert {(row['status'], row['advice']) for row in rows.values()} == {('ok', '')}, rows
+    assert list(rows) == [*SET_UP, *LEAKS, 'speed'] and rows['speed']['measured'].startswith('cpu')
     assert summary == 'ok: 13, warning: 0, problem: 0' and capsys.readouterr().out.count('\nok ') == 13
-    assert result(rows, 'speed')['measured'].startswith('cpu')
 
 
 @pytest.mark.parametrize('n_recur', [1, 2])
 @pytest.mark.parametrize('kind', ['unmasking', 'causal', 'remasking', 'denoising'])
 def test_what_a_run_does_not_train_is_no_fault(kind, n_recur):
     """Every training type, with all of the parts that it may have."""
-    changes = dict(training_type=kind, causal_ratio=0.0, draft_head=kind == 'causal', corruption='random', n_embd=16,
-                   noise_condition=True, self_condition=True, remask_target='original', optimizer='adamw', n_recur=n_recur,
-                   shortcuts=True, short_conv=1, bigram_rows=64, graph_window=1, mu_blocks=2)
-    seconds, norms = diagnose.first_steps(fresh(**changes), DATA['train'], META, {**CONFIG, **changes})
+    changes = dict(training_type=kind, causal_ratio=0.0, draft_head=kind == 'causal', corruption='random',
+                   remask_target='original', optimizer='adamw', n_embd=16, n_recur=n_recur,
+                   parts='level:8,previous,shortcuts,short_conv:1,bigrams:64,graph:1,mu:2')
+    config = {**CONFIG, **changes}
+    seconds, norms = diagnose.first_steps(fresh(**changes), DATA['train'], META, config)
     assert diagnose.check_gradients(norms)[0] == 'ok' and len(seconds) == 5
-    assert ('causal_embd' in norms) == ('drafter.fc.weight' in norms) == (kind == 'causal')
-    assert ('level.weight' in norms) == ('previous.weight' in norms) == ('bigrams.around.weight' in norms) == (kind != 'causal')
-    assert ('blocks.0.shortcuts' in norms) == (n_recur == 2)
-    seconds, norms = diagnose.first_steps(fresh(**changes), DATA['train'], META, {**CONFIG, **changes, 'max_iters': 1}, num=2)
-    assert diagnose.check_gradients(norms)[0] == 'ok' and len(seconds) == 2    # shorter than that: the rate is never negative
+    for name in ('causal_embd', 'drafter.fc.weight'):
+        assert (name in norms) == (kind == 'causal')
+    for name in ('level.mlp.2.weight', 'previous.proj.weight', 'bigrams.around.weight'):
+        assert (f'parts.{name}' in norms) == (kind != 'causal')
+    assert ('blocks.0.parts.shortcuts.weight' in norms) == (n_recur == 2)
+
+    # a run that is shorter than that: its rate is never negative
+    config['max_iters'] = 1
+    seconds, norms = diagnose.first_steps(fresh(**changes), DATA['train'], META, config, num=2)
+    assert diagnose.check_gradients(norms)[0] == 'ok' and len(seconds) == 2
 
 
 def test_a_checkpoint_is_diagnosed_with_its_set_up(small, tmp_path):
     model = tiny_gpt(V, 12, n_recur=1)
     path = write_checkpoint(tmp_path / 'ckpt_joint.pt', model, small, **SIZE, causal_ratio=0.5)
-    s = bench_settings('--suite=diagnose', f'--init_from={path}', '--only=leak,checkpoint,rates')
-    rows, _ = diagnose.run(s)
-    assert {row['status'] for row in rows} == {'ok'}, rows
-    found = [row['name'] for row in rows if row['name'].startswith('checkpoint')]
+    rows, _ = diagnosed(f'--init_from={path}', '--only=leak,checkpoint,rates')
+    assert {row['status'] for row in rows.values()} == {'ok'}, rows
+    found = [name for name in rows if name.startswith('checkpoint')]
     assert found == [f'checkpoint, {name}' for name in ('tensors', 'silent units', *LEAKS)]
+
+    # what is wrong with its weights and its settings
     with torch.no_grad():
         model.blocks[0].fc.weight.zero_()
     write_checkpoint(path, model, small, **SIZE, learning_rate=0.0)
-    rows, _ = diagnose.run(bench_settings('--suite=diagnose', f'--init_from={path}', '--only=tensors,silent,rates'))
-    assert [row['status'] for row in rows] == ['problem'] * 3
-    assert 'model: blocks.0.fc.weight is all zero' in result(rows, 'checkpoint, tensors')['advice']
-    assert '100.0%' in result(rows, 'checkpoint, silent units')['measured']
-    assert 'learning_rate is 0' in result(rows, 'rates')['advice']
-    small.update(dataset='small', sha256=dict(train='new'))                    # the folder holds other text by now
+    rows, _ = diagnosed(f'--init_from={path}', '--only=tensors,silent,rates')
+    assert [row['status'] for row in rows.values()] == ['problem'] * 3
+    assert 'model: blocks.0.fc.weight is all zero' in rows['checkpoint, tensors']['advice']
+    assert '100.0%' in rows['checkpoint, silent units']['measured']
+    assert 'learning_rate is 0' in rows['rates']['advice']
+
+    # the folder holds other text by now
+    small.update(dataset='small', sha256=dict(train='new'))
     write_checkpoint(path, model, dict(small, sha256=dict(train='old')), **SIZE)
-    with pytest.raises(UserError, match='data/small holds other data than what the checkpoint was trained on'):
-        diagnose.run(bench_settings('--suite=diagnose', f'--init_from={path}'))
+    with pytest.raises(UserError, match='data/small holds other data than what the checkpoint was'):
+        diagnosed(f'--init_from={path}')
 
 
 def test_a_problem_is_an_error_and_still_written(small, run, tmp_path):
@@ -150,16 +159,15 @@ def test_words_are_those_of_train_py(small):
 # the data and the settings
 
 
-def test_a_vocabulary_off_by_one():
-    counts = counts_of(DATA)
-    assert diagnose.check_vocabulary(counts, META)[0] == 'ok'
-    status, _, advice = diagnose.check_vocabulary(counts, dict(META, vocab_size=V - 1))
-    assert status == 'problem' and 'id 8 would be taken for [MASK]' in advice and 'itos has 9 tokens, vocab_size is 8' in advice
-    status, _, advice = diagnose.check_vocabulary(counts, dict(META, vocab_size=V + 1))
-    assert status == 'problem' and 'itos has 9' in advice and 'ids above 8 never occur' in advice
-    status, _, advice = diagnose.check_vocabulary(counts, dict(META, vocab_size=V + 1, itos=META['itos'] + ['x']))
-    assert status == 'warning' and 'one too many' in advice
-    assert diagnose.check_vocabulary(counts, dict(META, vocab_size=50257, itos=None, tokenizer='gpt2'))[0] == 'ok'
+@pytest.mark.parametrize('changes, status, words', [
+    (dict(), 'ok', []),
+    (dict(vocab_size=V - 1), 'problem', ['id 8 would be taken for [MASK]', 'itos has 9 tokens, vocab_size']),
+    (dict(vocab_size=V + 1), 'problem', ['itos has 9', 'ids above 8 never occur']),
+    (dict(vocab_size=V + 1, itos=[*META['itos'], 'x']), 'warning', ['one too many']),
+    (dict(vocab_size=50257, itos=None, tokenizer='gpt2'), 'ok', [])])
+def test_a_vocabulary_off_by_one(changes, status, words):
+    found, _, advice = diagnose.check_vocabulary(counts_of(DATA), {**META, **changes})
+    assert found == status and all(word in advice for word in words)
 
 
 def test_tokens_are_counted_piece_by_piece(monkeypatch):
@@ -167,14 +175,16 @@ def test_tokens_are_counted_piece_by_piece(monkeypatch):
     for piece in (2**24, 4, 1):
         monkeypatch.setattr(diagnose, 'PIECE', piece)
         count = diagnose.token_counts(ids)
-        assert count.shape == (2**16,) and {int(i): int(count[i]) for i in count.nonzero()[0]} == {0: 2, 1: 1, 3: 3, 5: 2, 65535: 1}
+        found = {int(i): int(count[i]) for i in count.nonzero()[0]}
+        assert count.shape == (2**16,) and found == {0: 2, 1: 1, 3: 3, 5: 2, 65535: 1}
 
 
 def test_ids_that_the_network_does_not_have_end_the_diagnosis(small, monkeypatch):
     broken = dict(DATA, val=DATA['val'].masked_fill(DATA['val'] == A, 200))
     monkeypatch.setattr(diagnose, 'load_data', lambda dataset, coarse: (small, broken))
-    rows, _ = diagnose.run(bench_settings('--suite=diagnose', f'--train_args={WORDS}'))
-    assert [(row['name'], row['status']) for row in rows] == [('vocabulary', 'problem')] and 'id 200' in rows[0]['advice']
+    rows, _ = diagnosed(f'--train_args={WORDS}')
+    assert list(rows) == ['vocabulary'] and rows['vocabulary']['status'] == 'problem'
+    assert 'id 200' in rows['vocabulary']['advice']
 
 
 @pytest.mark.parametrize('row, fault', [
@@ -189,71 +199,94 @@ def test_start_end_and_padding_stand_where_they_should(row, fault):
 
 
 def test_special_tokens():
+    def check(model, data=DATA):
+        return diagnose.check_special(model, META, data, counts_of(data))
     model = tiny_gpt(V, 12)
-    assert diagnose.check_special(model, META, DATA, counts_of(DATA))[0] == 'ok'
+    assert check(model)[0] == 'ok'
     data = dict(DATA, val=DATA['val'].clone())
     data['val'][3, 2:4] = V
-    assert 'val: [MASK] or [WRONG] stands in it 2 times' in diagnose.check_special(model, META, data, counts_of(data))[2]
-    assert 'made for another dataset' in diagnose.check_special(tiny_gpt(V - 1, 12), META, DATA, counts_of(DATA))[2]
+    assert 'val: [MASK] or [WRONG] stands in it 2 times' in check(model, data)[2]
+    assert 'made for another dataset' in check(tiny_gpt(V - 1, 12))[2]
     open_logits, model.logits = model.logits, lambda hidden, real_only=False: open_logits(hidden)
-    status, _, advice = diagnose.check_special(model, META, DATA, counts_of(DATA))
+    status, _, advice = check(model)
     assert status == 'problem' and advice.startswith('the sampler may draw [MASK] or [WRONG]')
 
 
 def test_validation_rows_that_stand_in_train():
-    status, measured, _ = diagnose.check_statistics(counts_of(DATA), META, DATA)
+    def check(**changes):
+        data = {**DATA, **changes}
+        return diagnose.check_statistics(counts_of(data), META, data)
+    status, measured, _ = check()
     letters = (DATA['train'] < 6).sum() + (DATA['train'] == EOS).sum()
-    assert status == 'ok' and f'{letters:,} tokens, 7 of 9 ids' in measured and ' 0% of the training rows' in measured
-    leaky = dict(DATA, val=torch.cat((DATA['val'], DATA['train'][:10])))
-    status, measured, advice = diagnose.check_statistics(counts_of(leaky), META, leaky)
-    assert status == 'problem' and '20.0% of the validation rows stand in train' in measured and 'measures memory' in advice
-    again = dict(DATA, train=DATA['train'][:13].repeat(20, 1))
-    status, measured, _ = diagnose.check_statistics(counts_of(again), META, again)
+    assert status == 'ok' and f'{letters:,} tokens, 7 of 9 ids' in measured
+    assert ' 0% of the training rows' in measured
+    status, measured, advice = check(val=torch.cat((DATA['val'], DATA['train'][:10])))
+    assert status == 'problem' and 'measures memory' in advice
+    assert '20.0% of the validation rows stand in train' in measured
+    status, measured, _ = check(train=DATA['train'][:13].repeat(20, 1))
     assert status == 'warning' and '95% of the training rows are repetitions' in measured
-    # two tokens, one in four: the entropy of (1/4, 3/4); a stream has no rows to compare
-    stream, meta = dict(train=torch.tensor([0, 1, 1, 1] * 50)), dict(META, format='stream', bos=None, eos=None, pad=None)
-    status, measured, advice = diagnose.check_statistics(counts_of(stream), meta, stream)
-    assert status == 'warning' and 'entropy 0.56 nats (ln V 2.20), the most frequent token is 75%' in measured
-    assert 'rows' not in measured
-    assert diagnose.check_statistics(counts_of(dict(train=stream['train'] * 0)), meta, stream)[0] == 'problem'
 
 
-def test_size_and_rates():
-    assert diagnose.check_size(1000, 1000, 100, CONFIG)[:2] == ('ok', '1,000 parameters, 1,000 tokens an epoch, 96 epochs')
-    assert diagnose.check_size(11000, 1000, 100, CONFIG)[0] == diagnose.check_size(1000, 1000, 30, CONFIG)[0] == 'warning'
-    assert diagnose.check_rates(CONFIG)[0] == 'ok'
-    for change, status, word in ((dict(learning_rate=0.0), 'problem', 'learning_rate is 0'),
-                                 (dict(muon_lr=0.0), 'problem', 'muon_lr is 0'),
-                                 (dict(learning_rate=0.3), 'warning', 'learning_rate'), (dict(muon_lr=1.0), 'warning', 'muon_lr'),
-                                 (dict(warmup_iters=601), 'warning', 'warmup_iters=601'),
-                                 (dict(ema_decay=0.999), 'warning', 'ema_decay'),
-                                 (dict(proofreading_warmup_iters=601), 'warning', 'remask_ratio is never reached'),
-                                 (dict(masking_warmup_iters=601), 'warning', 'penalty_mask_correct is never reached')):
-        found, _, advice = diagnose.check_rates({**CONFIG, **change})
-        assert found == status and word in advice and ';' not in advice
-    adam = {**CONFIG, 'optimizer': 'adamw', 'muon_lr': 0.0, 'training_type': 'unmasking', 'proofreading_warmup_iters': 9999}
-    assert diagnose.check_rates(adam)[0] == 'ok'                               # neither has a say there
+def test_statistics_of_a_stream():
+    """Two tokens, one in four: the entropy of (1/4, 3/4); a stream has no rows to compare."""
+    def check(ids):
+        data, meta = dict(train=torch.tensor(ids * 50)), dict(META, format='stream', bos=None, pad=None)
+        return diagnose.check_statistics(counts_of(data), meta, data)
+    status, measured, _ = check([0, 1, 1, 1])
+    assert status == 'warning' and 'rows' not in measured
+    assert 'entropy 0.56 nats (ln V 2.20), the most frequent token is 75%' in measured
+    assert check([0, 0, 0, 0])[0] == 'problem'
+
+
+@pytest.mark.parametrize('sizes, status, measured', [
+    ((1000, 1000, 100), 'ok', '1,000 parameters, 1,000 tokens an epoch, 96 epochs'),
+    ((11000, 1000, 100), 'warning', ''), ((1000, 1000, 30), 'warning', '')])
+def test_size(sizes, status, measured):
+    found = diagnose.check_size(*sizes, CONFIG)
+    assert found[0] == status and measured in found[1]
+
+
+@pytest.mark.parametrize('changes, status, word', [
+    (dict(), 'ok', ''),
+    (dict(learning_rate=0.0), 'problem', 'learning_rate is 0'),
+    (dict(learning_rate=0.3), 'warning', 'learning_rate'), (dict(muon_lr=0.0), 'problem', 'muon_lr is 0'),
+    (dict(muon_lr=1.0), 'warning', 'muon_lr'),
+    (dict(warmup_iters=601), 'warning', 'warmup_iters=601'),
+    (dict(ema_decay=0.999), 'warning', 'ema_decay'),
+    (dict(proofreading_warmup_iters=601), 'warning', 'remask_ratio is never reached'),
+    (dict(masking_warmup_iters=601), 'warning', 'penalty_mask_correct is never reached'),
+    # neither has a say there
+    (dict(training_type='unmasking', proofreading_warmup_iters=999, optimizer='adamw', muon_lr=0), 'ok', '')])
+def test_rates(changes, status, word):
+    found, _, advice = diagnose.check_rates({**CONFIG, **changes})
+    assert found == status and word in advice and ';' not in advice
 
 # -----------------------------------------------------------------------------
 # learning
 
 
 def test_initial_loss():
+    def check(model):
+        return diagnose.check_initial_loss(diagnose.initial_losses(model, DATA['train'], META, seeded()))
     found = diagnose.initial_losses(fresh(), DATA['train'], META, seeded())
-    assert [(mode, round(ideal, 3)) for mode, _, ideal, _ in found] == [('unmasking', 2.197), ('causal', 2.079)]   # ln 9, ln 8
-    assert diagnose.check_initial_loss(found)[0] == 'ok'
+    ideals = [(mode, round(ideal, 3)) for mode, _, ideal, _ in found]
+    assert ideals == [('unmasking', 2.197), ('causal', 2.079)]                 # ln 9, ln 8
+    assert check(fresh())[0] == 'ok'
     loud = fresh()
     with torch.no_grad():
         loud.wte.weight *= 20
-    status, _, advice = diagnose.check_initial_loss(diagnose.initial_losses(loud, DATA['train'], META, seeded()))
+    status, _, advice = check(loud)
     assert status == 'problem' and 'unmasking: ' in advice and 'causal: ' in advice
     wide = fresh()
     wide.logits = lambda hidden, real_only=False: GPT.logits(wide, hidden)     # [MASK] and [WRONG] take part
-    status, _, advice = diagnose.check_initial_loss(diagnose.initial_losses(wide, DATA['train'], META, seeded()))
+    status, _, advice = check(wide)
     assert status == 'problem' and 'unmasking: ' in advice
-    for nats, status in ((1.04, 'ok'), (0.9, 'warning'), (1.1, 'warning'), (1.3, 'problem'), (float('inf'), 'problem')):
-        assert diagnose.check_initial_loss([('causal', nats, 1.0, '')])[0] == status
-    assert diagnose.check_initial_loss([('causal', float('nan'), 1.0, '')])[0] == 'problem'
+
+
+@pytest.mark.parametrize('nats, status', [(1.04, 'ok'), (0.9, 'warning'), (1.1, 'warning'), (1.3, 'problem'),
+                                          (float('inf'), 'problem'), (float('nan'), 'problem')])
+def test_how_far_from_uniform(nats, status):
+    assert diagnose.check_initial_loss([('causal', nats, 1.0, '')])[0] == status
 
 
 def test_by_token_counts_every_token_once():
@@ -263,27 +296,28 @@ def test_by_token_counts_every_token_once():
 
 
 def test_a_dead_layer_is_named():
+    def check(model):
+        return diagnose.check_gradients(diagnose.first_steps(model, DATA['train'], META, CONFIG)[1])
     model = fresh(n_layer=2)
     fc, whole = model.blocks[1].fc, model.blocks[1].fc.forward
     fc.forward = lambda x: whole(x * 0)                                        # its input is cut off
-    _, norms = diagnose.first_steps(model, DATA['train'], META, CONFIG)
-    status, _, advice = diagnose.check_gradients(norms)
-    assert status == 'problem' and advice.startswith('blocks.1.fc.weight, blocks.1.proj.weight: without any gradient')
+    status, _, advice = check(model)
+    assert status == 'problem'
+    assert advice.startswith('blocks.1.fc.weight, blocks.1.proj.weight: without any gradient')
     model = fresh()
     proj, open_end = model.blocks[0].attn_proj, model.blocks[0].attn_proj.forward
     proj.forward = lambda x: open_end(x).detach()                              # its output is
-    _, norms = diagnose.first_steps(model, DATA['train'], META, CONFIG)
-    assert diagnose.check_gradients(norms)[2].startswith('blocks.0.qkv.weight, blocks.0.attn_proj.weight: without any gradient')
+    start = 'blocks.0.qkv.weight, blocks.0.attn_proj.weight: without any gradient'
+    assert check(model)[2].startswith(start)
 
 
-def test_gradients_that_vanish_explode_or_are_no_numbers():
-    healthy = dict(a=1.0, b=2.0, c=0.5, d=1.0)
-    assert diagnose.check_gradients(healthy)[0] == 'ok'
-    for norm, status, word in ((0.0, 'problem', 'without any gradient'), (None, 'problem', 'without any gradient'),
-                               (float('nan'), 'problem', 'not finite'), (float('inf'), 'problem', 'not finite'),
-                               (1e-9, 'warning', 'vanishing'), (1e4, 'warning', 'exploding')):
-        found, _, advice = diagnose.check_gradients(dict(healthy, late=norm))
-        assert found == status and advice.startswith(f'late: {word}')
+@pytest.mark.parametrize('norm, status, word', [
+    (1.5, 'ok', ''), (0.0, 'problem', 'without any gradient'), (None, 'problem', 'without any gradient'),
+    (float('nan'), 'problem', 'not finite'), (float('inf'), 'problem', 'not finite'),
+    (1e-9, 'warning', 'vanishing'), (1e4, 'warning', 'exploding')])
+def test_gradients_that_vanish_explode_or_are_no_numbers(norm, status, word):
+    found, _, advice = diagnose.check_gradients(dict(a=1.0, b=2.0, c=0.5, d=1.0, late=norm))
+    assert found == status and advice.startswith(f'late: {word}' if word else '')
     assert 'and 3 more' in diagnose.check_gradients({str(i): None for i in range(9)})[2]
 
 
@@ -322,26 +356,26 @@ def test_a_network_that_peeks_is_caught(x0, monkeypatch):
         def forward(self, idx, **how):
             return super().forward(idx, **how) + 1e-3 * self.wte(self.seen)
 
-    def corrupt(x0, *args, **how):
+    def ask(x0, *args):
         model.seen = x0
-        return corruption.corrupt(x0, *args, **how)
+        return corruption.ask(x0, *args)
     model = tiny_gpt(V, 12)
     assert diagnose.check_hidden_tokens(model, x0, META)[0] == 'ok'
-    monkeypatch.setattr(diagnose, 'corrupt', corrupt)
+    monkeypatch.setattr(diagnose, 'ask', ask)
     model.__class__ = Peeking
     status, _, advice = diagnose.check_hidden_tokens(model, x0, META)
     assert status == 'problem' and 'its input does not say so' in advice
 
 
-def test_a_corrupt_that_does_not_mask_is_caught(x0, monkeypatch):
-    def corrupt(x0, *args, **how):
-        input, target, weight = corruption.corrupt(x0, *args, **how)
+def test_an_ask_that_does_not_mask_is_caught(x0, monkeypatch):
+    def ask(x0, *args):
+        input, target, weight = corruption.ask(x0, *args)
         input[2] = x0[2]                                                       # one row is forgotten
         return input, target, weight
-    monkeypatch.setattr(diagnose, 'corrupt', corrupt)
+    monkeypatch.setattr(diagnose, 'ask', ask)
     status, _, advice = diagnose.check_hidden_tokens(tiny_gpt(V, 12), x0, META)
-    assert status == 'problem' and 'inputs show the token that is asked for' in advice
-    monkeypatch.setattr(diagnose, 'corrupt', lambda x0, *args, **how: (x0, x0, torch.zeros(x0.shape)))
+    assert status == 'problem' and 'inputs show what is asked for' in advice
+    monkeypatch.setattr(diagnose, 'ask', lambda x0, *args: (x0, x0, torch.zeros(x0.shape)))
     assert 'no position carries weight' in diagnose.check_hidden_tokens(tiny_gpt(V, 12), x0, META)[2]
 
 
@@ -351,11 +385,11 @@ def test_a_causal_pass_that_sees_too_much_is_caught(x0, plain):
     model.plain_attention = plain
     assert diagnose.check_causal(model, x0)[0] == 'ok' and diagnose.check_packed(model, x0)[0] == 'ok'
 
-    class Unshifted(GPT):                                                      # reads the token that it predicts
+    class Unshifted(GPT):  # reads the token that it predicts
         def forward(self, idx, causal=False, **how):
             return super().forward(idx.roll(-1, 1) if causal else idx, causal=causal, **how)
 
-    class Unmasked(GPT):                                                       # sees what comes later, and other texts
+    class Unmasked(GPT):  # sees what comes later, and other texts
         def forward(self, idx, causal=False, segment=None, **how):
             return super().forward(idx, **how)
 
@@ -364,12 +398,13 @@ def test_a_causal_pass_that_sees_too_much_is_caught(x0, plain):
             return super().forward(idx, **how) * float('nan')
     for leaky, packed in ((Unshifted, 'ok'), (Unmasked, 'problem'), (Broken, 'problem')):
         model.__class__ = leaky
-        assert diagnose.check_causal(model, x0)[0] == 'problem' and diagnose.check_packed(model, x0)[0] == packed
+        assert diagnose.check_causal(model, x0)[0] == 'problem'
+        assert diagnose.check_packed(model, x0)[0] == packed
 
 
 def test_the_visible_text_has_to_matter(x0):
     assert diagnose.check_context(tiny_gpt(V, 12), x0, META)[0] == 'ok'
-    status, measured, advice = diagnose.check_context(fresh(), x0, META)       # every block is still the identity
+    status, measured, advice = diagnose.check_context(fresh(), x0, META)  # every block is still the identity
     assert status == 'problem' and measured.endswith('0.0e+00') and 'without looking' in advice
 
 # -----------------------------------------------------------------------------
@@ -380,7 +415,8 @@ def test_tensors_of_a_checkpoint():
     model = tiny_gpt(V, 12)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     checkpoint = dict(model=weights, ema=dict(weights), iter_num=7)
-    assert diagnose.check_tensors(model, checkpoint, CONFIG)[:2] == ('ok', f'{2 * len(weights)} tensors (model, ema), 7 steps')
+    status, measured, _ = diagnose.check_tensors(model, checkpoint, CONFIG)
+    assert (status, measured) == ('ok', f'{2 * len(weights)} tensors (model, ema), 7 steps')
     checkpoint['ema']['wte.weight'] = weights['wte.weight'] * float('inf')
     weights['causal_embd'].zero_()
     _, _, advice = diagnose.check_tensors(model, checkpoint, CONFIG)

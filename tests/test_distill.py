@@ -1,4 +1,4 @@
-"""Distillation: the student is a checkpoint like any other, its teacher is left alone, and what cannot teach is refused."""
+"""Distillation: the student is a checkpoint like any other, and what cannot teach is refused."""
 
 import os
 import subprocess
@@ -10,7 +10,8 @@ from conftest import ROOT, load_script, write_checkpoint
 from test_commands import CPU, read_samples, refused
 
 import configurator
-from plumbing.checkpoint import load_checkpoint
+from model import GPT
+from plumbing.rows import Ends
 
 TINY = ['--teacher_steps=3', '--max_iters=6', '--batch_size=4', '--log_interval=3', *CPU]
 
@@ -21,8 +22,8 @@ def distilled(tmp_path_factory):
     out = tmp_path_factory.mktemp('distilled')
     path = write_checkpoint(str(out / 'a' / 'ckpt_joint.pt'), training_type='joint', causal_ratio=0.5)
     before = open(path, 'rb').read()
-    run = subprocess.run([sys.executable, 'tools/distill.py', f'--init_from={path}', f'--out_dir={out}', *TINY], cwd=ROOT,
-                         capture_output=True, text=True)
+    words = ['tools/distill.py', f'--init_from={path}', f'--out_dir={out}', *TINY]
+    run = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert open(path, 'rb').read() == before
     return path, str(out / 'ckpt_distilled.pt'), run.stdout
@@ -30,26 +31,30 @@ def distilled(tmp_path_factory):
 
 def test_a_student_is_a_checkpoint_that_samples(distilled, run, tmp_path):
     teacher, path, text = distilled
-    assert f'{teacher} teaches: ' in text and 'steps=3' in text and 'step 6/6  loss ' in text and f'saved {path}' in text
-    (before, old), (after, new) = load_checkpoint(teacher), load_checkpoint(path)
+    assert f'{teacher} teaches: ' in text and 'steps=3' in text and 'step 6/6  loss ' in text
+    assert f'saved {path}' in text
+    (before, old), (after, new) = GPT.load(teacher), GPT.load(path)
     assert after.config == before.config and new['meta'] == old['meta'] and new['iter_num'] == 6
-    assert new['config'] == {**old['config'], 'training_type': 'unmasking', 'causal_ratio': 0.0, 'energy_head': 0}
+    other = dict(training_type='unmasking', causal_ratio=0.0, energy_head=0)
+    assert new['config'] == {**old['config'], **other}
     assert new['distilled']['teacher_steps'] == 3
-    for name, weight in new['ema'].items():                               # both have learned, the average lags behind
+    for name, weight in new['ema'].items():  # both have learned, the average lags behind
         learned = not torch.equal(weight, old['model'][name])
-        assert learned == (name not in ('mask_logit_bias', 'causal_embd')) and torch.equal(weight, new['model'][name]) != learned
+        assert learned == (name not in ('mask_logit_bias', 'causal_embd'))
+        assert torch.equal(weight, new['model'][name]) != learned
     file = tmp_path / 's.jsonl'
-    status, out, err = run('sample', f'--init_from={path}', '--steps=2', '--num_samples=3', f'--save={file}', *CPU)
+    words = ['--steps=2', '--num_samples=3', f'--save={file}', *CPU]
+    status, out, err = run('sample', f'--init_from={path}', *words)
     assert status == 0 and len(read_samples(file)) == 3, err
     refused(run('sample', f'--init_from={path}', '--remask=causal', *CPU), 'sample', 'no trained causal mode')
 
 
 def test_the_student_learns_what_the_teacher_says(tmp_path, monkeypatch):
-    """A teacher that says 7 everywhere: what is asked for at the masks are 7s, and the student says them more often."""
+    """A teacher that says 7 everywhere: the targets at the masks are 7s, and the student says them more."""
     path = write_checkpoint(str(tmp_path / 'ckpt.pt'), training_type='unmasking')
     module, asked = load_script('tools/distill'), []
-    configurator.configure(vars(module), [f'--init_from={path}', f'--out_dir={tmp_path}/out', '--learning_rate=0.01',
-                                          '--ema_decay=0.5', *TINY, '--max_iters=15'])
+    words = ['--learning_rate=0.01', '--ema_decay=0.5', *TINY, '--max_iters=15']
+    configurator.configure(vars(module), [f'--init_from={path}', f'--out_dir={tmp_path}/out', *words])
 
     def sevens(teacher, canvas, fixed, **rules):
         asked.append((teacher, canvas, fixed, rules))
@@ -59,13 +64,16 @@ def test_the_student_learns_what_the_teacher_says(tmp_path, monkeypatch):
     monkeypatch.setattr(module, 'loss', lambda student, *batch: asked.append(batch) or loss(student, *batch))
     module.main()
     for (teacher, canvas, fixed, rules), (input, target, weight) in zip(asked[::2], asked[1::2]):
-        assert torch.equal(input, canvas) and torch.equal(fixed, input != 18) and torch.equal(weight > 0, ~fixed)
-        assert (target[~fixed] == 7).all() and torch.allclose(weight.sum(1), torch.ones(4)) and not teacher.training
-        assert (rules['end_id'], rules['pad_id'], rules['forbid'], rules['steps']) == (16, 17, [15], 3)
-    before, after = (load_checkpoint(p)[0] for p in (path, str(tmp_path / 'out' / 'ckpt_distilled.pt')))
+        assert torch.equal(input, canvas) and torch.equal(fixed, input != 18)
+        assert torch.equal(weight > 0, ~fixed)
+        assert (target[~fixed] == 7).all() and torch.allclose(weight.sum(1), torch.ones(4))
+        assert not teacher.training
+        assert rules['ends'] == Ends(16, 17, (15,)) and rules['steps'] == 3
+    before, after = (GPT.load(p)[0] for p in (path, str(tmp_path / 'out' / 'ckpt_distilled.pt')))
     assert torch.equal(teacher.wte.weight, before.wte.weight)             # the teacher itself learns nothing
     holes = torch.full((1, 64), 18)
-    first, second = (model.logits(model(holes), real_only=True).softmax(-1)[..., 7].mean().item() for model in (before, after))
+    first, second = (model.logits(model(holes), real_only=True).softmax(-1)[..., 7].mean().item()
+                     for model in (before, after))
     assert second > 0.5 > 2 * first
 
 
@@ -80,8 +88,11 @@ def test_what_distillation_refuses(distilled, run, tmp_path):
         refused(run('distill', f'--init_from={mute}', f'--out_dir={tmp_path}/out', *TINY),
                 'distill', mute, f'training_type={kind}')
     for word, message in (('--teacher_preset=speculative', "'speculative' cannot"),
-                          ('--teacher_preset=hybrid', "'hybrid' cannot"), ('--teacher_preset=maskgti', 'did you mean maskgit'),
-                          ('--max_iters=0', 'max_iters must be at least 1'), ('--learning_rate=1e39', 'no longer finite'),
+                          ('--teacher_preset=hybrid', "'hybrid' cannot"),
+                          ('--teacher_preset=maskgti', 'did you mean maskgit'),
+                          ('--max_iters=0', 'max_iters must be at least 1'),
+                          ('--learning_rate=1e39', 'no longer finite'),
                           ('--init_from=nowhere.pt', 'nowhere.pt')):
-        refused(run('distill', f'--init_from={teacher}', f'--out_dir={tmp_path}/out', *TINY, word), 'distill', message)
+        words = [f'--init_from={teacher}', f'--out_dir={tmp_path}/out', *TINY, word]
+        refused(run('distill', *words), 'distill', message)
     assert not os.path.exists(tmp_path / 'out' / 'ckpt_distilled.pt')

@@ -1,7 +1,8 @@
 """
 Several processes: that they train as one does, stop and go on together, and speak with one voice.
 
-torchrun also starts this file itself, see worker: a start costs seconds, so most runs of two processes share one.
+torchrun also starts this file itself, see worker: a start costs seconds, so most runs of two processes share
+one.
 """
 
 import os
@@ -16,22 +17,37 @@ import time
 
 import pytest
 import torch
-from conftest import ARITHMETIC, ROOT, default_config, tiny_gpt
-from test_train import MIXED, TINY, assert_close, assert_same, assert_same_run, gradients, log_of, read, seeded, start
+from conftest import ARITHMETIC, ROOT, START_WORDS, default_config, tiny_gpt
+from test_train import (
+    MIXED,
+    TINY,
+    assert_close,
+    assert_same,
+    assert_same_run,
+    gradients,
+    log_of,
+    read,
+    seeded,
+    start,
+)
 
 import corruption
-from plumbing import distributed
-from plumbing.checks import check_settings
 from configurator import UserError
 from data import loader
-from train import PARTS, training_step
+from plumbing import distributed
+from plumbing.checks import check_settings
+from plumbing.log import PARTS
+from train import losses, training_step
 
-RUN = [*TINY, '--batch_size=8', '--eval_samples=0', '--log_interval=4']
-JOINT = [*RUN, *MIXED, '--draft_head', '--short_conv=2', '--shortcuts', '--bigram_rows=500', '--bigram_decay=0.1',
-         '--proofreading_warmup_iters=0']
-CAUSAL = [*RUN, '--training_type=causal', '--optimizer=adamw', '--gradient_accumulation_steps=2']  # Muon amplifies roundings
+RUN = [*START_WORDS, *TINY, '--batch_size=8', '--eval_samples=0', '--log_interval=4']
+JOINT = [
+    *RUN, *MIXED, '--draft_head', '--parts=short_conv:2,shortcuts,bigrams:500', '--bigram_decay=0.1',
+    '--proofreading_warmup_iters=0']
+# Muon amplifies roundings
+CAUSAL = [*RUN, '--training_type=causal', '--optimizer=adamw', '--gradient_accumulation_steps=2']
 WHOLE = [*CAUSAL, '--n_layer=2', '--n_recur=2', '--grad_clip=0.1', '--keep_every=3']
-SHARDED = [*JOINT, '--fsdp', '--remask_ratio=0.2', '--corruption=own']      # Muon; of one row with wrong tokens one rank has none
+# Muon; of one row with wrong tokens one rank has none
+SHARDED = [*JOINT, '--fsdp', '--remask_ratio=0.2', '--corruption=own']
 # training type, causal ratio and rows; of a single causal row one rank has none
 BATCHES = [('causal', 0.0, 6), ('unmasking', 0.5, 6), ('unmasking', 0.5, 2), ('unmasking', 0.0, 6)]
 
@@ -45,17 +61,17 @@ def step_of_a_batch(training_type, causal_ratio, rows):
     x0 = distributed.rows_of_rank(loader.load_data('arithmetic')[1]['train'][:rows])
     model = tiny_gpt(18, 64, n_recur=1, draft_head=True)
     config = default_config(training_type=training_type, causal_ratio=causal_ratio, weight_unmask_task=0.0)
-    parts = training_step(model, x0, ARITHMETIC, config, 5, seeded(distributed.rank()))
-    parts = distributed.average_gradients(model, parts, PARTS)
-    return gradients(model), parts
+    parallel = distributed.data_parallel(model, losses)
+    parts = training_step(model, x0, ARITHMETIC, config, 5, seeded(distributed.rank()), None, parallel)
+    return gradients(model), distributed.sum_parts(parts, PARTS)
 
 
 def train_here(out_dir, *words, stop_at=None, whom=None):
     """
-    train.py as from the command line: what its batches were, [(x0, input), ...]. At the batch number stop_at rank 0 sends SIGTERM
-    to the process whom, and waits until it has arrived here.
+    train.py as from the command line: what its batches were, [(x0, input), ...]. At the batch number stop_at
+    rank 0 sends SIGTERM to the process whom, and waits until it has arrived here.
     """
-    rows, corrupt, calls, seen = loader.random_rows, corruption.corrupt, [], []
+    rows, ask, calls, seen = loader.random_rows, corruption.ask, [], []
 
     def random_rows(*args):
         calls.append(args)
@@ -65,22 +81,26 @@ def train_here(out_dir, *words, stop_at=None, whom=None):
                 time.sleep(0.01)
         return rows(*args)
 
-    def watch(x0, *args, **more):
-        result = corrupt(x0, *args, **more)
-        seen.append((x0, result[0]))
+    def watch(x0, *args):
+        result = ask(x0, *args)
+        if args[2].remask_ratio < 1:                                        # not what an evaluation asks
+            seen.append((x0, result[0]))
         return result
 
-    loader.random_rows, corruption.corrupt = random_rows, watch
+    loader.random_rows, corruption.ask = random_rows, watch
     sys.argv = [os.path.join(ROOT, 'train.py'), *words, f'--out_dir={out_dir}']
     try:
         runpy.run_path(sys.argv[0], run_name='__main__')
     finally:
-        loader.random_rows, corruption.corrupt = rows, corrupt
+        loader.random_rows, corruption.ask = rows, ask
     return seen
 
 
 def worker(folder, job, *ports):
-    """What a rank does when torchrun starts this file: several runs, one after the other, or one that is stopped."""
+    """
+    What a rank does when torchrun starts this file: several runs, one after the other, or one that is
+    stopped.
+    """
     rank = os.environ['RANK']
     if job == 'stopped':
         train_here(f'{folder}/torchrun', *JOINT, stop_at=3, whom=os.getppid())
@@ -96,15 +116,24 @@ def worker(folder, job, *ports):
         heard = str(error)
     model = tiny_gpt(18, 64)
     distributed.shard(model, torch.device('cpu'))
-    part = [sum(t.numel() for t in distributed.local(net.parameters())) / sum(p.numel() for p in net.parameters())
-            for net in (model.blocks, model.wte)]
+    part = [
+        sum(t.numel() for t in distributed.local(net.parameters())) / sum(p.numel() for p in net.parameters())
+        for net in (model.blocks, model.wte)
+    ]
     torch.save((whole, shared, part, heard, distributed.anywhere(rank == '1')), f'{folder}/shared.{rank}')
     distributed.disconnect()
-    for port, (name, words, more) in zip(ports, (
-            ('causal', CAUSAL, {}), ('straight', JOINT, {}), ('rank0', JOINT, dict(stop_at=2, whom=os.getpid())),
-            ('rank0', [*JOINT, '--init_from=resume'], {}), ('fsdp', [*WHOLE, '--fsdp'], {}), ('sharded', SHARDED, {}),
-            ('parts', SHARDED, dict(stop_at=2, whom=os.getpid())), ('parts', [*SHARDED, '--init_from=resume'], {})), strict=True):
-        os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE='False')    # every run meets at a place of its own
+    for port, (name, words, more) in zip(
+        ports,
+        (
+            ('causal', CAUSAL, {}), ('straight', JOINT, {}),
+            ('rank0', JOINT, dict(stop_at=2, whom=os.getpid())),
+            ('rank0', [*JOINT, '--init_from=resume'], {}), ('fsdp', [*WHOLE, '--fsdp'], {}),
+            ('sharded', SHARDED, {}), ('parts', SHARDED, dict(stop_at=2, whom=os.getpid())),
+            ('parts', [*SHARDED, '--init_from=resume'], {})),
+        strict=True,
+    ):
+        # every run meets at a place of its own
+        os.environ.update(MASTER_PORT=port, TORCHELASTIC_USE_AGENT_STORE='False')
         seen = train_here(f'{folder}/{name}', *words, **more)
         torch.save(seen, f'{folder}/{name}.{rank}')
 
@@ -113,8 +142,9 @@ def torchrun(folder, *words):
     """Two processes: (exit status, stdout, stderr)."""
     (folder / 'matplotlib.py').write_text('raise ImportError("curves would take longer than all the rest")')
     env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(folder))
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *words], env=env,
-                          capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', *words],
+        env=env, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -152,16 +182,19 @@ def runs(folder):
 
 def test_a_single_process_is_what_it_was():
     rows, parts = torch.arange(6).view(3, 2), {'unmask': torch.ones(2)}
-    assert (distributed.rank(), distributed.world(), distributed.share(5), distributed.gather('a')) == (0, 1, 5, ['a'])
+    assert (distributed.rank(), distributed.world(), distributed.share(5), distributed.gather('a')) == (
+        0, 1, 5, ['a'])
     assert distributed.rows_of_rank(rows) is rows and distributed.total(rows) is rows
-    assert distributed.average_gradients(None, parts, PARTS) is parts
+    assert distributed.sum_parts(parts, PARTS) is parts and distributed.data_parallel(None, losses) is None
     assert [distributed.connect(device) for device in ('auto', 'cuda:1', 'mps')] == ['auto', 'cuda:1', 'mps']
     assert distributed.anywhere(True) and not distributed.anywhere(False)
 
 
 @pytest.mark.parametrize('world', [1, 2, 3, 4])
 def test_shares_are_of_the_rows_of_a_rank(monkeypatch, world):
-    """The ranks' rows are the batch, each row once, and share counts those of its first rows that a rank has."""
+    """
+    The ranks' rows are the batch, each row once, and share counts those of its first rows that a rank has.
+    """
     monkeypatch.setattr(distributed, 'several', lambda: True)
     monkeypatch.setattr(distributed, 'world', lambda: world)
     rows, found = torch.arange(12)[:, None], []
@@ -171,7 +204,8 @@ def test_shares_are_of_the_rows_of_a_rank(monkeypatch, world):
         assert len(mine) == 12 // world
         for num in range(13):
             assert distributed.share(num) == (mine < num).sum()
-            assert torch.equal(mine[:distributed.share(num)], mine[mine < num][:, None])      # they come first
+            # they come first
+            assert torch.equal(mine[:distributed.share(num)], mine[mine < num][:, None])
         found += mine[:, 0].tolist()
     assert sorted(found) == list(range(12))
 
@@ -181,15 +215,21 @@ def test_shares_are_of_the_rows_of_a_rank(monkeypatch, world):
 
 
 def test_the_gradients_of_a_batch(runs):
-    """Their mean is the gradient of the whole batch, even where one rank has fewer causal rows or none; so are the parts."""
+    """
+    Their mean is the gradient of the whole batch, even where one rank has fewer causal rows or none; so are
+    the parts.
+    """
     (whole, shared, *_), (_, other, *_) = [torch.load(runs[0] / f'shared.{rank}') for rank in range(2)]
-    for (training_type, ratio, rows), (expected, parts), (grads, more) in zip(BATCHES, whole, shared, strict=True):
-        head = {name for name in grads if name.startswith('drafter.')}     # each rank picks the tokens that it learns from
+    for (training_type, ratio, rows), (expected, parts), (grads, more) in zip(
+        BATCHES, whole, shared, strict=True):
+        # each rank picks the tokens that it learns from
+        head = {name for name in grads if name.startswith('drafter.')}
         assert head == {name for name in expected if name.startswith('drafter.')}
         assert bool(head) == (training_type == 'causal' or ratio > 0)
         assert_close({name: grads[name] for name in grads if name not in head},
                      {name: expected[name] for name in expected if name not in head})
-        assert ('causal_embd' in grads) == bool(head)                      # what nobody used stays without a gradient
+        # what nobody used stays without a gradient
+        assert ('causal_embd' in grads) == bool(head)
         for name in head:
             assert grads[name].norm() / expected[name].norm() == pytest.approx(1, abs=0.2)
         for name in PARTS:
@@ -229,10 +269,12 @@ def test_a_sharded_network_trains_as_a_whole_one_does(runs, tmp_path, run):
                 assert torch.allclose(one[net][name], other[net][name], rtol=1e-3, atol=2e-5), name
         for i, kept in one['optimizers'][0]['state'].items():
             for name in kept:
-                torch.testing.assert_close(other['optimizers'][0]['state'][i][name], kept[name], rtol=1e-3, atol=1e-6)
+                torch.testing.assert_close(
+                    other['optimizers'][0]['state'][i][name], kept[name], rtol=1e-3, atol=1e-6)
     for expected, line in zip(log_of(tmp_path / 'one'), log_of(runs[0] / 'fsdp'), strict=True):
         assert line == pytest.approx(expected, rel=1e-3)
-    status, out, err = run('sample', f"--init_from={runs[0] / 'fsdp' / 'ckpt_causal.pt'}", '--num_samples=2', '--device=cpu')
+    status, out, err = run(
+        'sample', f"--init_from={runs[0] / 'fsdp' / 'ckpt_causal.pt'}", '--num_samples=2', '--device=cpu')
     assert status == 0 and '2 samples' in out, err
 
 
@@ -251,7 +293,9 @@ def test_settings_that_fsdp_does_not_go_with(monkeypatch):
     monkeypatch.setattr(distributed, 'world', lambda: 2)
     refused('there are 1 and 7 of them', batch_size=8, causal_ratio=0.125)
     refused('there are 7 and 1 of them', batch_size=8, causal_ratio=0.875)
-    for changes in (dict(causal_ratio=0.25), dict(causal_ratio=1.0, views=1), dict(training_type='causal', causal_ratio=0.125)):
+    for changes in (
+        dict(causal_ratio=0.25), dict(causal_ratio=1.0, views=1),
+        dict(training_type='causal', causal_ratio=0.125)):
         check_settings(default_config(fsdp=True, batch_size=8, **changes))
 
 
@@ -260,12 +304,13 @@ def test_ranks_share_the_rows_and_draw_masks_of_their_own(runs, tmp_path):
     batches = []
 
     def watch(module):
-        corrupt = module.corrupt
-        module.corrupt = lambda x0, *args, **more: batches.append(x0) or corrupt(x0, *args, **more)
+        ask = module.ask
+        module.ask = lambda x0, *args: batches.append(x0) or ask(x0, *args)
     start(str(tmp_path), *JOINT, patch=watch)
     assert len(first) == len(second) == len(batches) == 6
     for (a, hidden), (b, other), whole in zip(first, second, batches):
-        assert torch.equal(torch.stack((a, b), 1).flatten(0, 1), whole)    # 4 of 8 rows, the others are causal
+        # 4 of 8 rows, the others are causal
+        assert torch.equal(torch.stack((a, b), 1).flatten(0, 1), whole)
         assert not torch.equal(hidden == 18, other == 18)
     a, b = read(str(runs[0] / 'straight'))['rng']['ranks']
     assert torch.equal(a['rows'], b['rows'])
@@ -275,8 +320,17 @@ def test_ranks_share_the_rows_and_draw_masks_of_their_own(runs, tmp_path):
 def test_one_voice(runs):
     """One rank speaks, one log and one checkpoint are left."""
     folder, out = runs
-    assert out.count('cpu, 1 threads, float32, plain attention, 2 processes\n') == out.count(' parameters; ') == 8
-    assert out.count('step 6  validation: ') == out.count('step 4/6 ') == out.count('/log.jsonl (pip install') == 6
+    assert (
+        out.count('cpu, 1 threads, float32, plain attention, 2 processes\n')
+        == out.count(' parameters; ')
+        == 8
+    )
+    assert (
+        out.count('step 6  validation: ')
+        == out.count('step 4/6 ')
+        == out.count('/log.jsonl (pip install')
+        == 6
+    )
     assert sorted(os.listdir(folder / 'straight')) == ['ckpt_joint_all_positions.pt', 'log.jsonl']
     assert [line['step'] for line in log_of(folder / 'straight')] == [0, 3, 4, 6]
 
@@ -284,19 +338,30 @@ def test_one_voice(runs):
 def test_rank_0_stops_all_ranks(runs):
     folder, out = runs
     assert out.count('finishing the step, then saving ...') == 2
-    assert 'stopped; go on with: the same torchrun command and --init_from=resume' in out and ', step 2\n' in out
+    assert (
+        'stopped; go on with: the same torchrun command and --init_from=resume' in out and ', step 2\n' in out
+    )
     assert_same_run(str(folder / 'straight'), str(folder / 'rank0'))
     assert_same_run(str(folder / 'sharded'), str(folder / 'parts'))
 
 
 def test_torchrun_is_stopped_and_goes_on(runs, capsys):
-    """SIGTERM to torchrun: saved once, where it was; then to the last bit the same, but with another number of processes."""
+    """
+    SIGTERM to torchrun: saved once, where it was; then to the last bit the same, but with another number of
+    processes.
+    """
     folder, path = runs[0], runs[0] / 'torchrun'
     status, out, err = torchrun(folder, __file__, str(folder), 'stopped')
-    assert status and out.count('finishing the step, then saving ...') == out.count('stopped; go on with: ') == 1, err
-    assert sorted(os.listdir(path)) == ['ckpt_joint_all_positions.pt', 'log.jsonl'] and read(path)['iter_num'] == 3
+    assert (
+        status and out.count('finishing the step, then saving ...') == out.count('stopped; go on with: ') == 1
+    ), err
+    assert (
+        sorted(os.listdir(path)) == ['ckpt_joint_all_positions.pt', 'log.jsonl']
+        and read(path)['iter_num'] == 3
+    )
     before = (path / 'ckpt_joint_all_positions.pt').read_bytes()
-    status, out, err = torchrun(folder, os.path.join(ROOT, 'train.py'), *JOINT, f'--out_dir={path}', '--init_from=resume')
+    status, out, err = torchrun(
+        folder, os.path.join(ROOT, 'train.py'), *JOINT, f'--out_dir={path}', '--init_from=resume')
     assert status == 0 and 'number of processes' not in out, err
     assert_same_run(str(folder / 'straight'), str(path))
     (path / 'ckpt_joint_all_positions.pt').write_bytes(before)
@@ -308,13 +373,17 @@ def test_torchrun_is_stopped_and_goes_on(runs, capsys):
 
 
 def test_a_batch_that_cannot_be_shared(folder, tmp_path):
-    status, out, err = torchrun(folder, os.path.join(ROOT, 'train.py'), *RUN, '--batch_size=7', f'--out_dir={tmp_path}/out')
+    status, out, err = torchrun(
+        folder, os.path.join(ROOT, 'train.py'), *RUN, '--batch_size=7', f'--out_dir={tmp_path}/out')
     assert status == 1 and 'step 0' not in out and os.listdir(tmp_path) == []
     assert re.findall('^train.py: .*', err, re.M) == [
-        'train.py: batch_size=7 rows cannot be shared equally by 2 processes: set --batch_size to a multiple of 2']
+        'train.py: batch_size=7 rows cannot be shared equally by 2 processes: '
+        'set --batch_size to a multiple of 2'
+    ]
 
 
 if __name__ == '__main__':
-    leave, distributed.leave = distributed.leave, lambda: None               # train.py is not the last thing that this does
+    # train.py is not the last thing that this does
+    leave, distributed.leave = distributed.leave, lambda: None
     worker(*sys.argv[1:])
     leave()

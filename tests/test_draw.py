@@ -14,8 +14,12 @@ from plumbing.rows import Ends, close_rows, first_of, left_of, places, random_su
 
 
 def test_filtered():
-    logits = torch.tensor([[2.0, 1.0, 0.0, 3.0, float('-inf'), float('-inf')],
-                           [0.0, 5.0, 1.0, 2.0, float('-inf'), float('-inf')]])
+    logits = torch.tensor(
+        [
+            [2.0, 1.0, 0.0, 3.0, float('-inf'), float('-inf')],
+            [0.0, 5.0, 1.0, 2.0, float('-inf'), float('-inf')],
+        ]
+    )
     p = logits.softmax(-1)
     assert torch.allclose(filtered(logits), p)
     assert torch.allclose(filtered(logits, temperature=0.5), (2 * logits).softmax(-1))
@@ -27,7 +31,12 @@ def test_filtered():
 
     # the token that crosses top_p stays in
     flat = torch.tensor([[0.1, 0.5, 0.3, 0.1]]).log()
-    for top_p, kept in ((0.4, [0, 1, 0, 0]), (0.51, [0, 1, 1, 0]), (0.79, [0, 1, 1, 0]), (1e-6, [0, 1, 0, 0])):
+    for top_p, kept in (
+        (0.4, [0, 1, 0, 0]),
+        (0.51, [0, 1, 1, 0]),
+        (0.79, [0, 1, 1, 0]),
+        (1e-6, [0, 1, 0, 0]),
+    ):
         q = filtered(flat, top_p=top_p)
         assert (q > 0).tolist() == [kept] and q.sum() == pytest.approx(1)
     assert filtered(flat, top_p=0.51)[0, 1].item() == pytest.approx(5 / 8)
@@ -51,8 +60,8 @@ def test_draw():
 
 def test_a_large_vocabulary_is_drawn_from_by_the_same_law():
     """
-    Of 6000 words most have no chance: neither the first nor the last goes wrong, nor a row that does not quite
-    sum to 1.
+    Of 6000 words most have no chance: neither the first nor the last goes wrong, nor a row that does not
+    quite sum to 1.
     """
     V = 6000
     law = torch.zeros(V)
@@ -65,14 +74,15 @@ def test_a_large_vocabulary_is_drawn_from_by_the_same_law():
     one = torch.eye(V)[[0, 3, V - 1]]
     assert draw(one / 3, seeded()).tolist() == [0, 3, V - 1] and draw(torch.zeros(0, V)).shape == (0,)
 
+
 # -----------------------------------------------------------------------------
 # how many, and which
 
 
 def test_stratified_k_is_uniform_and_spread():
     n, generator = torch.full((10,), 7), seeded(1)
-    draws = torch.stack([stratified_k(n, generator) for _ in range(3000)])         # (3000, 10)
-    for row in range(10):                        # in every row, not only in all of them together
+    draws = torch.stack([stratified_k(n, generator) for _ in range(3000)])  # (3000, 10)
+    for row in range(10):  # in every row, not only in all of them together
         statistic, bound = chi_square(draws[:, row].bincount(minlength=8)[1:], torch.full((7,), 3000 / 7))
         assert statistic < bound
     # 10 strata over 7 values: each value gets 10/7 of a batch, give or take less than one
@@ -90,7 +100,7 @@ def test_stratified_k_is_uniform_and_spread():
 
 def test_stratified_k_never_exceeds_n(monkeypatch):
     """In float32 (strata + rand) / B may round up to 1, which must not give k = n + 1."""
-    monkeypatch.setattr(rows.torch, 'rand', lambda *size, **more: torch.full(size, 1 - 2.0 ** -24))
+    monkeypatch.setattr(rows.torch, 'rand', lambda *size, **more: torch.full(size, 1 - 2.0**-24))
     assert stratified_k(torch.full((8,), 5)).max() == 5
 
 
@@ -103,7 +113,7 @@ def test_random_subset_is_exact_and_uniform():
     expected = torch.tensor([20000 / 6 if bin(i).count('1') == 2 else 0.0 for i in range(16)])
     statistic, bound = chi_square(pairs, expected)
     assert statistic < bound
-    k = torch.tensor([0, 1, 4, 9, -3])           # more than there are: all; fewer than none: none
+    k = torch.tensor([0, 1, 4, 9, -3])  # more than there are: all; fewer than none: none
     assert random_subset(candidates[:5], k, generator).sum(1).tolist() == [0, 1, 4, 4, 0]
 
 
@@ -111,8 +121,13 @@ def test_first_of_takes_the_highest_and_of_equals_the_left_one():
     score = torch.tensor([[0.5, 2.0, float('-inf'), 2.0, 9.0]]).repeat(5, 1)
     where = torch.tensor([1, 1, 1, 1, 0]).bool().expand(5, 5)
     chosen = first_of(score, where, torch.tensor([-1, 1, 2, 4, 9]))
-    assert chosen.long().tolist() == [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 0, 1, 0], [1, 1, 1, 1, 0],
-                                      [1, 1, 1, 1, 0]]
+    assert chosen.long().tolist() == [
+        [0, 0, 0, 0, 0],
+        [0, 1, 0, 0, 0],
+        [0, 1, 0, 1, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 0],
+    ]
 
 
 def test_places_and_what_is_spread_over_them():
@@ -128,16 +143,30 @@ def test_the_special_ids_of_a_dataset():
 
 
 def test_close_rows():
-    M, E, P = 9, 5, 7                            # mask, end, padding
-    x = torch.tensor([[1, E, 2, E, 3],           # finished: what was masked behind the end becomes padding
-                      [1, M, E, 2, 3],           # a hole left of the end
-                      [1, E, M, 2, M],           # holes right of the end
-                      [1, 2, 3, 4, E],
-                      [E, 1, 2, 3, 4]])
+    M, E, P = 9, 5, 7  # mask, end, padding
+    x = torch.tensor(
+        [
+            [1, E, 2, E, 3],  # finished: what was masked behind the end becomes padding
+            [1, M, E, 2, 3],  # a hole left of the end
+            [1, E, M, 2, M],  # holes right of the end
+            [1, 2, 3, 4, E],
+            [E, 1, 2, 3, 4],
+        ]
+    )
     everywhere = torch.ones_like(x).bool()
     assert close_rows(x, everywhere, M, Ends(E, P)).tolist() == [
-        [1, E, P, P, P], [1, M, E, 2, 3], [1, E, P, P, P], [1, 2, 3, 4, E], [E, P, P, P, P]]
+        [1, E, P, P, P],
+        [1, M, E, 2, 3],
+        [1, E, P, P, P],
+        [1, 2, 3, 4, E],
+        [E, P, P, P, P],
+    ]
     masked = torch.tensor([[0, 0, 1, 0, 1]]).bool().expand(5, 5)
     assert close_rows(x, masked, M, Ends(E, P)).tolist() == [
-        [1, E, P, E, P], [1, M, E, 2, 3], [1, E, P, 2, P], [1, 2, 3, 4, E], [E, 1, P, 3, P]]
+        [1, E, P, E, P],
+        [1, M, E, 2, 3],
+        [1, E, P, 2, P],
+        [1, 2, 3, 4, E],
+        [E, 1, P, 3, P],
+    ]
     assert close_rows(x, everywhere, M, Ends()) is x

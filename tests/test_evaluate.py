@@ -9,13 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ARITHMETIC, all_sequences, tiny_gpt
-from test_corruption import MASK, T, V, WRONG, seeded
+from test_corruption import MASK, WRONG, T, V, seeded
 from test_train import Stub, arithmetic_rows
 
 from corruption import own_errors
 from plumbing.evaluate import causal_nll, evaluate, evaluation_line, nelbo, per_token, roc_auc
-from plumbing.textstats import (known_words, longest_copy, text_statistics, token_statistics, training_text,
-                                words_of)
+from plumbing.textstats import (
+    known_words,
+    longest_copy,
+    text_statistics,
+    token_statistics,
+    training_text,
+    words_of,
+)
 
 # -----------------------------------------------------------------------------
 # likelihoods

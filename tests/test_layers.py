@@ -10,13 +10,22 @@ from model import GPT, GPTConfig, Pass, norm
 from parts.layers import IN_A_BLOCK, IN_THE_NETWORK, Part, ShortConv, Shortcuts, build, parse_parts
 
 # every part with numbers that are not its own, and how many parameters it has at 16 channels and 5 tokens
-SIZES = {'graph:2:1': 2, 'shortcuts': 4, 'short_conv:3': 6 * 16, 'previous': 16 * 16,
-         'mu:4': 4 * 12 + 4 * 4, 'bigrams:10': 2 * 10 * 16, 'level': 32 * 16, 'level:8': 32 * 8 + 8 * 16}
+SIZES = {
+    'graph:2:1': 2,
+    'shortcuts': 4,
+    'short_conv:3': 6 * 16,
+    'previous': 16 * 16,
+    'mu:4': 4 * 12 + 4 * 4,
+    'bigrams:10': 2 * 10 * 16,
+    'level': 32 * 16,
+    'level:8': 32 * 8 + 8 * 16,
+}
 
 
 def passing(**more):
     """What a part is told of a pass."""
     return Pass(**{**dict(causal=False, plain=True, told={}), **more})
+
 
 # -----------------------------------------------------------------------------
 # the joints
@@ -28,7 +37,9 @@ def test_every_part_is_listed_here():
 
 @torch.no_grad()
 @pytest.mark.parametrize('plain', [True, False])
-@pytest.mark.parametrize('parts', [*SIZES, ','.join(dict((name.split(':')[0], name) for name in SIZES).values())])
+@pytest.mark.parametrize(
+    'parts', [*SIZES, ','.join(dict((name.split(':')[0], name) for name in SIZES).values())]
+)
 def test_every_part_starts_as_the_identity(parts, plain):
     """A fresh part changes no number of a network that is trained, in either mode, packed or not."""
     without, fitted = tiny_gpt(V=5, T=8), fresh_gpt(5, 8, parts=parts)
@@ -61,25 +72,35 @@ def test_a_part_need_not_use_any_joint():
 
 def test_parts_by_name():
     assert parse_parts('') == parse_parts(' , ') == {}
-    assert parse_parts('short_conv:2, shortcuts,graph:8:4') == dict(short_conv=(2,), shortcuts=(), graph=(8, 4))
+    assert parse_parts('short_conv:2, shortcuts,graph:8:4') == dict(
+        short_conv=(2,), shortcuts=(), graph=(8, 4)
+    )
     model = fresh_gpt(parts='level:4,short_conv,bigrams:9,previous,graph:1')
-    assert [*model.parts] == ['previous', 'bigrams', 'level']          # in the order of the tables
+    assert [*model.parts] == ['previous', 'bigrams', 'level']  # in the order of the tables
     assert [*model.blocks[0].parts] == ['graph', 'short_conv']
     graph = model.blocks[0].parts['graph']
     assert (graph.window, graph.topk) == (1, 4) and len(model.blocks[0].parts['short_conv'].weight) == 4
     assert not fresh_gpt().parts and not fresh_gpt().blocks[0].parts
 
 
-@pytest.mark.parametrize('parts, message', [
-    ('short_cnov', "parts knows graph, shortcuts, .*level, each once, .*got 'short_cnov'"),
-    ('shortcuts,shortcuts', "each once, with numbers as in short_conv:2; got 'shortcuts,shortcuts'"),
-    ('short_conv:0', 'with numbers as in short_conv:2'), ('short_conv:-1', 'with numbers'),
-    ('level:x', 'with numbers'), ('level:', 'with numbers'), ('level:1.5', 'with numbers'),
-    ('level:²', 'with numbers'), ('level=8', 'parts knows'),
-    ('shortcuts:1', "parts='shortcuts:1' gives a part more numbers than it takes"),
-    ('level:1:2', 'more numbers than it takes'),
-    ('mu:5', 'mu:5 must divide n_embd=16 into blocks of at least two channels'), ('mu:16', 'at least two channels'),
-])
+@pytest.mark.parametrize(
+    'parts, message',
+    [
+        ('short_cnov', "parts knows graph, shortcuts, .*level, each once, .*got 'short_cnov'"),
+        ('shortcuts,shortcuts', "each once, with numbers as in short_conv:2; got 'shortcuts,shortcuts'"),
+        ('short_conv:0', 'with numbers as in short_conv:2'),
+        ('short_conv:-1', 'with numbers'),
+        ('level:x', 'with numbers'),
+        ('level:', 'with numbers'),
+        ('level:1.5', 'with numbers'),
+        ('level:²', 'with numbers'),
+        ('level=8', 'parts knows'),
+        ('shortcuts:1', "parts='shortcuts:1' gives a part more numbers than it takes"),
+        ('level:1:2', 'more numbers than it takes'),
+        ('mu:5', 'mu:5 must divide n_embd=16 into blocks of at least two channels'),
+        ('mu:16', 'at least two channels'),
+    ],
+)
 def test_parts_that_are_none(parts, message):
     with pytest.raises(UserError, match=message):
         fresh_gpt(parts=parts)
@@ -87,6 +108,7 @@ def test_parts_that_are_none(parts, message):
 
 def test_a_part_of_ones_own(monkeypatch):
     """A class and an entry in a table are all that a new part needs."""
+
     class Louder(Part):
         def __init__(self, config, times=2):
             super().__init__()
@@ -94,15 +116,17 @@ def test_a_part_of_ones_own(monkeypatch):
 
         def values(self, v, p):
             return self.times * v
+
     monkeypatch.setitem(IN_A_BLOCK, 'louder', Louder)
     x = torch.randint(4, (2, 4), generator=seeded())
     model, louder = tiny_gpt(), tiny_gpt(parts='louder:3')
     assert (model(x) - louder(x)).abs().max() > 0.01
     with torch.no_grad():
-        model.blocks[0].qkv.weight[2 * 16:] *= 3
+        model.blocks[0].qkv.weight[2 * 16 :] *= 3
     assert torch.allclose(model(x), louder(x), atol=1e-5)
     with pytest.raises(UserError, match='each once'):
         build(GPTConfig(parts='louder,louder'), IN_A_BLOCK)
+
 
 # -----------------------------------------------------------------------------
 # what the network is told
@@ -119,8 +143,9 @@ def test_what_the_network_is_conditioned_on():
     for told in (dict(previous=torch.full_like(x, 5)), dict(level=share), dict(level=share.expand(2, 8))):
         assert torch.allclose(model(x, **told), plain, atol=1e-6)
     for told in (dict(previous=guess), dict(level=share + 0.1), dict(previous=one)):
-        assert ((model(x, **told) - plain).abs().amax(-1) > 1e-4).all()   # and all positions hear of it
+        assert ((model(x, **told) - plain).abs().amax(-1) > 1e-4).all()  # and all positions hear of it
         assert torch.equal(model(x, causal=True, **told), model(x, causal=True))
+
 
 # -----------------------------------------------------------------------------
 # pairs of tokens, shortcuts
@@ -150,6 +175,7 @@ def test_every_pair_of_tokens_has_an_embedding(causal, rows, kept):
 
     def beside(b, t, s):
         return x[b, s] if 0 <= s < 8 and segment[b, s] == segment[b, t] else 8
+
     for b in range(3):
         for t in range(8):
             left, right = beside(b, t, t - 1), beside(b, t, t + 1)
@@ -172,6 +198,7 @@ def test_every_block_is_shown_the_embedding_and_the_first_values(monkeypatch, ca
     def watch(self, y, p, name, own, other):
         mixed.append((self, y, name, p.first.get(name), original(self, y, p, name, own, other)))
         return mixed[-1][-1]
+
     monkeypatch.setattr(Shortcuts, 'mixed', watch)
     model(x, causal=causal)
     shortcuts = [block.parts['shortcuts'] for block in model.blocks]
@@ -188,6 +215,7 @@ def test_every_block_is_shown_the_embedding_and_the_first_values(monkeypatch, ca
         assert first is (start if name == 'x' else values)
         assert torch.allclose(out, a * y + b * first, atol=1e-5) and (out - y).abs().max() > 0.1
 
+
 # -----------------------------------------------------------------------------
 # the short convolution
 
@@ -200,10 +228,10 @@ def short_conv(C, n):
 def test_the_short_convolution_has_one_weight_for_each_channel_and_neighbour(T, C):
     """Against conv1d of the normalised states, in either mode, in rows shorter than its reach as well."""
     conv, x = short_conv(C, 3), torch.randn(2, T, C, generator=seeded())
-    assert torch.equal(conv.before(x, passing()), x)                # as it starts
+    assert torch.equal(conv.before(x, passing()), x)  # as it starts
     with torch.no_grad():
         conv.weight.normal_(generator=seeded(1))
-    kernel = torch.zeros(C, 1, 7)                                   # what is 3 to the left comes first
+    kernel = torch.zeros(C, 1, 7)  # what is 3 to the left comes first
     kernel[:, 0, :3], kernel[:, 0, 4:] = conv.weight[:3, 0].flip(0).T, conv.weight[3:, 0].T
     for causal in (False, True):
         kernel[:, 0, 4:] *= not causal
@@ -212,8 +240,9 @@ def test_the_short_convolution_has_one_weight_for_each_channel_and_neighbour(T, 
 
 
 @pytest.mark.parametrize('causal', [False, True])
-@pytest.mark.parametrize('segment', [None, torch.tensor([[0, 0, 0, 1, 1], [4, 7, 7, 7, 2]])],
-                         ids=['whole', 'packed'])
+@pytest.mark.parametrize(
+    'segment', [None, torch.tensor([[0, 0, 0, 1, 1], [4, 7, 7, 7, 2]])], ids=['whole', 'packed']
+)
 @pytest.mark.parametrize('C', [3, 32])
 def test_the_gradients_of_the_short_convolution(C, segment, causal):
     conv, x = short_conv(C, 2).double(), torch.randn(2, 5, C, generator=seeded()).double().requires_grad_()
@@ -224,6 +253,7 @@ def test_the_gradients_of_the_short_convolution(C, segment, causal):
         del conv._parameters['weight']
         conv._parameters['weight'] = weight
         return conv.before(x, p)
+
     assert torch.autograd.gradcheck(convolved, (x, weight))
 
 
@@ -231,7 +261,21 @@ def test_parts_make_no_network_of_another_kind():
     """The names of what they learn, by which a checkpoint knows them."""
     model = GPT(GPTConfig(n_layer=1, parts='graph,shortcuts,short_conv,previous,mu,bigrams:9,level:8'))
     names = [name for name, _ in model.named_parameters() if 'parts.' in name]
-    assert names == [*(f'blocks.0.parts.{part}' for part in (
-        'graph.off_graph_penalty', 'shortcuts.weight', 'short_conv.weight')),
-        *(f'parts.{part}.weight' for part in (
-            'previous.proj', 'mu.qkv', 'mu.proj', 'bigrams.left', 'bigrams.around', 'level.mlp.0', 'level.mlp.2'))]
+    assert names == [
+        *(
+            f'blocks.0.parts.{part}'
+            for part in ('graph.off_graph_penalty', 'shortcuts.weight', 'short_conv.weight')
+        ),
+        *(
+            f'parts.{part}.weight'
+            for part in (
+                'previous.proj',
+                'mu.qkv',
+                'mu.proj',
+                'bigrams.left',
+                'bigrams.around',
+                'level.mlp.0',
+                'level.mlp.2',
+            )
+        ),
+    ]

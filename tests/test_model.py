@@ -34,7 +34,7 @@ def test_causal_pass_sees_the_left_only(parts):
             right = torch.cat((x[:, :i], (x[:, i:] + 1) % 7), 1)          # position i itself included
             after = model(right, causal=True)
             assert torch.equal(after[:, :i + 1], before[:, :i + 1])
-            if i < 7:                                                     # and all to the right of i do see it
+            if i < 7:  # and all to the right of i do see it
                 one = x.clone()
                 one[:, i] = (one[:, i] + 1) % 7
                 change = (model(one, causal=True) - before).abs().amax(-1)
@@ -104,7 +104,7 @@ def test_plain_and_sdpa_attention_agree(causal):
                                    'short_conv:3,level,shortcuts,bigrams:30'])
 def test_texts_that_share_a_row_are_as_if_each_were_alone(causal, parts):
     model = tiny_gpt(V=7, T=16, n_layer=2, scale=6, parts=parts)
-    lengths = [[5, 1, 9, 1], [16], [3, 3, 3, 7]]                          # the numbers of the texts may be any
+    lengths = [[5, 1, 9, 1], [16], [3, 3, 3, 7]]  # the numbers of the texts may be any
     segment = torch.stack([torch.arange(9, 9 - len(row), -1).repeat_interleave(torch.tensor(row))
                            for row in lengths])
     x, previous = torch.randint(8, (2, 3, 16), generator=seeded())

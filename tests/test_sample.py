@@ -1,28 +1,40 @@
 """
-The sampling loop and its rules: which law the samples follow, what each rule commits and doubts, and what holds
-whatever the network says.
+The sampling loop and its rules: which law the samples follow, what each rule commits and doubts, and what
+holds whatever the network says.
 """
 
-import json
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ARITHMETIC, all_sequences, chi_square, seeded, tiny_gpt
-from oracles import (Independent, Oracle, committed, distance, empty, follows, given_prompt, marginals_of, misses,
-                     product_law, random_law, remasked, remasked_share, starting_canvas, stubborn_gpt, texts_follow,
-                     traced, uniform, visible_canvas, within_noise)
+from oracles import (
+    Independent,
+    Oracle,
+    committed,
+    empty,
+    follows,
+    given_prompt,
+    marginals_of,
+    misses,
+    product_law,
+    random_law,
+    remasked,
+    remasked_share,
+    stubborn_gpt,
+    texts_follow,
+    traced,
+    uniform,
+    within_noise,
+)
 
 import sample
-from configurator import UserError
 from parts.abstain import p_mask
 from parts.look import Look, Sampling
 from plumbing.evaluate import p_wrong
-from plumbing.rows import Ends, first_of, left_of
-from plumbing.text import encode
-from sample import COMMIT, OTHER_RULES, USUAL, How, by_doubt, generate, generate_diffusion, spare_lengths
+from plumbing.rows import Ends, first_of
+from sample import USUAL, How, generate
 
 LEFT_TO_RIGHT = dict(block_length=1)
 SURE = [[0.50, 0.49, 0.01], [0.45, 0.275, 0.275], [0.60, 0.20, 0.20], [0.62, 0.37, 0.01]]
@@ -37,10 +49,22 @@ def one_look(model, canvas, fixed=None, step=0, seed=0, **rules):
 
 def doubtful_look(visible, steps=9, seed=0, **rules):
     """As much of a Look at visible (R, T) as the rules of doubt need."""
-    run = SimpleNamespace(steps=steps, generator=seeded(seed), tried=torch.zeros_like(visible), ends=Ends(),
-                          rows=torch.arange(len(visible)))
-    return SimpleNamespace(run=run, how=How(**{**USUAL, 'remask': 'wrong', **rules}), step=0, visible=visible,
-                           masked=~visible, x=visible.long())
+    run = SimpleNamespace(
+        steps=steps,
+        generator=seeded(seed),
+        tried=torch.zeros_like(visible),
+        ends=Ends(),
+        rows=torch.arange(len(visible)),
+    )
+    return SimpleNamespace(
+        run=run,
+        how=How(**{**USUAL, 'remask': 'wrong', **rules}),
+        step=0,
+        visible=visible,
+        masked=~visible,
+        x=visible.long(),
+    )
+
 
 # -----------------------------------------------------------------------------
 # the law of the samples
@@ -54,11 +78,13 @@ def test_one_token_a_step_reproduces_the_law(rules):
     assert follows(canvas, V, law) and (nfe == 3).all()
 
 
-@pytest.mark.parametrize('rules', [{}, LEFT_TO_RIGHT, dict(commit='threshold', commit_threshold=1e-9)], ids=str)
+@pytest.mark.parametrize(
+    'rules', [{}, LEFT_TO_RIGHT, dict(commit='threshold', commit_threshold=1e-9)], ids=str
+)
 def test_all_tokens_in_one_step_give_the_product_of_the_marginals(rules):
     """
-    The factorisation error of few steps is known exactly, and the tests of the law would notice it. A threshold
-    within everybody's reach takes all of them at once.
+    The factorisation error of few steps is known exactly, and the tests of the law would notice it. A
+    threshold within everybody's reach takes all of them at once.
     """
     V, T = 3, 3
     law = random_law(V, T, seed=1)
@@ -95,7 +121,7 @@ def test_law_of_texts_with_an_end_token(rules):
     if rules:
         ends = (canvas == end).long()
         length = torch.where(ends.any(1), ends.argmax(1) + 1, T)
-        assert torch.equal(nfe, length)                        # a finished row leaves the batch
+        assert torch.equal(nfe, length)  # a finished row leaves the batch
         assert ((canvas == pad) | (torch.arange(T) < length[:, None])).all()
 
 
@@ -109,12 +135,21 @@ def test_a_causal_sampler_is_a_remask_rule_as_well():
     with_prompt, _, _ = traced(oracle, empty(oracle, 20000, [1])[0], remask='causal')
     assert follows(with_prompt, V, given_prompt(law, V, T, [1]))
 
+
 # -----------------------------------------------------------------------------
 # the same under another name
 
 
-@pytest.mark.parametrize('rules', [dict(remask='remdm'), dict(remask='remdm', remdm='rescale'), dict(remask='p2'),
-                                   dict(remask='confidence')], ids=lambda rules: '-'.join(rules.values()))
+@pytest.mark.parametrize(
+    'rules',
+    [
+        dict(remask='remdm'),
+        dict(remask='remdm', remdm='rescale'),
+        dict(remask='p2'),
+        dict(remask='confidence'),
+    ],
+    ids=lambda rules: '-'.join(rules.values()),
+)
 def test_a_rate_of_zero_is_ancestral_sampling(rules):
     """Nothing is re-masked whatever is doubted, and one token a step is exact, as without a remask rule."""
     V, T = 3, 3
@@ -130,8 +165,10 @@ def test_a_rate_of_zero_leaves_a_full_canvas_alone(remask):
     model = uniform(6, wrong=0.9)
     canvas, _ = empty(model, 40)
     for rate, again in ((0.0, False), (0.5, True)):
-        ratio = 0.5 if rate == 0 else 0.0                      # at random nothing is taken either
-        _, nfe, trace = traced(model, canvas, steps=12, remask=remask, remask_rate=rate, remask_random_ratio=ratio)
+        ratio = 0.5 if rate == 0 else 0.0  # at random nothing is taken either
+        _, nfe, trace = traced(
+            model, canvas, steps=12, remask=remask, remask_rate=rate, remask_random_ratio=ratio
+        )
         assert (nfe == 12).all() and bool(remasked(trace, 2).any()) == again
 
 
@@ -139,8 +176,9 @@ def test_a_rate_of_zero_leaves_a_full_canvas_alone(remask):
 @pytest.mark.parametrize('remask', ['wrong', 'confidence'])
 def test_all_at_random_is_the_rule_random(remask, shares):
     """remask_random_ratio=1 takes the doubt out of the rule: the same draws give the same canvases."""
-    model = Independent([[0.9, 0.1], [0.5, 0.5], [0.2, 0.8], [0.99, 0.01], [0.5, 0.5]],
-                        wrong=[0.01, 0.2, 0.4, 0.8, 0.99])
+    model = Independent(
+        [[0.9, 0.1], [0.5, 0.5], [0.2, 0.8], [0.99, 0.01], [0.5, 0.5]], wrong=[0.01, 0.2, 0.4, 0.8, 0.99]
+    )
     canvas = empty(model, 50)[0]
     how = dict(steps=10, remask_rate=0.4, remask_schedule=shares)
     _, _, trace = traced(model, canvas, remask=remask, remask_random_ratio=1.0, **how)
@@ -157,20 +195,24 @@ def test_one_block_for_the_whole_canvas_changes_nothing(commit):
     how = dict(commit=commit, priority=(1,), remask='random', steps=5)
     plain = traced(oracle, canvas, **how)
     for length in (4, 99):
-        assert all(torch.equal(a, b) for a, b in zip(plain, traced(oracle, canvas, block_length=length, **how)))
+        assert all(
+            torch.equal(a, b) for a, b in zip(plain, traced(oracle, canvas, block_length=length, **how))
+        )
 
 
-@pytest.mark.parametrize('commit', ['random', 'confidence', 'margin', 'entropy', 'abstain', 'priority', 'threshold'])
+@pytest.mark.parametrize(
+    'commit', ['random', 'confidence', 'margin', 'entropy', 'abstain', 'priority', 'threshold']
+)
 @pytest.mark.parametrize('steps', [None, 3])
 def test_blocks_are_filled_from_left_to_right(commit, steps):
     """
-    No token of a later block is there while an earlier block has a hole; the blocks begin at the first hole of
-    a row.
+    No token of a later block is there while an earlier block has a hole; the blocks begin at the first hole
+    of a row.
     """
     model, V = stubborn_gpt(5, 8), 5
     canvas = torch.full((60, 8), V)
-    canvas[20:, 0] = 1                                         # blocks 1-2, 3-4, .. here
-    canvas[40:, 4] = 2                                         # a given token in the middle
+    canvas[20:, 0] = 1  # blocks 1-2, 3-4, .. here
+    canvas[40:, 4] = 2  # a given token in the middle
     _, _, trace = traced(model, canvas, commit=commit, steps=steps, block_length=2, priority=(1, 3))
     orders = set()
     for row, start in zip(trace.unbind(1), canvas):
@@ -182,15 +224,24 @@ def test_blocks_are_filled_from_left_to_right(commit, steps):
                 assert block[new].max() <= block[unfilled].min()
         orders.add(tuple(committed(row, V).nonzero()[:, 1].tolist()))
     if commit == 'random' and steps is None:
-        assert len(orders) > 20                                # within its block every token may be the first
+        assert len(orders) > 20  # within its block every token may be the first
+
 
 # -----------------------------------------------------------------------------
 # commit rules
 
 
-@pytest.mark.parametrize('schedule, steps, expected', [
-    ('linear', 4, [2, 4, 6, 8]), ('linear', 8, [*range(1, 9)]), ('linear', 3, [3, 6, 8]), ('cosine', 4, [1, 3, 5, 8]),
-    ('cosine', 1, [8]), ('linear', 20, [*range(1, 9)])])
+@pytest.mark.parametrize(
+    'schedule, steps, expected',
+    [
+        ('linear', 4, [2, 4, 6, 8]),
+        ('linear', 8, [*range(1, 9)]),
+        ('linear', 3, [3, 6, 8]),
+        ('cosine', 4, [1, 3, 5, 8]),
+        ('cosine', 1, [8]),
+        ('linear', 20, [*range(1, 9)]),
+    ],
+)
 @pytest.mark.parametrize('rules', [dict(commit='random'), dict(commit='confidence'), LEFT_TO_RIGHT], ids=str)
 def test_schedules(schedule, steps, expected, rules):
     """How many tokens are visible after each step: linear, equally many; cosine, few early and many late."""
@@ -208,8 +259,15 @@ def test_what_margin_entropy_and_threshold_call_sure(commit):
     """Each has an order of its own (threshold's is the confidence's); a single row may be greedy."""
     model = Independent(SURE)
     for seed in range(5):
-        out, _, trace = traced(model, empty(model, 1)[0], seed=seed, temperature=0.0, commit=commit,
-                               commit_threshold=2.0, choice_temperature=0.0)
+        out, _, trace = traced(
+            model,
+            empty(model, 1)[0],
+            seed=seed,
+            temperature=0.0,
+            commit=commit,
+            commit_threshold=2.0,
+            choice_temperature=0.0,
+        )
         assert tuple(committed(trace, 3).nonzero()[:, 2].tolist()) == ORDERS[commit]
         assert out.tolist() == [[0, 0, 0, 0]]
     assert len({ORDERS[name] for name in ('confidence', 'margin', 'entropy')}) == 3
@@ -241,9 +299,14 @@ def test_gumbel_noise_of_the_confidence_order():
     logp = F.pad(p.log(), (0, 1), value=5.0).expand(B, 5)
 
     def first(noise, count=1):
-        look = SimpleNamespace(candidates=(None, logp, None), how=How(choice_temperature=noise),
-                               progress=torch.zeros(B), noise=torch.rand(B, 5, generator=seeded()).double())
+        look = SimpleNamespace(
+            candidates=(None, logp, None),
+            how=How(choice_temperature=noise),
+            progress=torch.zeros(B),
+            noise=torch.rand(B, 5, generator=seeded()).double(),
+        )
         return first_of(sample.confidence(look), masked, torch.full((B,), count))
+
     chosen = first(1.0)
     assert (chosen.sum(1) == 1).all()
     statistic, bound = chi_square(chosen.sum(0)[:4], B * p)
@@ -257,7 +320,7 @@ def test_priority_takes_its_tokens_first():
     """Positions 2, 4 and 5 get a token of the priority; within both groups any order."""
     likely, holes = torch.tensor([0, 0, 2, 0, 3, 2, 1]), {2, 3, 4, 5, 6}
     model = Independent(0.9 * F.one_hot(likely, 4) + 0.025)
-    canvas = empty(model, 400, [0, 0])[0]                      # two tokens are given, so that it may be greedy
+    canvas = empty(model, 400, [0, 0])[0]  # two tokens are given, so that it may be greedy
     for priority, ahead in (((2, 3), {2, 4, 5}), ((3,), {4}), ((1, 0), {3, 6}), ((), set())):
         out, _, trace = traced(model, canvas, commit='priority', priority=priority, temperature=0.0)
         assert (out == likely).all()
@@ -277,6 +340,7 @@ def test_proposals_come_with_the_unfiltered_probability():
     assert torch.allclose(confidence[where], law.gather(2, ids[..., None])[..., 0][where])
     assert len(ids[:, 0].unique()) == 2
 
+
 # -----------------------------------------------------------------------------
 # commit=threshold
 
@@ -290,15 +354,18 @@ def test_threshold_out_of_reach_commits_one_token_a_step():
 def test_threshold_commits_exactly_the_candidates_that_reach_it():
     """The first step takes each position with the probability that a likely token is drawn there."""
     B = 20000
-    model = Independent([[1.0, 0.0, 0.0], [0.5, 0.45, 0.05], [0.7, 0.2, 0.1], [0.35, 0.35, 0.3], [0.4, 0.4, 0.2]])
+    model = Independent(
+        [[1.0, 0.0, 0.0], [0.5, 0.45, 0.05], [0.7, 0.2, 0.1], [0.35, 0.35, 0.3], [0.4, 0.4, 0.2]]
+    )
     _, nfe, trace = traced(model, empty(model, B)[0], commit='threshold', commit_threshold=0.38)
-    chance = torch.tensor([1.0, 0.95, 0.7, 0.0, 0.8], dtype=torch.float64)    # of a token that reaches it
-    taken = committed(trace, 3)[0]                                            # (B, T)
+    chance = torch.tensor([1.0, 0.95, 0.7, 0.0, 0.8], dtype=torch.float64)  # of a token that reaches it
+    taken = committed(trace, 3)[0]  # (B, T)
     tokens = trace[1][taken]
     assert (model.table.expand(B, -1, -1)[taken].gather(1, tokens[:, None]) >= 0.38).all()
     pattern = torch.stack((1 - chance, chance), 1)
-    statistic, bound = chi_square((taken * 2 ** torch.arange(4, -1, -1)).sum(1).bincount(minlength=32),
-                                  B * product_law(pattern))
+    statistic, bound = chi_square(
+        (taken * 2 ** torch.arange(4, -1, -1)).sum(1).bincount(minlength=32), B * product_law(pattern)
+    )
     assert statistic < bound and (nfe >= 2).all() and nfe.max() <= 5 and len(nfe.unique()) > 2
 
 
@@ -306,8 +373,9 @@ def test_threshold_commits_exactly_the_candidates_that_reach_it():
 def test_threshold_does_not_wait_for_the_schedule(schedule):
     """But it stops with the steps: the last one takes whatever is left."""
     model = uniform(6, V=3)
-    _, nfe, trace = traced(model, empty(model, 5)[0], commit='threshold', commit_threshold=0.9, steps=3,
-                           schedule=schedule)
+    _, nfe, trace = traced(
+        model, empty(model, 5)[0], commit='threshold', commit_threshold=0.9, steps=3, schedule=schedule
+    )
     assert [(x == 3).sum(1).tolist() for x in trace] == [[6] * 5, [5] * 5, [4] * 5, [0] * 5]
     assert (nfe == 3).all()
 
@@ -318,12 +386,14 @@ def test_threshold_within_a_block_does_not_count_the_sure_ones_of_later_blocks()
     hold.
     """
     model = Independent([[0.6, 0.4], [0.6, 0.4], [1.0, 0.0], [1.0, 0.0], [0.6, 0.4], [0.6, 0.4]])
-    _, _, trace = traced(model, empty(model, 50)[0], commit='threshold', commit_threshold=0.9, block_length=2,
-                         steps=6)
+    _, _, trace = traced(
+        model, empty(model, 50)[0], commit='threshold', commit_threshold=0.9, block_length=2, steps=6
+    )
     for before, after in zip(trace[:-2], trace[1:-1]):
         for old, new in zip(before, after):
             at = ((old == 2) & (new != 2)).nonzero()[:, 0]
             assert len(at) <= 1 or (model.table[at, new[at]] >= 0.9).all(), (old, new)
+
 
 # -----------------------------------------------------------------------------
 # commit=abstain
@@ -351,7 +421,7 @@ class Reluctant(Oracle):
 
     def __call__(self, idx, causal=False, cache=None):
         hidden = super().__call__(idx, causal)
-        hidden[..., self.V] = self.keep[:idx.size(1)]
+        hidden[..., self.V] = self.keep[: idx.size(1)]
         return hidden
 
 
@@ -360,13 +430,13 @@ def test_commit_abstain_fills_what_the_network_is_readiest_for(remask):
     keep = [0.3, -2.0, 1.5, -1.0, -3.0]
     model = Reluctant(keep)
     canvas, fixed = empty(model, 50)
-    canvas[:10, 1], fixed[:10, 1] = 2, True                    # the readiest but one is given
+    canvas[:10, 1], fixed[:10, 1] = 2, True  # the readiest but one is given
     filled, nfe, trace = traced(model, canvas, fixed, commit='abstain', remask=remask, correct_share=0.0)
     for before, after in zip(trace, trace[1:]):
         for row, now in zip(before, after):
             masked = [t for t in range(5) if row[t] == 3]
             chosen = {t for t in masked if now[t] != 3}
-            assert chosen == set(sorted(masked, key=lambda t: keep[t])[:len(chosen)])
+            assert chosen == set(sorted(masked, key=lambda t: keep[t])[: len(chosen)])
             assert bool(chosen) == bool(masked)
     assert (filled < 3).all() and torch.equal(filled[fixed], canvas[fixed])
     if remask == 'none':
@@ -380,6 +450,7 @@ def test_commit_abstain_draws_from_the_law():
     model = Reluctant([1.0, -1.0, 0.0])
     canvas, _, _ = traced(model, empty(model, 20000)[0], commit='abstain')
     assert follows(canvas, 3, random_law(3, 3, seed=1))
+
 
 # -----------------------------------------------------------------------------
 # remask=random and wrong
@@ -403,20 +474,23 @@ def test_remask_rules_have_the_probabilities_they_say():
     oracle, judge = Oracle(3, T, law, wrong=wrong), Oracle(3, T, law, wrong=1 - wrong)
     fixed = torch.tensor([0, 0, 1, 1]).bool().expand(4000, T)
     for expected, rules in (
-            (wrong, dict(remask='wrong')),                     # remask_rate is 1 here, and 0.3 of random
-            (0.3 * wrong, dict(remask='wrong', remask_rate=0.3)),
-            ([0.3] * T, dict(remask='random')),
-            ([0.6] * T, dict(remask='random', remask_rate=0.6)),
-            ([0.5] * T, dict(remask='wrong', remask_rate=0.5, remask_random_ratio=1.0)),
-            (0.5 * (0.6 * wrong + 0.4), dict(remask='wrong', remask_rate=0.5, remask_random_ratio=0.4)),
-            (0.7 * (1 - wrong), dict(judge=judge, remask='wrong', remask_rate=0.7)),
-            ([0.9, 0.9, 0, 0], dict(fixed=fixed, remask='random', remask_rate=0.9))):
+        (wrong, dict(remask='wrong')),  # remask_rate is 1 here, and 0.3 of random
+        (0.3 * wrong, dict(remask='wrong', remask_rate=0.3)),
+        ([0.3] * T, dict(remask='random')),
+        ([0.6] * T, dict(remask='random', remask_rate=0.6)),
+        ([0.5] * T, dict(remask='wrong', remask_rate=0.5, remask_random_ratio=1.0)),
+        (0.5 * (0.6 * wrong + 0.4), dict(remask='wrong', remask_rate=0.5, remask_random_ratio=0.4)),
+        (0.7 * (1 - wrong), dict(judge=judge, remask='wrong', remask_rate=0.7)),
+        ([0.9, 0.9, 0, 0], dict(fixed=fixed, remask='random', remask_rate=0.9)),
+    ):
         assert within_noise(remasked_share(oracle, **rules), expected), rules
 
 
 @pytest.mark.parametrize('patience, power', [(0.0, 1), (1.0, 2), (2.0, 4)])
 def test_patience_counts_a_doubt_less_while_little_is_visible(patience, power):
-    """Half of the row is visible: its doubts count as their power 2^patience; where all is, they count in full."""
+    """
+    Half of the row is visible: its doubts count as their power 2^patience; where all is, they count in full.
+    """
     T, B, wrong = 4, 4000, torch.tensor([0.3, 0.8, 0.5, 0.5])
     oracle = Oracle(3, T, product_law(torch.full((T, 3), 1 / 3, dtype=torch.float64)), wrong=wrong)
     canvas, how = torch.tensor([0, 1, 3, 3]).expand(B, T), dict(remask='wrong', remask_patience=patience)
@@ -431,6 +505,7 @@ def test_text_without_an_end_is_sampled_with_patience(monkeypatch):
     def watched(model, canvas, fixed, **more):
         asked.append(more['remask_patience'])
         return canvas * 0, torch.ones(len(canvas)), None
+
     monkeypatch.setattr(sample, 'generate_diffusion', watched)
     model = tiny_gpt(18, 64, n_recur=1)
     for meta in (ARITHMETIC, dict(ARITHMETIC, bos=None, eos=None, pad=None)):
@@ -442,7 +517,7 @@ def test_text_without_an_end_is_sampled_with_patience(monkeypatch):
 def test_the_judge_sees_completed_canvases():
     oracle, judge = (Oracle(3, 4, random_law(3, 4, seed=seed), wrong=[0.5] * 4) for seed in (1, 2))
     _, nfe, trace = traced(oracle, empty(oracle, 50, [1])[0], steps=6, remask='wrong', remask_model=judge)
-    assert len(judge.seen) == 5 and len(oracle.seen) == 6      # the last step asks nobody
+    assert len(judge.seen) == 5 and len(oracle.seen) == 6  # the last step asks nobody
     for (idx, causal), x in zip(judge.seen, trace):
         assert not causal and (idx < 3).all() and torch.equal(idx[x != 3], x[x != 3])
     assert (nfe == 11).all()
@@ -450,8 +525,9 @@ def test_the_judge_sees_completed_canvases():
 
 def test_committed_tokens_are_those_that_the_judge_saw():
     oracle, judge = [Oracle(3, 4, random_law(3, 4, seed=1), wrong=[1e-9] * 4) for _ in range(2)]
-    _, _, trace = traced(oracle, empty(oracle, 50)[0], steps=4, remask='wrong', remask_model=judge,
-                         correct_share=0.0)
+    _, _, trace = traced(
+        oracle, empty(oracle, 50)[0], steps=4, remask='wrong', remask_model=judge, correct_share=0.0
+    )
     for (idx, _), before, after in zip(judge.seen, trace, trace[1:]):
         new = (before == 3) & (after != 3)
         assert new.sum() == 50 and torch.equal(after[new], idx[new])
@@ -460,10 +536,11 @@ def test_committed_tokens_are_those_that_the_judge_saw():
 def test_remasking_does_not_slow_the_filling_down():
     """What is re-masked is made up for: each step ends with the masks that the schedule asks for."""
     oracle = Oracle(2, 8, random_law(2, 8, seed=1))
-    _, _, trace = traced(oracle, empty(oracle, 200)[0], steps=8, remask='random', remask_rate=0.15,
-                         correct_share=0.0)
+    _, _, trace = traced(
+        oracle, empty(oracle, 200)[0], steps=8, remask='random', remask_rate=0.15, correct_share=0.0
+    )
     doubted = remasked(trace, 2).sum(2)
-    for step, count in enumerate(doubted):                     # nor is a token written in the step that doubts it
+    for step, count in enumerate(doubted):  # nor is a token written in the step that doubts it
         assert torch.equal((trace[step + 1] == 2).sum(1), count.clamp(min=7 - step))
     assert all((count > 0).any() for count in doubted[2:-1])
 
@@ -471,16 +548,17 @@ def test_remasking_does_not_slow_the_filling_down():
 def test_correct_share_ends_the_filling_early():
     oracle = Oracle(2, 8, random_law(2, 8, seed=1))
     for share, filled_after in ((0.0, 8), (0.25, 6), (0.5, 4), (1.0, 1)):
-        _, nfe, trace = traced(oracle, empty(oracle, 5)[0], steps=8, remask='random', remask_rate=0.0,
-                               correct_share=share)
+        _, nfe, trace = traced(
+            oracle, empty(oracle, 5)[0], steps=8, remask='random', remask_rate=0.0, correct_share=share
+        )
         assert [bool((x == 2).any()) for x in trace].index(False) == filled_after
-        assert (nfe == 8).all()                                # the rest of the steps looks for errors
+        assert (nfe == 8).all()  # the rest of the steps looks for errors
 
 
 def test_repair_finds_the_errors_itself():
     """Nothing is fixed and nothing masked; the network doubts the tokens that never occur in its law."""
     law = torch.zeros(81, dtype=torch.float64)
-    law[all_sequences(3, 4).eq(1).all(1)] = 1.0                # only 1 1 1 1 exists
+    law[all_sequences(3, 4).eq(1).all(1)] = 1.0  # only 1 1 1 1 exists
 
     class Doubter(Oracle):
         def __call__(self, idx, causal=False, cache=None):
@@ -496,6 +574,7 @@ def test_repair_finds_the_errors_itself():
     out, nfe, _ = traced(oracle, canvas, fixed, remask='none')
     assert torch.equal(out, canvas) and (nfe == 0).all()
 
+
 # -----------------------------------------------------------------------------
 # remask=confidence
 
@@ -505,8 +584,14 @@ def test_confidence_remembers_the_probability_at_commit_time():
     p = torch.tensor([0.1, 0.3, 0.6], dtype=torch.float64)
     model = Independent(p.expand(4, 3))
     for rate in (1.0, 0.5):
-        _, _, trace = traced(model, empty(model, 20000)[0], remask='confidence', remask_rate=rate,
-                             correct_share=0.0, **LEFT_TO_RIGHT)
+        _, _, trace = traced(
+            model,
+            empty(model, 20000)[0],
+            remask='confidence',
+            remask_rate=rate,
+            correct_share=0.0,
+            **LEFT_TO_RIGHT,
+        )
         again = remasked(trace, 3)
         assert not again[0].any() and again[1][:, 0].any() and not again[1][:, 1:].any()
         for token in range(3):
@@ -518,15 +603,22 @@ def test_confidence_remembers_the_probability_at_commit_time():
 def test_confidence_takes_the_probability_before_the_filters():
     """Of a greedy choice too: it was as sure as the network, not as sure as the filter."""
     B, model = 4000, Independent([[0.7, 0.3]] * 4)
-    _, _, trace = traced(model, empty(model, B, [0, 0])[0], remask='confidence', correct_share=0.0, steps=3,
-                         temperature=0.0, **LEFT_TO_RIGHT)
+    _, _, trace = traced(
+        model,
+        empty(model, B, [0, 0])[0],
+        remask='confidence',
+        correct_share=0.0,
+        steps=3,
+        temperature=0.0,
+        **LEFT_TO_RIGHT,
+    )
     assert within_noise(remasked(trace, 2)[1][:, 2].double().mean(), 0.3)
 
 
 def test_confidence_never_doubts_what_was_there_from_the_start():
     model = uniform(6, wrong=0.9)
     canvas, fixed = empty(model, 500, [1, 0, 1])
-    fixed[:, 1:] = False                                       # visible, but not fixed
+    fixed[:, 1:] = False  # visible, but not fixed
     _, _, trace = traced(model, canvas, fixed, steps=12, remask='confidence')
     again = remasked(trace, 2)
     assert not again[..., :3].any() and again[..., 3:].any((0, 1)).all()
@@ -535,8 +627,9 @@ def test_confidence_never_doubts_what_was_there_from_the_start():
 def test_confidence_forgets_what_stood_there_before():
     """What was re-masked and written anew is doubted by its new probability."""
     model = Independent([[1.0, 0.0], [0.2, 0.8]])
-    _, _, trace = traced(model, empty(model, 6000)[0], remask='confidence', correct_share=0.75, steps=8,
-                         **LEFT_TO_RIGHT)
+    _, _, trace = traced(
+        model, empty(model, 6000)[0], remask='confidence', correct_share=0.75, steps=8, **LEFT_TO_RIGHT
+    )
     # committed at 1, doubted at the earliest in 3
     for before, now, later in zip(trace[2:], trace[3:], trace[4:-1]):
         new = (before[:, 1] == 2) & (now[:, 1] != 2)
@@ -544,448 +637,4 @@ def test_confidence_forgets_what_stood_there_before():
             rows = new & (now[:, 1] == token)
             if rows.sum() > 100:
                 assert within_noise((later[rows, 1] == 2).double().mean(), 1 - p, int(rows.sum()))
-        assert not (later[:, 0] == 2).any()                    # p = 1: beyond doubt
-
-# -----------------------------------------------------------------------------
-# remask=remdm
-
-
-@pytest.mark.parametrize('remdm, eta', [('cap', 0.2), ('cap', 1.0), ('rescale', 0.3), ('rescale', 1.0)])
-def test_remdm_keeps_the_forward_marginals(remdm, eta):
-    """After a step as many are masked as the schedule says, and every set of that size is equally likely."""
-    B, T = 2000, 20
-    model = Independent(torch.tensor([1.0, 0.0]).expand(T, 2))
-    _, nfe, trace = traced(model, empty(model, B)[0], remask='remdm', remdm=remdm, remask_rate=eta, steps=T)
-    assert (nfe == T).all() and remasked(trace, 2).any() and not (trace[-1] == 2).any()
-    for left, now in zip(range(T - 1, 0, -1), trace[1:]):
-        masked = now == 2
-        statistic, bound = chi_square(masked.sum(0), torch.full((T,), masked.sum() / T))
-        assert statistic < bound                               # no position is preferred
-        mean = masked.sum(1).double().mean().item()
-        assert within_noise(masked.double().mean(0), [left / T] * T, B), f'{mean} masks, not {left}'
-
-
-@pytest.mark.parametrize('remdm, eta', [('cap', 0.3), ('rescale', 0.5)])
-def test_remdm_takes_back_ends_as_often_as_text(remdm, eta):
-    """Where hardly anything but ends is written, these go back to masks as well."""
-    T = 12
-    model = Independent(torch.tensor([0.05, 0.5, 0.45]).expand(T, 3))
-    canvas, often = empty(model, 1000)[0], []
-    for ends in (Ends(1, 2), Ends()):
-        _, _, trace = traced(model, canvas, remask='remdm', remdm=remdm, remask_rate=eta, steps=T, ends=ends)
-        often.append(remasked(trace, 3)[:8].double().mean().item())            # before texts are closed
-    assert often[0] == pytest.approx(often[1], rel=0.1) and often[0] > 0.01
-
-
-@pytest.mark.parametrize('remdm', ['cap', 'rescale'])
-def test_remdm_ends_each_step_with_the_masks_of_the_schedule(remdm):
-    """Unless more were re-masked than that, the number is exact."""
-    model = uniform(30)
-    _, _, trace = traced(model, empty(model, 100)[0], remask='remdm', remdm=remdm, remask_rate=0.1)
-    masks, again = (trace == 2).sum(2)[1:], remasked(trace, 2).sum(2)
-    assert again.sum() > 0 and not again[-1].any()
-    for left, now, count in zip(range(29, -1, -1), masks, again):
-        few = count <= left
-        assert (now[few] == left).all() and few.double().mean() > 0.4
-
-
-@pytest.mark.parametrize('left, visible, cap, rescale', [
-    (0, 10, 0, 0), (1, 8, 1 / 8, 0.4 / 8), (5, 5, 0.4, 0.4), (2, 8, 0.25, 0.1), (9, 1, 0.4, 0.4)])
-def test_remdm_rates_by_hand(left, visible, cap, rescale):
-    """With eta = 0.4; where chance re-masks more than may be masked, the rest stays."""
-    B, T = 20000, 10
-    for remdm, p in (('cap', cap), ('rescale', rescale)):
-        where = (torch.arange(T) < visible).expand(B, T)
-        look = doubtful_look(where, remask='remdm', remdm=remdm, remask_rate=0.4)
-        look.left = torch.full((B,), left)
-        again = sample.remdm(look, None)
-        law = [math.comb(visible, k) * p ** k * (1 - p) ** max(0, visible - k) for k in range(T + 1)]
-        capped = torch.tensor([*law[:left], sum(law[left:]), *[0.0] * (T - left)], dtype=torch.float64)
-        assert again.any() == (p > 0) and not (again & ~where).any()
-        if p == 0:
-            continue
-        statistic, bound = chi_square(again.sum(1).bincount(minlength=T + 1), B * capped)
-        assert statistic < bound
-
-# -----------------------------------------------------------------------------
-# remask=p2
-
-
-def test_p2_by_hand(monkeypatch):
-    """4 masked and visible ones compete: -0.1 (masked), -0.3 (visible), -0.7 (masked), -2 (visible)."""
-    score, stay = torch.tensor([[-0.1, 0.0, -0.7, 0.0, -0.05]]), torch.tensor([[0.0, -0.3, 0.0, -2.0, -9.0]])
-    visible = torch.tensor([[0, 1, 0, 1, 0]]).bool()                           # the fifth one is fixed
-    look = doubtful_look(visible, remask='p2')
-    look.masked = torch.tensor([[1, 0, 1, 0, 0]]).bool()
-    monkeypatch.setattr(sample, 'wrong', lambda look: 1 - stay.exp())
-    for left, gone in ((0, [0, 0, 0, 0, 0]), (1, [0, 0, 0, 1, 0]), (2, [0, 0, 0, 1, 0]), (3, [0, 1, 0, 1, 0]),
-                       (4, [0, 1, 0, 1, 0])):
-        look.left = torch.tensor([left])
-        assert OTHER_RULES['p2'](look, score).long().tolist() == [gone], left
-    # nobody doubts it: no candidate is better, even one of score 0 or more
-    monkeypatch.setattr(sample, 'wrong', lambda look: torch.zeros(1, 5))
-    look.left = torch.tensor([2])
-    assert not OTHER_RULES['p2'](look, torch.full((1, 5), 3.0)).any()
-
-
-def test_p2_where_tokens_are_impossible():
-    """
-    Their score is the worst there is, and yet no more of them lose their place than have to; what is fixed takes
-    none.
-    """
-    class Certain(Independent):
-        def __call__(self, idx, causal=False, cache=None):     # what it did not write itself has p = 0
-            hidden = super().__call__(idx)
-            hidden[..., :2] = torch.tensor([0.0, -1e9])
-            return hidden
-    model = Certain(torch.tensor([1.0, 0.0]).expand(8, 2))
-    canvas = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2]]).repeat(20, 1)
-    fixed = torch.arange(8).expand(20, 8) < 2
-    _, _, trace = traced(model, canvas, fixed, remask='p2', temperature=0.0)
-    assert ((trace[1] == 2).sum(1) == 1).all()                 # of 2 masks one is left after the first step
-    assert (trace[1][:, 6:] == 0).all() and (remasked(trace, 2)[0].sum(1) == 1).all()
-
-
-def test_p2_trades_doubted_tokens_for_better_candidates():
-    """One step: 3 masks become 2, so that of 4 tokens and candidates 2 stay visible, the best two by score."""
-    model = Independent([[0.5, 0.5], [0.5, 0.5], [0.8, 0.2], [0.9, 0.1], [1.0, 0.0], [1.0, 0.0]],
-                        wrong=[0.7, 0.0, 0.0, 0.0, 0.0, 0.0])
-    canvas = torch.tensor([[0, 2, 2, 2, 0, 0]]).repeat(20, 1)
-    fixed = torch.arange(6).expand(20, 6) > 3
-    # log(1 - 0.7) = -1.2 is worse than log 0.9 = -0.11 and log 0.8 = -0.22; a tenth of it is between them
-    for rate, visible in ((1.0, [2, 2, 0, 0, 0, 0]), (0.15, [0, 2, 2, 0, 0, 0]), (0.01, [0, 2, 2, 0, 0, 0]),
-                          (0.0, [0, 2, 2, 0, 0, 0])):
-        _, _, trace = traced(model, canvas, fixed, commit='confidence', choice_temperature=0.0, temperature=0.0,
-                             remask='p2', remask_rate=rate)
-        assert trace[1].tolist() == [visible] * 20, rate
-
-
-@pytest.mark.parametrize('commit', ['random', 'entropy', 'threshold', 'margin', 'priority'])
-def test_p2_keeps_what_is_hardly_doubted(commit):
-    """Coin flips do not replace tokens that are as good as certain, in whatever terms a rule scores them."""
-    model = uniform(12, wrong=1e-4)
-    _, _, trace = traced(model, empty(model, 50)[0], remask='p2', commit=commit, priority=(1,))
-    assert remasked(trace, 2).sum() < 0.05 * 50 * 12
-
-
-def test_p2_ends_each_step_with_the_masks_of_the_schedule():
-    T = 12
-    model = uniform(T, wrong=0.6)
-    for schedule, steps in (('linear', 12), ('linear', 4), ('cosine', 6)):
-        _, nfe, trace = traced(model, empty(model, 100)[0], remask='p2', steps=steps, schedule=schedule)
-        for step, now in enumerate(trace[1:], 1):
-            share = 1 - step / steps if schedule == 'linear' else math.cos(step / steps * math.pi / 2)
-            assert ((now == 2).sum(1) == int(T * share + 1e-3)).all()
-        assert remasked(trace, 2).any() and (nfe == steps).all()
-
-# -----------------------------------------------------------------------------
-# how much is re-masked
-
-
-def test_by_doubt_by_hand():
-    doubt = torch.tensor([[0.9, 0.1, 0.5, 0.95, 0.3, 0.51], [0.2, 0.2, 0.2, 0.2, 0.2, 0.2]])
-    where = torch.tensor([[1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 0]]).bool()
-    # exceeds, not reaches; the rate has no say without the ratio
-    more = by_doubt(doubtful_look(where, remask_threshold=0.5), doubt)
-    assert more.tolist() == [[True, False, False, False, False, True], [False] * 6]
-    for share in (0.0, 0.2, 0.5, 0.7, 1.0):
-        taken = by_doubt(doubtful_look(where, remask_schedule=(share, share)), doubt)
-        assert taken[0].nonzero()[:, 0].tolist() == sorted([0, 5, 2, 4, 1][:round(5 * share)]), share
-        assert taken[1].sum() == round(5 * share) and not (taken & ~where).any()
-    # of 10 half are taken: some by doubt, the rest at random
-    doubt, where = torch.linspace(0, 1, 10).expand(500, 10), torch.ones(500, 10).bool()
-    for ratio, sure in ((0.4, 3), (0.0, 5), (1.0, 0)):
-        taken = by_doubt(doubtful_look(where, remask_schedule=(0.5, 0.5), remask_random_ratio=ratio), doubt)
-        assert (taken.sum(1) == 5).all()
-        assert taken[:, 10 - sure:].all() if sure else taken.any(0).all()
-    assert not by_doubt(doubtful_look(~where, remask_schedule=(0.9, 0.9)), doubt).any()
-
-
-@pytest.mark.parametrize('rate, ratio, threshold, chance', [
-    (1.0, 0.0, None, [0.0, 0.2, 0.7, 1.0]), (0.5, 0.0, None, [0.0, 0.1, 0.35, 0.5]),
-    (0.5, 0.3, None, [0.15, 0.22, 0.395, 0.5]), (0.5, 1.0, None, [0.5] * 4), (0.4, 0.25, 0.5, [0.1, 0.1, 0.85, 0.85])])
-def test_doubt_is_the_chance_of_being_re_masked(rate, ratio, threshold, chance):
-    B, doubt = 20000, torch.tensor([0.0, 0.2, 0.7, 1.0], dtype=torch.float64)
-    look = doubtful_look(torch.ones(B, 4).bool(), remask_rate=rate, remask_random_ratio=ratio,
-                         remask_threshold=threshold)
-    assert within_noise(by_doubt(look, doubt.expand(B, 4)).double().mean(0), chance, B)
-
-
-def test_remask_schedule_goes_from_the_first_share_to_the_second():
-    """On a complete canvas that nobody trusts, every step: round(share * visible), the most doubted of them."""
-    T, steps, wrong = 40, 9, torch.rand(40, generator=seeded(3)).double()
-    model = uniform(T, wrong=wrong)
-    for shares in ((0.413, 0.0), (0.051, 0.449), (0.2503, 0.2503)):            # no count is half a token
-        _, nfe, trace = traced(model, *visible_canvas(model, 3), steps=steps, remask='wrong',
-                               remask_schedule=shares)
-        assert len(trace) == steps + 1 and (nfe == steps).all()
-        for step, again in enumerate(remasked(trace, 2)):
-            share = shares[0] + (shares[1] - shares[0]) * step / (steps - 2)   # the last step re-masks nothing
-            for row, taken in zip(trace[step], again):
-                visible = (row != 2).nonzero()[:, 0].tolist()
-                count = round(share * len(visible)) if step < steps - 1 else 0
-                most = sorted(visible, key=lambda i: -wrong[i])[:count]
-                assert set(taken.nonzero()[:, 0].tolist()) == set(most)
-
-
-def test_remask_schedule_of_a_rule_that_doubts_all_alike_takes_any():
-    """random has no favourites: each position is taken as often as another."""
-    T, B = 8, 3000
-    model = uniform(T)
-    _, _, trace = traced(model, *visible_canvas(model, B), steps=3, remask='random', remask_schedule=(0.5, 0.5))
-    taken = remasked(trace, 2)[0]
-    statistic, bound = chi_square(taken.sum(0), torch.full((T,), B / 2))
-    assert (taken.sum(1) == 4).all() and statistic < bound
-
-
-@pytest.mark.parametrize('remask', ['wrong', 'random'])
-def test_a_threshold_doubts_a_position_once(remask):
-    """Token 1 is always written at a mask, and always doubted: no position goes back twice, and the row is done."""
-    T, doubt = 6, torch.tensor([0.1, 0.9])
-    model = Independent(torch.tensor([0.0, 1.0]).expand(T, 2), wrong=doubt.expand(T, 2))
-    canvas = torch.tensor([[0, 0, 0, 0, 0, 0], [0, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1]]).repeat(50, 1)
-    fixed = torch.zeros_like(canvas).bool()
-    fixed[:, 5] = True
-    out, nfe, trace = traced(model, canvas, fixed, steps=20, remask=remask, remask_threshold=0.5, remask_rate=0.3)
-    again = remasked(trace, 2).sum(0)                          # (B, T) how often
-    assert again.max() == 1 and not again[:, 5].any()
-    if remask == 'wrong':
-        assert torch.equal(again.bool(), (canvas == 1) & ~fixed) and (out[:, :5] == canvas[:, :5]).all()
-        assert (nfe[0::3] == 1).all()                          # without a doubt the first look is the last
-        assert (nfe[1::3] == 2).all() and (nfe[2::3] == 2).all()               # one to doubt, one to fill in
-    else:
-        assert nfe.max() < 20
-
-
-def test_spare_lengths_by_hand():
-    """End 8 and padding 9 get the mean doubt of the visible text; what is not looked at does not count."""
-    x = torch.tensor([[1, 2, 3, 8, 9, 9], [8, 9, 9, 9, 9, 9], [1, 2, 3, 4, 5, 6]])
-    doubt = torch.tensor([[0.2, 0.8, 0.4, 0.01, 0.02, 0.03], [0.5] * 6, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]])
-    visible = torch.ones_like(x).bool()
-    visible[0, 1], visible[0, 5] = False, False                # a mask, and a fixed padding
-    look = SimpleNamespace(x=x, visible=visible, run=SimpleNamespace(ends=Ends(8, 9)))
-    spared = spare_lengths(look, doubt)
-    assert spared[0].tolist() == pytest.approx([0.2, 0.8, 0.4, 0.3, 0.3, 0.03])
-    assert spared[1].tolist() == [0.0] * 6                     # no text that could be doubted
-    assert torch.equal(spared[2], doubt[2])
-    look.run.ends = Ends()
-    assert torch.equal(spare_lengths(look, doubt), doubt)
-
-
-@pytest.mark.parametrize('rules', [dict(remask='wrong'), dict(remask='wrong', remask_rate=0.5),
-                                   dict(remask='confidence')], ids=str)
-def test_the_end_is_doubted_as_much_as_the_text(rules):
-    """Ends that the network is sure of are re-masked as often as text on average, so that texts do not shrink."""
-    B, T, end, pad = 6000, 6, 2, 3
-    wrong = torch.tensor([0.5, 0.7, 0.0, 0.0]).expand(T, 4)    # of tokens 0, 1, the end and the padding
-    model = Independent(torch.full((T, 4), 0.25), wrong=wrong)
-    canvas, fixed = torch.tensor([[0, 1, 0, end, pad, pad]]).repeat(B, 1), torch.zeros(B, T).bool()
-    mean, rate = (0.5 + 0.7 + 0.5) / 3, rules.get('remask_rate', 1.0)
-    _, _, trace = traced(model, canvas, fixed, steps=2, ends=Ends(end, pad), **rules)
-    expected = [0.5, 0.7, 0.5, mean, mean, mean] if rules['remask'] == 'wrong' else [0.0] * T
-    assert within_noise((trace[1] == 4).double().mean(0), [rate * p for p in expected], B)
-
-# -----------------------------------------------------------------------------
-# what holds whatever the network says
-
-REMASKS = dict(
-    none=dict(), random=dict(remask='random'), wrong=dict(remask='wrong'), confidence=dict(remask='confidence'),
-    cap=dict(remask='remdm'), rescale=dict(remask='remdm', remdm='rescale'), p2=dict(remask='p2'),
-    doubts=dict(remask='wrong', remask_threshold=0.6),
-    doubted_confidence=dict(remask='confidence', remask_threshold=0.6),
-    shares=dict(remask='wrong', remask_schedule=(0.7, 0.1), remask_random_ratio=0.5),
-    lucky=dict(remask='random', remask_schedule=(0.4, 0.4)))
-
-
-@pytest.mark.parametrize('schedule', ['linear', 'cosine'])
-@pytest.mark.parametrize('remask', REMASKS)
-@pytest.mark.parametrize('commit', COMMIT)
-def test_rules_that_no_combination_breaks(commit, remask, schedule):
-    """What is fixed stays, no mask is left, no special id is written, in no more steps than were given."""
-    V, T = 5, 8
-    model, judges = stubborn_gpt(V, T), remask in ('wrong', 'p2', 'doubts')
-    for steps, block_length, judged in ((1, None, False), (3, 3, False), (T, None, judges), (T + 5, 2, False)):
-        canvas, fixed = starting_canvas(V, T, False, seed=steps)
-        before = canvas.clone()
-        out, nfe, trace = traced(
-            model, canvas, fixed, seed=steps, steps=steps, commit=commit, block_length=block_length,
-            commit_threshold=0.4, priority=(1, 2), schedule=schedule,
-            remask_model=tiny_gpt(V, T, seed=9) if judged else None, **{'remask_rate': 0.7, **REMASKS[remask]})
-        assert torch.equal(canvas, before)                     # the caller's canvas is left alone
-        assert out.min() >= 0 and out.max() < V                # no mask is left, no special id is written
-        assert (trace[:, fixed] == before[fixed]).all()
-        assert trace.min() >= 0 and trace.max() <= V           # [MASK] may stand there, [WRONG] never
-        assert torch.equal(trace[0], before) and torch.equal(trace[-1], out)
-        assert len(trace) - 1 <= steps and nfe.shape == (8,) and nfe.min() >= 0
-        assert nfe.max() <= steps * (1 + judged) and (judged or nfe.max() == len(trace) - 1)
-        again = remasked(trace, V)
-        assert not again[-1].any()
-        if remask == 'none':
-            masks = (before == V).sum(1)
-            assert nfe.max() <= min(steps, int(masks.max())) and (nfe[masks == 0] == 0).all()
-            assert all(torch.equal(a[a != V], b[a != V]) for a, b in zip(trace, trace[1:]))
-        # the others may find nothing to do
-        if remask not in ('p2', 'cap', 'rescale', 'doubted_confidence'):
-            assert bool(again.any()) == (remask != 'none' and steps > 1)
-
-
-@pytest.mark.parametrize('remask', REMASKS)
-def test_nothing_ends_a_text_whose_end_is_fixed(remask):
-    """Where the end is fixed, no start, end or padding is drawn left of it; where it is not, an end may be."""
-    V, T, bos, end, pad = 6, 9, 3, 4, 5
-    model = tiny_gpt(V, T, n_recur=1)
-    with torch.no_grad():
-        model.wte.weight[bos:pad + 1] *= 20                    # a network in love with them
-    rng = seeded(1)
-    canvas = torch.randint(3, (40, T), generator=rng).masked_fill(torch.rand(40, T, generator=rng) < 0.6, V)
-    canvas[:, 0] = bos
-    closed = torch.arange(40) < 20
-    canvas[:20, 6], canvas[:20, 7:] = end, pad
-    canvas[20:, 6:] = V
-    fixed, number = canvas != V, 0
-    for commit in COMMIT:
-        out, _, trace = traced(model, canvas, fixed, commit=commit, ends=Ends(end, pad, (bos, end, pad)), steps=6,
-                               commit_threshold=0.4, priority=(end, 0), **REMASKS[remask])
-        inside = trace[:, closed, 1:6]
-        assert ((inside < 3) | (inside == V)).all() and (out[closed, 1:6] < 3).all() and (out < V).all()
-        assert torch.equal(out[:20, 6:], canvas[:20, 6:])
-        number += int((out[~closed, 1:] >= 3).sum())
-        # nor within what is given of a text that goes on
-        assert (out[20:, 1:6][left_of(fixed)[20:, 1:6]] < 3).all()
-    assert number > 0                                          # it would have, had it been let
-
-
-@pytest.mark.parametrize('remask', ['none', 'random'])
-@torch.no_grad()
-def test_a_self_conditioned_network_is_shown_its_last_prediction(monkeypatch, remask):
-    """
-    Its likeliest real tokens where a mask stood in the step before and still stands; the mask token everywhere
-    else.
-    """
-    V, T, asked = 5, 8, []
-    model = tiny_gpt(V, T, parts='previous')
-    model.mask_logit_bias.fill_(50.0)                          # it would rather abstain
-    forward = model.forward
-
-    def watched(idx, previous):
-        asked.append((idx.clone(), previous.clone()))
-        return forward(idx, previous=previous)
-    monkeypatch.setattr(model, 'forward', watched)
-    canvas, again = torch.tensor([[1, V, V, 2, V, V, V, V]]).repeat(20, 1), 0
-    traced(model, canvas, torch.arange(T).expand(20, T) == 0, steps=6, remask=remask, remask_rate=0.3,
-           correct_share=0.0)
-    assert len(asked) == 6 and (asked[0][1] == V).all()
-    for (x, shown), (after, shown_after) in zip(asked, asked[1:]):
-        likeliest = model.logits(forward(x, previous=shown))[..., :V].argmax(-1)
-        unaware = model.logits(forward(x))[..., :V].argmax(-1)
-        held = (x == V) & (after == V)
-        again += ((x != V) & (after == V)).sum()
-        assert torch.equal(shown_after, torch.where(held, likeliest, V)) and held.any()
-        assert (likeliest != unaware).any() == (shown != V).any()              # it has its say
-    assert (again > 0) == (remask == 'random')
-
-# -----------------------------------------------------------------------------
-# rewriting in place
-
-REPAIRS = dict(commit='random', remask='wrong', remask_threshold=0.5, rewrite=True, temperature=0.0)
-
-
-def test_rewriting_is_one_look_and_the_likeliest_token_wherever_another_is_less_likely_than_not():
-    model, x = tiny_gpt(5, 9), torch.randint(6, (50, 9), generator=seeded(3))  # 5 is the mask
-    fixed = (torch.arange(9) < 2) & (x != 5)
-    result, nfe, _ = traced(model, x, fixed, steps=1, **REPAIRS)
-    with torch.no_grad():
-        logits = model.logits(model(x))
-    unsure = logits.softmax(-1).gather(-1, x[..., None])[..., 0] < 0.5
-    rewritten = (x == 5) | (unsure & ~fixed)
-    assert torch.equal(result, torch.where(rewritten, logits[..., :5].argmax(-1), x)) and (nfe == 1).all()
-    assert (result != x)[x != 5].any() and (result == x)[x != 5].any()
-
-
-def test_a_rewritten_end_moves_the_padding():
-    """The end token 2 becomes text; behind the new end there is padding, whatever the network would like there."""
-    class Told(Oracle):
-        def __call__(self, idx, causal=False, cache=None):
-            return 20 * F.one_hot(torch.tensor([[0, 1, 1, 2, 0]]), 6).double()
-    canvas = torch.tensor([[0, 1, 2, 3, 3]])
-    result, _, _ = traced(Told(4, 5, None), canvas, canvas < 0, steps=1, ends=Ends(2, 3), **REPAIRS)
-    assert result.tolist() == [[0, 1, 1, 2, 3]]
-
-# -----------------------------------------------------------------------------
-# whole samples
-
-
-@pytest.mark.parametrize('rules', [
-    dict(), dict(commit='confidence', steps=5), dict(remask='causal'), dict(remask='wrong', steps=9),
-    dict(ar_prefix=64), dict(ar_prefix=5, steps=6)], ids=str)
-def test_same_seed_same_samples(rules):
-    model = tiny_gpt(18, 64, n_recur=1)
-    first, again, other = [generate(model, ARITHMETIC, 4, seed=seed, batch_size=3, **rules) for seed in (1, 1, 2)]
-    assert first == again and len(first) == 4
-    # two short texts may agree by chance
-    assert sum(a['tokens'] != b['tokens'] for a, b in zip(first, other)) >= 3
-    assert len({tuple(s['tokens']) for s in first}) == 4       # also across batches
-    torch.manual_seed(99)                                      # the global generator has no say
-    assert generate(model, ARITHMETIC, 4, seed=1, batch_size=3, **rules) == first
-
-
-@pytest.mark.parametrize('rules', [dict(ar_prefix=64), dict(remask='causal'), dict(ar_prefix=9, **LEFT_TO_RIGHT),
-                                   LEFT_TO_RIGHT], ids=str)
-def test_filters_reach_every_rule(rules):
-    """With top_k=1 each way of drawing is greedy: the seed has no say, so two batches of other draws agree."""
-    model = tiny_gpt(18, 64, n_recur=1)
-    for filters in (dict(top_k=1), dict(top_p=1e-6), dict(temperature=0)):
-        first, second = [generate(model, ARITHMETIC, 2, seed=seed, **rules, **filters) for seed in (1, 2)]
-        assert first[0]['tokens'] == first[1]['tokens'] == second[0]['tokens']
-
-
-def test_generate_returns_whole_samples():
-    model = tiny_gpt(18, 64, n_recur=1)
-    for s in generate(model, ARITHMETIC, 20, prompt=encode(ARITHMETIC, '(+'), ar_prefix=64):
-        assert sorted(s) == ['finished', 'nfe', 'text', 'tokens'] and s['text'].startswith('(+')
-        assert s['tokens'][:3] == [15, 10, 12] and s['finished'] == (16 in s['tokens'])
-        assert s['tokens'].index(16) == len(s['tokens']) - 1 if s['finished'] else len(s['tokens']) == 64
-        assert s['nfe'] == len(s['tokens']) - 3                # a pass a token, the end token included
-        assert json.loads(json.dumps(s)) == s
-    lengths = torch.tensor([3, 9, 62])
-    for n, s in zip((3, 9, 62), generate(model, ARITHMETIC, 3, lengths=lengths, batch_size=2, steps=70)):
-        assert s['finished'] and s['tokens'][-1] == 16 and len(s['tokens']) <= n + 2
-        assert s['nfe'] <= n                                   # no row waits for a longer one
-
-
-def test_ar_and_hybrid_never_write_specials():
-    model = stubborn_gpt(18, 64)
-    for rules in (dict(ar_prefix=64), dict(ar_prefix=7, steps=9), dict(ar_prefix=7, steps=9, remask='wrong')):
-        for s in generate(model, ARITHMETIC, 6, **rules):
-            assert s['tokens'][0] == 15 and max(s['tokens']) < 18 and 0 < s['nfe'] <= 63
-
-
-def test_a_given_length_is_the_length():
-    """Neither the end token nor padding is drawn inside a given length, and forbidden ids never are."""
-    model = tiny_gpt(V=18, T=16)
-    with torch.no_grad():
-        model.wte.weight[16:18] += 3 * model.wte.weight.std()  # an untrained network in love with the end
-    lengths = torch.tensor([1, 5, 9, 14] * 8)
-    for rules in (dict(), dict(commit='confidence'), dict(remask='random', steps=8)):
-        samples = generate(model, dict(ARITHMETIC, block_size=16), len(lengths), lengths=lengths, **rules)
-        assert [len(s['text']) for s in samples] == lengths.tolist()
-        assert all(s['finished'] for s in samples)
-
-
-def test_a_rule_of_ones_own(monkeypatch):
-    """A commit rule and a doubt are one function and one entry in a table each."""
-    monkeypatch.setitem(COMMIT, 'right_to_left', lambda look: torch.arange(look.x.size(1)).expand(look.x.shape) - 99.0)
-    monkeypatch.setitem(sample.DOUBT, 'zeros', lambda look: (look.x == 0).double())
-    model = uniform(6)
-    _, _, trace = traced(model, empty(model, 50)[0], commit='right_to_left')
-    assert (committed(trace, 2).nonzero()[:, 2].view(6, 50) == torch.arange(5, -1, -1)[:, None]).all()
-    _, _, trace = traced(model, empty(model, 50)[0], remask='zeros', correct_share=0.0)
-    assert torch.equal(remasked(trace, 2)[:-1], trace[:-2] == 0) and (trace[:-2] == 0).any()
-
-
-def test_unknown_rules_are_errors_of_the_caller():
-    model = uniform(3)
-    with pytest.raises(TypeError):
-        generate_diffusion(model, *empty(model, 1), end_id=3)
-    with pytest.raises(UserError, match="commit expects one of random, .*, abstain; got 'left_to_right'"):
-        generate_diffusion(model, *empty(model, 1), commit='left_to_right')
+        assert not (later[:, 0] == 2).any()  # p = 1: beyond doubt

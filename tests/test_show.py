@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import ARITHMETIC, tiny_gpt
 
-from plumbing import show
 from configurator import UserError
+from plumbing import show
 
 BOS, EOS, PAD, MASK = ARITHMETIC['bos'], ARITHMETIC['eos'], ARITHMETIC['pad'], ARITHMETIC['vocab_size']
 HOSTILE = ['</script><script>alert(1)</script>', '<!--<script>', '"', "'", '\\', '&amp;', ']]>',

@@ -10,8 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ARITHMETIC, all_sequences, default_config, fresh_gpt, seeded, tiny_gpt
-from oracles import (Oracle, empty, filtered_law, follows, given_prompt, misses, product_law, random_law,
-                     stubborn_gpt, texts_follow, uniform)
+from oracles import (
+    Oracle,
+    empty,
+    filtered_law,
+    follows,
+    given_prompt,
+    misses,
+    product_law,
+    random_law,
+    stubborn_gpt,
+    texts_follow,
+    uniform,
+)
 
 from parts import speculate
 from parts.cache import Cache
@@ -21,8 +32,9 @@ from plumbing.evaluate import causal_nll
 from plumbing.rows import Ends
 from sample import fill, generate, generate_diffusion
 
-LETTERS = dict(ARITHMETIC, name='text', format='stream', vocab_size=3, itos=['a', 'b', 'c'], bos=None, eos=None,
-               pad=None)
+LETTERS = dict(
+    ARITHMETIC, name='text', format='stream', vocab_size=3, itos=['a', 'b', 'c'], bos=None, eos=None, pad=None
+)
 FILTERS = [dict(), dict(temperature=0.7), dict(top_k=2), dict(temperature=1.5, top_k=2)]
 PROMPTS = ([], [2], [0, 1], [0, 1, 2], [1, 1, 1, 1])
 
@@ -34,7 +46,9 @@ def drafted(model, canvas, fixed, ends=Ends(), seed=0, **filters):
 
 def autoregressive(model, canvas, fixed, ends=Ends(), seed=0, **filters):
     """One token a pass: (canvas, nfe, canvases)."""
-    return left_to_right(model, canvas, fixed, canvas.size(1), filters, ends, generator=seeded(seed), trace=True)
+    return left_to_right(
+        model, canvas, fixed, canvas.size(1), filters, ends, generator=seeded(seed), trace=True
+    )
 
 
 SAMPLERS = [drafted, autoregressive]
@@ -44,6 +58,7 @@ SAMPLERS = [drafted, autoregressive]
 def window(monkeypatch):
     """window(n): drafts have n tokens from now on."""
     return lambda n: monkeypatch.setattr(speculate, 'WINDOW', n)
+
 
 # -----------------------------------------------------------------------------
 # the law of the samples
@@ -71,7 +86,7 @@ def test_verified_drafts_follow_the_causal_law(window, size, filters):
     canvas, nfe, _ = drafted(oracle, *empty(oracle, B), **filters)
     assert follows(canvas, V, filtered_law(law, V, T, **filters)) and misses(canvas, V, draft)
     assert nfe.min() >= 2 and nfe.max() <= 2 * T
-    assert all((idx <= V).all() for idx, _ in oracle.seen)                # no draft holds [WRONG]
+    assert all((idx <= V).all() for idx, _ in oracle.seen)  # no draft holds [WRONG]
 
 
 @pytest.mark.parametrize('size', [1, 16])
@@ -116,14 +131,14 @@ def test_law_of_texts_with_an_end_token(sampler, filters):
     length = torch.where(ends.any(1), ends.argmax(1) + 1, T)
     assert ((canvas == pad) | (torch.arange(T) < length[:, None])).all()
     if sampler is autoregressive:
-        assert torch.equal(nfe, length)                                   # a finished row leaves the batch
+        assert torch.equal(nfe, length)  # a finished row leaves the batch
 
 
 def test_good_drafts_save_passes(window):
     B, V, T = 500, 3, 6
     law = product_law(torch.rand(T, V, generator=seeded(5), dtype=torch.float64).add(0.1).softmax(1))
     good, bad = Oracle(V, T, law), Oracle(V, T, random_law(V, T, 6, spread=5), causal_law=law)
-    for size, passes in ((16, 2), (6, 2), (5, 2), (2, 4), (1, 6)):        # each round gives window + 1 tokens
+    for size, passes in ((16, 2), (6, 2), (5, 2), (2, 4), (1, 6)):  # each round gives window + 1 tokens
         window(size)
         assert (drafted(good, *empty(good, B))[1] == passes).all()
     # a bad draft costs one more pass: the tokens do not depend on one another here, so that what the causal
@@ -154,7 +169,7 @@ def test_what_neither_sampler_breaks(sampler):
     out, nfe, trace = sampler(model, canvas, fixed)
     assert torch.equal(canvas, before) and out.min() >= 0 and out.max() < V
     assert torch.equal(trace[0], before) and torch.equal(trace[-1], out)
-    assert all(torch.equal(a[a != V], b[a != V]) for a, b in zip(trace, trace[1:]))      # nothing is taken back
+    assert all(torch.equal(a[a != V], b[a != V]) for a, b in zip(trace, trace[1:]))  # nothing is taken back
     assert nfe.max() <= (2 * T if sampler is drafted else T) and nfe.max() >= len(trace) - 1
 
 
@@ -162,9 +177,11 @@ def test_forbidden_ids_are_not_written_where_a_text_goes_on():
     model = uniform(9, V=6)
     canvas, fixed = empty(model, 40)
     closed = (torch.arange(9) < 5).expand(40, 9)
-    out, _, _ = left_to_right(model, canvas, fixed, 9, {}, Ends(4, 5, (3, 4, 5)), closed=closed,
-                              generator=seeded())
+    out, _, _ = left_to_right(
+        model, canvas, fixed, 9, {}, Ends(4, 5, (3, 4, 5)), closed=closed, generator=seeded()
+    )
     assert (out[:, :5] < 3).all() and (out[:, 5:] >= 3).any()
+
 
 # -----------------------------------------------------------------------------
 # the cache
@@ -185,11 +202,14 @@ def test_a_cache_gives_the_causal_pass_at_any_windows(short_conv):
             cache = Cache.empty(model, 3, 12)
             heads = model.config.n_head
             assert cache.kept.shape == (4, 3 if short_conv else 2, 3, heads, 12, model.config.n_embd // heads)
-            model((x[:, :4] + 1) % 7, causal=True, cache=cache)           # all wrong, and written over
+            model((x[:, :4] + 1) % 7, causal=True, cache=cache)  # all wrong, and written over
             first = model(x[:, :4], causal=True, cache=cache)
             assert (first - full[:, :4]).abs().max() < error
-            for at in (torch.tensor([[1, 2], [4, 5], [2, 3]]), torch.tensor([[2, 3], [6, 7], [4, 5]]),
-                       torch.tensor([[4, 5, 6, 7, 8], [7, 8, 9, 10, 11], [5, 6, 7, 8, 9]])):
+            for at in (
+                torch.tensor([[1, 2], [4, 5], [2, 3]]),
+                torch.tensor([[2, 3], [6, 7], [4, 5]]),
+                torch.tensor([[4, 5, 6, 7, 8], [7, 8, 9, 10, 11], [5, 6, 7, 8, 9]]),
+            ):
                 found = model(x, causal=True, cache=cache, at=at)
                 inside = at < 8
                 exact = full.gather(1, at.clamp(max=7)[..., None].expand_as(found))
@@ -206,7 +226,7 @@ def test_a_cache_gets_room_and_loses_rows():
     before = cache.kept
     cache.make_room(16)
     cache.keep_rows(torch.arange(3))
-    assert cache.kept is before                                           # nothing to do
+    assert cache.kept is before  # nothing to do
     cache.keep_rows(torch.tensor([2, 0]))
     assert cache.kept.shape[2:] == (2, 2, 16, 8) and cache.kept[0, 0, :, 0, 0, 0].tolist() == [2, 0]
     cache.make_room(17)
@@ -223,12 +243,13 @@ def test_a_cache_changes_what_is_computed_and_nothing_else(monkeypatch, window, 
     model = tiny_gpt(5, 12, n_layer=2, draft_head=head, parts=parts)
     canvas = torch.full((160, 12), 5)
     for rows, prompt in zip(canvas.split(40), ([], [2], [0, 1, 3, 2, 1], [1] * 12)):
-        rows[:, :len(prompt)] = torch.tensor(prompt, dtype=torch.long)
+        rows[:, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
     computed, forward = [], model.forward
 
     def watched(*args, **how):
         computed.append(forward(*args, **how))
         return computed[-1]
+
     monkeypatch.setattr(model, 'forward', watched)
     results = []
     for cached in (True, False):
@@ -243,6 +264,7 @@ def test_a_cache_changes_what_is_computed_and_nothing_else(monkeypatch, window, 
     monkeypatch.undo()
     graph = tiny_gpt(5, 12, n_layer=2, parts='graph:1')
     assert (sampler(graph, canvas[:40], canvas[:40] != 5)[0] < 5).all()
+
 
 # -----------------------------------------------------------------------------
 # drafts of a head
@@ -263,9 +285,9 @@ class HeadOracle(Oracle):
         self.wte = lambda ids: ids[:, None].double()
         rows = []
         for i in range(T):
-            joint = law.view(V ** (i + 1), -1).sum(1).view(-1, V)             # (V^i, V)
+            joint = law.view(V ** (i + 1), -1).sum(1).view(-1, V)  # (V^i, V)
             rows.append(joint / joint.sum(1, keepdim=True))
-        rows.append(torch.full((V ** T, V), 1 / V, dtype=torch.float64))      # behind the end, where nothing counts
+        rows.append(torch.full((V**T, V), 1 / V, dtype=torch.float64))  # behind the end, where nothing counts
         self.junk = sum(map(len, rows))
         junk = torch.tensor([[0.8, 0.1, 0.1], [0.05, 0.9, 0.05], [0.3, 0.1, 0.6]], dtype=torch.float64)
         self.answers = torch.cat((*rows, junk[:V, :V]))
@@ -304,7 +326,7 @@ def test_drafts_of_a_head_follow_the_causal_law(window, size, filters, head):
     assert follows(out, V, filtered_law(law, V, T, **filters))
     assert nfe.min() >= 1 + math.ceil((T - 1) / (min(size, T) + 1)) and nfe.max() == len(oracle.seen) <= T
     if head == 'junk':
-        assert len(nfe.unique()) > 1                                      # some drafts are accepted, others are not
+        assert len(nfe.unique()) > 1  # some drafts are accepted, others are not
 
 
 def test_perfect_drafts_of_a_head_save_passes(window):
@@ -352,12 +374,15 @@ def test_a_network_with_a_draft_head_follows_its_causal_law(window, size):
     out, nfe, _ = generate_diffusion(model, canvas, canvas != V, remask='causal', generator=seeded())
     assert follows(out, V, law / law.sum()) and nfe.max() <= T and nfe.double().mean() < T - 0.2
 
+
 # -----------------------------------------------------------------------------
 # the head itself
 
 
 def test_a_fresh_draft_head_leaves_the_state_as_it_is():
-    """So its first guess is what the causal pass said about the token before; what it is fed has no say yet."""
+    """
+    So its first guess is what the causal pass said about the token before; what it is fed has no say yet.
+    """
     torch.manual_seed(0)
     drafter, state, ones = Drafter(16), torch.randn(5, 16), torch.ones(5, 16)
     assert torch.equal(drafter(state, torch.randn(5, 16)), state)
@@ -389,6 +414,7 @@ def test_the_draft_head_is_counted_and_changes_no_other_number():
     assert all(torch.equal(plain(x, causal=causal), more(x, causal=causal)) for causal in (False, True))
     assert set(more.state_dict()) - set(plain.state_dict()) == {'drafter.fc.weight', 'drafter.proj.weight'}
 
+
 # -----------------------------------------------------------------------------
 # a beginning that is written left to right, the rest by other rules
 
@@ -409,12 +435,12 @@ def test_hybrid_writes_as_many_tokens_of_every_row_wherever_it_begins():
     canvas = torch.full((2, 6), 3)
     canvas[1, :3] = 1
     for i in range(2):
-        alone, = fill(oracle, LETTERS, canvas[i:i + 1], canvas[i:i + 1] != 3, ar_prefix=2, trace=True)
+        (alone,) = fill(oracle, LETTERS, canvas[i : i + 1], canvas[i : i + 1] != 3, ar_prefix=2, trace=True)
         beside = fill(oracle, LETTERS, canvas, canvas != 3, ar_prefix=2, trace=True)[i]
         for sample in (alone, beside):
             # the canvases before and after the first three passes
             drawn = (sample['trace'][:4] != 3).sum(1) - 3 * i
-            assert drawn.tolist()[:3] == [0, 1, 2] and (sample['trace'][2, :2 + 3 * i] != 3).all()
+            assert drawn.tolist()[:3] == [0, 1, 2] and (sample['trace'][2, : 2 + 3 * i] != 3).all()
 
 
 def test_hybrid_law():

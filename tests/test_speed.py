@@ -1,23 +1,26 @@
-"""The suite of speed, on networks so small that what it counts is known and what it compares can be computed twice."""
+"""The suite of speed, on networks so small that what it counts is known, what it compares computed twice."""
 
+import functools
 import itertools
 import json
 
 import pytest
 import torch
-from conftest import ARITHMETIC, chi_square, tiny_gpt, write_checkpoint
+from conftest import ARITHMETIC, chi_square, seeded, tiny_gpt, write_checkpoint
 from test_commands import bench_settings
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from plumbing.text import until_end
 from configurator import UserError
-from model import GPT, places
+from model import GPT
+from plumbing.rows import Ends, places
+from plumbing.text import until_end
 from sample import fill
 from suites import speed
 
 T, V = 12, 5
-META = dict(ARITHMETIC, block_size=T, vocab_size=V, itos=[*'ab', '<bos>', '<eos>', '<pad>'], bos=2, eos=3, pad=4)
+ITOS = [*'ab', '<bos>', '<eos>', '<pad>']
+META = dict(ARITHMETIC, block_size=T, vocab_size=V, itos=ITOS, bos=2, eos=3, pad=4)
 SHAPE = dict(n_layer=1, n_embd=16, n_head=2, n_recur=1, block_size=8, batch_size=8, vocab_size=20)
 
 
@@ -47,18 +50,22 @@ def check_rows(rows, base, more=()):
 
 
 def test_baseline_has_our_loss_and_gradients():
-    """Also in the rows where nothing but one token is masked. Logits where they count give the gradients of logits everywhere."""
-    model, x0 = tiny_gpt(V, T), torch.randint(V, (6, T), generator=torch.Generator().manual_seed(0))
+    """Also where one token alone is masked. Logits where they count give the gradients of all logits."""
+    model, x0 = tiny_gpt(V, T), torch.randint(V, (6, T), generator=seeded())
     meta = dict(META, bos=None, eos=None, pad=None)
-    batch = speed.masked_batch(model, x0, meta, torch.Generator().manual_seed(1))
+    batch = speed.masked_batch(model, x0, meta, seeded(1))
     found = []
     for everywhere in (True, False):
         hidden = model(batch[0])
         hidden.retain_grad()
         here = hidden.flatten(0, 1)[places(batch[2] > 0)]
-        total = speed.baseline_loss(model, *batch, hidden) if everywhere else train.loss(model, *batch, hidden=here)[0] / 6
+        if everywhere:
+            total = speed.baseline_loss(model, *batch, hidden)
+        else:
+            total = train.loss(model, *batch, hidden=here)[0] / 6
         total.backward()
-        found.append([total.detach(), hidden.grad, *[p.grad.clone() for p in model.parameters() if p.grad is not None]])
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append([total.detach(), hidden.grad, *grads])
         model.zero_grad(set_to_none=True)
     assert found[0][0] > 1 and found[0][1].abs().max() > 1e-3
     for plain, ours in itertools.zip_longest(*found):
@@ -67,7 +74,7 @@ def test_baseline_has_our_loss_and_gradients():
 
 
 def test_a_baseline_step_is_a_step_of_ours(small):
-    """From the same weights, on the same rows: with AdamW and without averages ours goes where the baseline goes."""
+    """From the same weights and rows, with AdamW, without averages, ours goes where the baseline goes."""
     s, networks = small(), []
     make = speed.network
 
@@ -84,18 +91,19 @@ def test_a_baseline_step_is_a_step_of_ours(small):
         step()
         step()
     moved = [network.wte.weight.detach() - before for network in networks]
-    assert moved[0].abs().max() > 1e-6                                         # the rate is 1e-5, the weights float32
+    assert moved[0].abs().max() > 1e-6  # the rate is 1e-5, the weights float32
     torch.testing.assert_close(*moved, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize('sizes', [dict(n_layer=2, n_recur=2, n_embd=32, vocab_size=62),       # nearly all is in the blocks,
-                                   dict(n_layer=1, n_recur=1, n_embd=16, vocab_size=1022)])     # or in the head
+# nearly all is in the blocks,
+@pytest.mark.parametrize('sizes', [dict(n_layer=2, n_recur=2, n_embd=32, vocab_size=62),
+                                   dict(n_layer=1, n_recur=1, n_embd=16, vocab_size=1022)])  # or in the head
 @pytest.mark.parametrize('changes', [speed.PLAIN, {}, dict(corruption='own:1,random:1', remask_ratio=1.0),
                                      dict(views=2, draft_head=False)])
 def test_step_flops_are_those_that_torch_counts(small, sizes, changes):
     config = speed.recipe(n_head=2, block_size=32, batch_size=32, **sizes, **changes)
-    step, counter = speed.our_step(small('--attention=plain'), {**config, 'optimizer': 'adamw'}), FlopCounterMode(display=False)
-    with counter:
+    step = speed.our_step(small('--attention=plain'), {**config, 'optimizer': 'adamw'})
+    with FlopCounterMode(display=False) as counter:
         for _ in range(2):                                                     # k is drawn
             step()
     assert counter.get_total_flops() / 2 == pytest.approx(speed.step_flops(config), rel=0.05)
@@ -111,7 +119,7 @@ def test_cached_ar_writes_what_ar_writes():
     canvas[:, 0] = META['bos']
     canvas[:, 1:4] = torch.cartesian_prod(*[torch.tensor([0, 1, 4])] * 3)
     ours = fill(model, META, canvas, canvas != model.mask_token_id, ar_prefix=T, temperature=0.0)
-    x = speed.cached_ar(model, canvas, torch.Generator().manual_seed(0), META['eos'], META['pad'], temperature=0.0)
+    x = speed.cached_ar(model, canvas, seeded(), Ends(META['eos'], META['pad']), temperature=0.0)
     assert [until_end(META, ids) for ids in x.tolist()] == [sample['tokens'] for sample in ours]
     lengths = {len(sample['tokens']) for sample in ours}
     assert len(lengths) > 2 and T in lengths and torch.equal(x[:, :4], canvas[:, :4])
@@ -121,10 +129,11 @@ def test_cached_ar_writes_what_ar_writes():
 
 def test_cached_ar_draws_from_the_causal_law():
     model, n = tiny_gpt(3, 2, seed=1), 3000
-    x = speed.cached_ar(model, torch.full((n, 2), 3), torch.Generator().manual_seed(0))
+    x = speed.cached_ar(model, torch.full((n, 2), 3), seeded())
     with torch.no_grad():
         every = torch.cartesian_prod(torch.arange(3), torch.arange(3))
-        logp = model.logits(model(every, causal=True), real_only=True).log_softmax(-1).gather(2, every[..., None]).sum((1, 2))
+        logp = model.logits(model(every, causal=True), real_only=True).log_softmax(-1)
+    logp = logp.gather(2, every[..., None]).sum((1, 2))
     statistic, bound = chi_square((x[:, 0] * 3 + x[:, 1]).bincount(minlength=9), logp.exp() * n)
     assert statistic < bound
 
@@ -133,17 +142,18 @@ def test_plain_ancestral_draws_from_the_ancestral_law():
     """The mean over both orders of two tokens; what is given stays."""
     model, n, mask = tiny_gpt(3, 3, seed=1), 3000, 3
     canvas = torch.tensor([[mask, 2, mask]]).repeat(n, 1)
-    x = speed.plain_ancestral(model, canvas, torch.Generator().manual_seed(0))
+    x = speed.plain_ancestral(model, canvas, seeded())
     assert (x[:, 1] == 2).all()
 
     def law(a, b):
         """p of what is to stand at the first and last position, given these."""
         with torch.no_grad():
-            return model.logits(model(torch.tensor([[a, 2, b]]))[0], real_only=True).softmax(-1)[:, :3].double()
+            logits = model.logits(model(torch.tensor([[a, 2, b]]))[0], real_only=True)
+        return logits.softmax(-1)[:, :3].double()
 
     start = law(mask, mask)
-    expected = torch.tensor([[start[0, a] * law(a, mask)[2, b] + start[2, b] * law(mask, b)[0, a] for b in range(3)]
-                             for a in range(3)]) / 2
+    expected = torch.tensor([start[0, a] * law(a, mask)[2, b] + start[2, b] * law(mask, b)[0, a]
+                             for a in range(3) for b in range(3)]) / 2
     statistic, bound = chi_square((x[:, 0] * 3 + x[:, 2]).bincount(minlength=9), expected * n)
     assert statistic < bound
 
@@ -153,10 +163,13 @@ def test_plain_ancestral_draws_from_the_ancestral_law():
 
 def test_functions_take_turns(monkeypatch):
     calls = []
-    times = speed.alternate({name: lambda name=name: calls.append(name) for name in 'abc'}, 4)
-    assert ''.join(calls) == 'abc' * 5 and [len(seconds) for seconds in times.values()] == [4] * 3    # the first is not timed
+    rows = speed.compare('table', 'shape', {name: functools.partial(calls.append, name) for name in 'abc'}, 4)
+    # the first round is not timed
+    assert ''.join(calls) == 'abc' * 5 and [row['n'] for row in rows] == [4] * 3
+    assert [(row['table'], row['shape']) for row in rows] == [('table', 'shape')] * 3
+    assert [row['name'] for row in rows] == ['a', 'b', 'c']
     monkeypatch.setattr(speed, 'SECONDS', 0)                                   # the time is up at once
-    assert [len(seconds) for seconds in speed.alternate({'a': int}, 100).values()] == [speed.ROUNDS]
+    assert [row['n'] for row in speed.compare('', '', {'a': int}, 100)] == [speed.ROUNDS]
 
 
 def test_median_and_quartiles():
@@ -195,23 +208,27 @@ def test_training_table(small, monkeypatch):
     compiled = []
     monkeypatch.setattr(GPT, 'compile', lambda model: compiled.append(model))
     rows, _ = speed.training(small('--compile=True'))
-    assert [row['name'] for row in rows] == ['baseline', *some, 'ours, unmasking, compiled'] * 2 and len(compiled) == 2
-    assert rows[4]['flops'] == rows[1]['flops']
+    assert [row['name'] for row in rows] == ['baseline', *some, 'ours, unmasking, compiled'] * 2
+    assert rows[4]['flops'] == rows[1]['flops'] and len(compiled) == 2
 
 
 def test_sampling_table(small, tmp_path, monkeypatch):
-    path = write_checkpoint(tmp_path / 'ckpt_joint.pt', tiny_gpt(V, T, n_recur=1), META, block_size=T, causal_ratio=0.5)
+    model = tiny_gpt(V, T, n_recur=1)
+    path = write_checkpoint(tmp_path / 'ckpt_joint.pt', model, META, block_size=T, causal_ratio=0.5)
     rows, text = speed.sampling(small(f'--init_from={path}'))
     names = ['plain ancestral', 'ours, ancestral', 'ours, default (remask=causal)', 'AR, cached', 'ours, AR']
-    assert [(row['shape'], row['name']) for row in rows] == [(f'batch {num}', name) for num in (1, 3) for name in names]
+    assert [row['shape'] for row in rows] == ['batch 1'] * 5 + ['batch 3'] * 5
+    assert [row['name'] for row in rows] == names * 2
     check_rows(rows, 'plain ancestral', ('samples_per_second', 'against_cached_ar', 'checkpoint'))
-    assert rows[8]['against_cached_ar'] == 1 and rows[9]['samples_per_second'] == pytest.approx(3 / rows[9]['seconds'])
-    assert rows[9]['against_cached_ar'] == pytest.approx(rows[8]['seconds'] / rows[9]['seconds']) and path in text
+    cached, ours = rows[8:]
+    assert cached['against_cached_ar'] == 1
+    assert ours['samples_per_second'] == pytest.approx(3 / ours['seconds'])
+    assert ours['against_cached_ar'] == pytest.approx(cached['seconds'] / ours['seconds']) and path in text
 
-    path = write_checkpoint(tmp_path / 'plain.pt', tiny_gpt(V, T, n_recur=1), META, block_size=T, training_type='unmasking')
+    path = write_checkpoint(tmp_path / 'plain.pt', model, META, block_size=T, training_type='unmasking')
     rows, _ = speed.sampling(small(f'--init_from={path}'))                     # it has no causal mode
-    assert {row['name'] for row in rows} == {'plain ancestral', 'ours, ancestral', 'ours, default (remask=none)'}
-    monkeypatch.setattr(speed, 'MOST_LOGITS', 2 * T * V)                       # all logits of two samples: no more at a time
+    assert {row['name'] for row in rows} == {*names[:2], 'ours, default (remask=none)'}
+    monkeypatch.setattr(speed, 'MOST_LOGITS', 2 * T * V)  # all logits of two samples: no more at a time
     assert {row['shape'] for row in speed.sampling(small(f'--init_from={path}'))[0]} == {'batch 1', 'batch 2'}
     with pytest.raises(UserError, match='nowhere.pt'):
         speed.sampling(small('--init_from=nowhere.pt'))
@@ -220,7 +237,8 @@ def test_sampling_table(small, tmp_path, monkeypatch):
 def test_without_a_checkpoint_a_fresh_network_is_sampled(small, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, 'load_data', lambda name: (ARITHMETIC, None))
     model, meta, config, what = speed.sampling_network(small(f'--out_dir={tmp_path}'))
-    assert meta is ARITHMETIC and model.config.draft_head and model.config.vocab_size == 18 and 'fresh' in what
+    assert meta is ARITHMETIC and 'fresh' in what
+    assert model.config.draft_head and model.config.vocab_size == 18
     assert config == speed.recipe() and not model.training
 
 
@@ -233,7 +251,8 @@ def test_startup_table(small, monkeypatch):
     monkeypatch.setattr(speed, 'HEAVY', ('numpy', 'wave'))
     rows, text = speed.startup(small())
     check_rows(rows, None)
-    assert rows[0]['imports'] == {} and set(rows[1]['imports']) == {'numpy'} and rows[1]['imports']['numpy'] > 0.001
+    assert rows[0]['imports'] == {} and list(rows[1]['imports']) == ['numpy']
+    assert rows[1]['imports']['numpy'] > 0.001
     assert rows[0]['seconds'] > 0.2 and 'numpy' in text
     with pytest.raises(UserError, match='failed.*no such thing'):
         speed.until(['-c', 'raise SystemExit("no such thing")'], None)
@@ -243,32 +262,35 @@ def test_startup_table(small, monkeypatch):
 
 def test_help_imports_nothing_that_it_can_do_without():
     seconds, said = speed.until(['-X', 'importtime', 'sample.py', '--help'], None)
-    assert '--init_from=' in said and '| configurator' in said and not speed.imports(said)                # not even torch
+    assert '--init_from=' in said and '| configurator' in said and not speed.imports(said)  # not even torch
 
 
 def test_growth_table(small, tmp_path, monkeypatch):
     memory = {8: 2**20, 16: 3 * 2**20}
-    monkeypatch.setattr(speed, 'peak_memory', lambda s, what, config: memory[config['block_size']])
+    monkeypatch.setattr(speed, 'peak_memory', lambda make, s, config: memory[config['block_size']])
     rows, text = speed.growth(small(f'--out_dir={tmp_path}/new'))
     check_rows(rows, None, ('memory', 'exponent'))
-    assert [(row['shape'], row.get('block_size', row.get('n_layer'))) for row in rows] == [('block_size', 8), ('block_size', 16),
-                                                                                           ('n_layer', 1)]
+    found = [(row['shape'], row[row['shape']]) for row in rows]
+    assert found == [('block_size', 8), ('block_size', 16), ('n_layer', 1)]
     slope = (torch.tensor(rows[1]['seconds'] / rows[0]['seconds'], dtype=torch.float64).log2()).item()
     assert rows[0]['exponent'] == pytest.approx(slope, abs=1e-4) and rows[2]['exponent'] is None
-    assert [row['memory'] for row in rows] == [2**20, 3 * 2**20, 2**20] and 'plot' not in text    # there is no matplotlib
+    # there is no matplotlib
+    assert [row['memory'] for row in rows] == [2**20, 3 * 2**20, 2**20] and 'plot' not in text
 
 
 def test_peak_memory_sees_what_a_step_takes(small):
-    """Logits of 512 x 30,000 in float32 are 61 MB, and so is their gradient; what the process had before does not count."""
+    """Logits of 512 x 30,000 in float32 are 61 MB, as is their gradient; what was before does not count."""
     config = speed.recipe(**dict(SHAPE, block_size=64, vocab_size=30000))
-    assert 120 < speed.peak_memory(small(), 'full head', config) / 2**20 < 260
+    assert 120 < speed.peak_memory(speed.HEADS['full head'], small(), config) / 2**20 < 260
 
 
 def test_head_table(small, monkeypatch):
-    monkeypatch.setattr(speed, 'peak_memory', lambda s, what, config: 5 * 2**20 if what == 'full head' else 2**20)
+    memory = {speed.HEADS['full head']: 5 * 2**20, speed.HEADS['sparse head']: 2**20}
+    monkeypatch.setattr(speed, 'peak_memory', lambda make, s, config: memory[make])
     rows, text = speed.head(small())
     check_rows(rows, 'full head', ('memory',))
-    assert [(row['name'], row['memory']) for row in rows] == [('full head', 5 * 2**20), ('sparse head', 2**20)]
+    assert [row['name'] for row in rows] == ['full head', 'sparse head']
+    assert [row['memory'] for row in rows] == [5 * 2**20, 2**20]
 
 
 def test_tables_that_are_asked_for(small, monkeypatch):
@@ -277,13 +299,15 @@ def test_tables_that_are_asked_for(small, monkeypatch):
     rows, text = speed.run(small('--only=head,compile'))
     assert [row['table'] for row in rows] == ['head', 'compile'] and 'text of head' in text
     rows, _ = speed.run(small())
-    assert [row['table'] for row in rows] == [name for name in tables if name != 'compile']                     # it takes minutes
+    # it takes minutes
+    assert [row['table'] for row in rows] == [name for name in tables if name != 'compile']
     with pytest.raises(UserError, match="contains 'speling'"):
         speed.run(small('--only=speling'))
 
 
 def test_peak_through_bench(small, run, tmp_path):
-    status, out, err = run('bench', '--suite=speed', '--only=peak', '--steps=2', '--device=cpu', f'--json={tmp_path}/peak.json')
+    words = ('--suite=speed', '--only=peak', '--steps=2', '--device=cpu')
+    status, out, err = run('bench', *words, f'--json={tmp_path}/peak.json')
     assert status == 0, err
     rows = json.loads((tmp_path / 'peak.json').read_text())['rows']
     assert [row['table'] for row in rows] == ['peak'] * 2 and 'peak TFLOP/s' in out
@@ -291,7 +315,7 @@ def test_peak_through_bench(small, run, tmp_path):
 
 
 def test_peak_counts_a_product(small, monkeypatch):
-    """(64, 16) x (16, 64) is 2 * 64 * 16 * 64 FLOPs; a clock that ticks once a look makes it a second for four of them."""
+    """(64, 16) x (16, 64) is 2 * 64 * 16 * 64 FLOPs; by a clock that ticks a look four take a second."""
     clock = itertools.count()
     monkeypatch.setattr(speed.time, 'perf_counter', lambda: next(clock))
     flops, dtype = speed.peak_flops(small(), SHAPE, least=3)

@@ -1,4 +1,7 @@
-"""What a text becomes: holes, spans and canvases; infill, edit, repair and score as typed; the suites that measure them."""
+"""
+What a text becomes: holes, spans and canvases; infill, edit, repair and score as typed; the suites that
+measure them.
+"""
 
 import json
 import os
@@ -8,20 +11,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ARITHMETIC, default_config, tiny_gpt, write_checkpoint
+from sample import COMMIT, DOUBT, OTHER_RULES
 from test_commands import CPU, STREAM, bench_settings, read_samples, refused
-from test_model import any_order_nll
-from test_sample import seeded
+from test_evaluate import any_order_nll
+from conftest import seeded
 from test_show import Page
 
 import sample
-from plumbing.text import holes, spans, task_canvas
-from plumbing.checkpoint import load_checkpoint
 from configurator import UserError
-from corruption import mixed_noise
+from model import GPT
+from parts.noise import mixed_noise
+from parts.presets import PRESETS, REWRITE, TASKS, choose_rules, supports
 from plumbing.evaluate import causal_nll
-from rules import COMMIT_RULES, PRESETS, REMASK_RULES, REWRITE, TASKS, choose_rules
-from sample import judge_rows
+from plumbing.score import judge_rows
 from plumbing.show import marks
+from plumbing.text import decode, encode, holes, load_task, spans, start_canvas, task_canvas
 from suites import common, samplers, tasks
 
 BOS, EOS, PAD, MASK = 15, 16, 17, 18
@@ -30,49 +34,72 @@ BOS, EOS, PAD, MASK = 15, 16, 17, 18
 # texts become canvases
 
 
-@pytest.mark.parametrize('text, hole, ids, ends', [
-    ('(+_2)=3', '_', [10, 12, MASK, 2, 11, 14, 3], True),
-    ('(+12)=_', '_', [10, 12, 1, 2, 11, 14], False),                          # open: as many tokens as it takes
-    ('_12', '_', [MASK, 1, 2], True),
-    ('1__2_3', '_', [1, MASK, MASK, 2, MASK, 3], True),
-    ('1_2__', '_', [1, MASK, 2, MASK], False),                                # only the last one is open
-    ('_', '_', [], False),
-    ('1<?>2', '<?>', [1, MASK, 2], True), ('1<?><?>', '<?>', [1, MASK], False), ('1___', '__', None, None),
-])
+@pytest.mark.parametrize(
+    'text, hole, ids, ends',
+    [
+        ('(+_2)=3', '_', [10, 12, MASK, 2, 11, 14, 3], True),
+        ('(+12)=_', '_', [10, 12, 1, 2, 11, 14], False),  # open: as many tokens as it takes
+        ('_12', '_', [MASK, 1, 2], True),
+        ('1__2_3', '_', [1, MASK, MASK, 2, MASK, 3], True),
+        ('1_2__', '_', [1, MASK, 2, MASK], False),  # only the last one is open
+        ('_', '_', [], False),
+        ('1<?>2', '<?>', [1, MASK, 2], True),
+        ('1<?><?>', '<?>', [1, MASK], False),
+        ('1___', '__', None, None),
+    ],
+)
 def test_holes(text, hole, ids, ends):
-    if ids is None:                                                           # what is left of it is no token
+    if ids is None:  # what is left of it is no token
         with pytest.raises(UserError, match="'_' in '_' is not in the vocabulary"):
             holes(ARITHMETIC, text, hole, MASK)
     else:
         assert holes(ARITHMETIC, text, hole, MASK) == (ids, ends)
 
 
-@pytest.mark.parametrize('text, hole, message', [
-    ('1=1', '1', "hole expects a text that is not in the vocabulary of arithmetic, got '1'"),
-    ('12=1', '', "hole expects a text that is not in the vocabulary of arithmetic, got ''"),
-    ('(+12)=3', '12', "hole expects a text that is not in the vocabulary of arithmetic, got '12'"),
-    ('(+12)=3', '_', r"'\(\+12\)=3' has no hole \('_'\) to fill"),
-    ('(+x_)=3', '_', "'x' in '.*' is not in the vocabulary of arithmetic"),
-])
+@pytest.mark.parametrize(
+    'text, hole, message',
+    [
+        ('1=1', '1', "hole expects a text that is not in the vocabulary of arithmetic, got '1'"),
+        ('12=1', '', "hole expects a text that is not in the vocabulary of arithmetic, got ''"),
+        ('(+12)=3', '12', "hole expects a text that is not in the vocabulary of arithmetic, got '12'"),
+        ('(+12)=3', '_', r"'\(\+12\)=3' has no hole \('_'\) to fill"),
+        ('(+x_)=3', '_', "'x' in '.*' is not in the vocabulary of arithmetic"),
+    ],
+)
 def test_holes_that_are_none(text, hole, message):
     with pytest.raises(UserError, match=message):
         holes(ARITHMETIC, text, hole, MASK)
 
 
 def test_spans():
-    assert spans('3:5', 7) == [3, 4] and spans('3:5,6:7', 7) == [3, 4, 6] and spans('0:7', 7) == list(range(7))
+    assert (
+        spans('3:5', 7) == [3, 4] and spans('3:5,6:7', 7) == [3, 4, 6] and spans('0:7', 7) == list(range(7))
+    )
     assert spans(' 4:5, 0:2 ', 7) == [4, 0, 1]
 
 
-@pytest.mark.parametrize('text, message', [
-    ('3:3', 'the span 3:3 is empty'), ('5:3', 'the span 5:3 is empty'),
-    ('3:8', 'the span 3:8 is outside the text, which has 7 tokens'),
-    ('7:8', 'outside the text'), ('0:2,9:10', 'the span 9:10 is outside'), ('2:4,3:5', "the spans of '2:4,3:5' overlap"),
-    ('1:2,1:2', 'overlap'), ('3', "mask expects spans like 3:5 or 3:5,8:9, counted from 0; got '3'"),
-    ('a:b', 'mask expects spans'),
-    ('-1:2', 'mask expects spans'), ('1:2:3', 'mask expects spans'), ('1:2,', 'mask expects spans'), ('', 'mask expects spans'),
-    (':', 'mask expects spans'), (None, 'mask expects spans'), ('²:3', 'mask expects spans'), ('1.0:2', 'mask expects spans'),
-])
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('3:3', 'the span 3:3 is empty'),
+        ('5:3', 'the span 5:3 is empty'),
+        ('3:8', 'the span 3:8 is outside the text, which has 7 tokens'),
+        ('7:8', 'outside the text'),
+        ('0:2,9:10', 'the span 9:10 is outside'),
+        ('2:4,3:5', "the spans of '2:4,3:5' overlap"),
+        ('1:2,1:2', 'overlap'),
+        ('3', "mask expects spans like 3:5 or 3:5,8:9, counted from 0; got '3'"),
+        ('a:b', 'mask expects spans'),
+        ('-1:2', 'mask expects spans'),
+        ('1:2:3', 'mask expects spans'),
+        ('1:2,', 'mask expects spans'),
+        ('', 'mask expects spans'),
+        (':', 'mask expects spans'),
+        (None, 'mask expects spans'),
+        ('²:3', 'mask expects spans'),
+        ('1.0:2', 'mask expects spans'),
+    ],
+)
 def test_spans_that_are_none(text, message):
     with pytest.raises(UserError, match=message):
         spans(text, 7)
@@ -82,41 +109,56 @@ def small(block_size=8):
     return SimpleNamespace(config=SimpleNamespace(block_size=block_size), mask_token_id=MASK)
 
 
-@pytest.mark.parametrize('task, text, more, expected, fixed', [
-    ('infill', '1_2', dict(hole='_'), [BOS, 1, MASK, 2, EOS, PAD, PAD, PAD], '11011111'),
-    ('infill', '1_2_', dict(hole='_'), [BOS, 1, MASK, 2, MASK, MASK, MASK, MASK], '11010000'),
-    ('infill', '_', dict(hole='_'), [BOS] + [MASK] * 7, '10000000'),
-    ('edit', '123', dict(mask='0:2'), [BOS, MASK, MASK, 3, EOS, PAD, PAD, PAD], '10011111'),
-    ('repair', '123', {}, [BOS, 1, 2, 3, EOS, PAD, PAD, PAD], '10000000'),
-    ('score', '123', {}, [BOS, 1, 2, 3, EOS, PAD, PAD, PAD], '11111111'),
-    ('score', '123456', {}, [BOS, 1, 2, 3, 4, 5, 6, EOS], '11111111'),
-])
+@pytest.mark.parametrize(
+    'task, text, more, expected, fixed',
+    [
+        ('infill', '1_2', dict(hole='_'), [BOS, 1, MASK, 2, EOS, PAD, PAD, PAD], '11011111'),
+        ('infill', '1_2_', dict(hole='_'), [BOS, 1, MASK, 2, MASK, MASK, MASK, MASK], '11010000'),
+        ('infill', '_', dict(hole='_'), [BOS] + [MASK] * 7, '10000000'),
+        ('edit', '123', dict(mask='0:2'), [BOS, MASK, MASK, 3, EOS, PAD, PAD, PAD], '10011111'),
+        ('repair', '123', {}, [BOS, 1, 2, 3, EOS, PAD, PAD, PAD], '10000000'),
+        ('score', '123', {}, [BOS, 1, 2, 3, EOS, PAD, PAD, PAD], '11111111'),
+        ('score', '123456', {}, [BOS, 1, 2, 3, 4, 5, 6, EOS], '11111111'),
+    ],
+)
 def test_task_canvas(task, text, more, expected, fixed):
     canvas, kept = task_canvas(task, small(), ARITHMETIC, text, **more)
-    assert canvas.tolist() == [expected] and kept.tolist() == [[x == '1' for x in fixed]] and kept.dtype == torch.bool
+    assert (
+        canvas.tolist() == [expected]
+        and kept.tolist() == [[x == '1' for x in fixed]]
+        and kept.dtype == torch.bool
+    )
 
 
 def test_task_canvas_without_an_end_token():
     """A text that ends makes the canvas; what is open goes as far as the network."""
     model = SimpleNamespace(config=SimpleNamespace(block_size=6), mask_token_id=3)
     for task, text, more, expected, fixed in (
-            ('infill', 'a_b', dict(hole='_'), [0, 3, 1], '101'), ('infill', 'a_', dict(hole='_'), [0, 3, 3, 3, 3, 3], '100000'),
-            ('edit', 'ab\n', dict(mask='1:2'), [0, 3, 2], '101'), ('repair', 'ab', {}, [0, 1], '00'),
-            ('score', 'ab', {}, [0, 1], '11')):
+        ('infill', 'a_b', dict(hole='_'), [0, 3, 1], '101'),
+        ('infill', 'a_', dict(hole='_'), [0, 3, 3, 3, 3, 3], '100000'),
+        ('edit', 'ab\n', dict(mask='1:2'), [0, 3, 2], '101'),
+        ('repair', 'ab', {}, [0, 1], '00'),
+        ('score', 'ab', {}, [0, 1], '11'),
+    ):
         canvas, kept = task_canvas(task, model, STREAM, text, **more)
         assert canvas.tolist() == [expected] and kept.tolist() == [[x == '1' for x in fixed]]
 
 
-@pytest.mark.parametrize('task, text, more, message', [
-    ('repair', '1234567', {}, 'a text of 7 tokens does not fit: block_size 8 leaves room for 6'),
-    ('infill', '123456_', dict(hole='_'), None), ('infill', '1234567_', dict(hole='_'), 'a text of 7 tokens does not fit'),
-    ('infill', '_______1', dict(hole='_'), 'a text of 8 tokens does not fit'),
-    ('edit', '1234567', dict(mask='0:1'), 'does not fit'),
-    ('score', '', {}, 'the text is empty'), ('edit', '', dict(mask='0:1'), 'the text is empty'),
-    ('repair', '', {}, 'the text is empty'),
-    ('edit', '123', dict(mask='2:4'), 'outside the text, which has 3 tokens'),
-    ('score', '1x', {}, "'x' in '1x' is not in the vocabulary"),
-])
+@pytest.mark.parametrize(
+    'task, text, more, message',
+    [
+        ('repair', '1234567', {}, 'a text of 7 tokens does not fit: block_size 8 leaves room for 6'),
+        ('infill', '123456_', dict(hole='_'), None),
+        ('infill', '1234567_', dict(hole='_'), 'a text of 7 tokens does not fit'),
+        ('infill', '_______1', dict(hole='_'), 'a text of 8 tokens does not fit'),
+        ('edit', '1234567', dict(mask='0:1'), 'does not fit'),
+        ('score', '', {}, 'the text is empty'),
+        ('edit', '', dict(mask='0:1'), 'the text is empty'),
+        ('repair', '', {}, 'the text is empty'),
+        ('edit', '123', dict(mask='2:4'), 'outside the text, which has 3 tokens'),
+        ('score', '1x', {}, "'x' in '1x' is not in the vocabulary"),
+    ],
+)
 def test_task_canvases_that_do_not_fit(task, text, more, message):
     if message is None:
         assert task_canvas(task, small(), ARITHMETIC, text, **more)[0].size(1) == 8
@@ -124,54 +166,86 @@ def test_task_canvases_that_do_not_fit(task, text, more, message):
         with pytest.raises(UserError, match=message):
             task_canvas(task, small(), ARITHMETIC, text, **more)
 
+
 # -----------------------------------------------------------------------------
 # which rules, and what is said of a text
 
 
 def test_who_has_seen_noise_repairs_by_rewriting():
-    for noisy in (default_config(training_type='denoising'),
-                  default_config(training_type='joint', corruption='own:0.5,noise:0.5')):
+    for noisy in (
+        default_config(training_type='denoising'),
+        default_config(training_type='joint', corruption='own:0.5,noise:0.5'),
+    ):
         assert choose_rules(noisy, task='repair', inside=True) == {**REWRITE, 'ar_prefix': 0}
         assert choose_rules(noisy, task='repair', inside=True, temperature=0.7)['temperature'] == 0.7
-        for more in (dict(rewrite=False), dict(remask='random'), dict(commit='confidence'), dict(preset='intelligent')):
+        for more in (
+            dict(rewrite=False),
+            dict(remask='random'),
+            dict(commit='confidence'),
+            dict(preset='intelligent'),
+        ):
             assert choose_rules(noisy, task='repair', inside=True, **more)['remask_threshold'] == 0.8
-    assert 'rewrite' not in choose_rules(default_config(training_type='unmasking', corruption='noise'), inside=True)
-    assert choose_rules(noisy, task='repair', inside=True, judge=True) == {**TASKS['repair'], 'ar_prefix': 0}    # it looks first
+    assert 'rewrite' not in choose_rules(
+        default_config(training_type='unmasking', corruption='noise'), inside=True
+    )
+    # it looks first
+    assert choose_rules(noisy, task='repair', inside=True, judge=True) == {**TASKS['repair'], 'ar_prefix': 0}
 
 
 def test_what_was_chosen_wins_over_the_preset_and_that_over_the_task_and_that_over_the_best():
     joint = default_config(training_type='joint', causal_ratio=0.3)
     assert choose_rules(joint) == dict(commit='random', remask='causal', ar_prefix=0)
-    assert choose_rules(joint, steps=5, schedule=None) == dict(commit='random', remask='causal', ar_prefix=0, steps=5)
+    assert choose_rules(joint, steps=5, schedule=None) == dict(
+        commit='random', remask='causal', ar_prefix=0, steps=5
+    )
     assert choose_rules(joint, inside=True)['remask'] == 'wrong'
     repair = choose_rules(joint, task='repair', inside=True)
     assert repair == {**TASKS['repair'], 'ar_prefix': 0} and repair['remask_threshold'] == 0.8
-    both = choose_rules(joint, task='repair', preset='intelligent', remask='random', temperature=0.5, remask_rate=None)
-    assert (both['commit'], both['remask'], both['temperature'], both['remask_threshold']) == ('random', 'random', 0.5, 0.8)
+    both = choose_rules(
+        joint, task='repair', preset='intelligent', remask='random', temperature=0.5, remask_rate=None
+    )
+    assert (both['commit'], both['remask'], both['temperature'], both['remask_threshold']) == (
+        'random',
+        'random',
+        0.5,
+        0.8,
+    )
     for name, rules in PRESETS.items():
         chosen = choose_rules(joint, preset=name)
         assert rules.items() <= chosen.items() and {'commit', 'remask', 'ar_prefix'} <= set(chosen)
-    assert choose_rules(joint, preset='universal', steps=3, ar_prefix=0) == {**PRESETS['universal'], 'steps': 3, 'ar_prefix': 0}
+    assert choose_rules(joint, preset='universal', steps=3, ar_prefix=0) == {
+        **PRESETS['universal'],
+        'steps': 3,
+        'ar_prefix': 0,
+    }
     assert choose_rules(joint, preset='ancestral', temperature=0.0)['temperature'] == 0
     plain = default_config(training_type='unmasking')
     assert choose_rules(plain, preset='maskgit', remask='random')['remask'] == 'random'
     assert choose_rules(plain, judge=True) == dict(commit='random', remask='wrong', ar_prefix=0)
 
 
-@pytest.mark.parametrize('kind, how, message', [
-    ('joint', dict(preset='remdn'), "unknown preset 'remdn'; did you mean remdm?"),
-    ('joint', dict(preset='zzz'), "unknown preset 'zzz'; there are ancestral, maskgit, .*universal"),
-    ('joint', dict(task='repair', remask='none'),
-     'repair finds what to change by re-masking: use --remask=wrong, random or critic, not none'),
-    ('joint', dict(task='repair', preset='ancestral'), 'not none'), ('joint', dict(task='repair', remask='p2'), 'not p2'),
-    ('joint', dict(task='repair', preset='remdm'), 'not remdm'),
-    ('unmasking', dict(task='repair'), 'not trained to find wrong tokens'),
-    ('unmasking', dict(preset='intelligent'), 'not trained to find wrong tokens'),
-    ('unmasking', dict(preset='speculative'), 'causal mode'),
-    ('unmasking', dict(preset='universal'), 'no trained causal mode'), ('causal', dict(task='repair'), 'samples left to right'),
-    ('remasking', dict(task='infill'), 'it judges tokens but cannot write'),
-    ('joint', dict(preset='remdm', judge=True), 'not for --remask=remdm'),
-])
+@pytest.mark.parametrize(
+    'kind, how, message',
+    [
+        ('joint', dict(preset='remdn'), "unknown preset 'remdn'; did you mean remdm?"),
+        ('joint', dict(preset='zzz'), "unknown preset 'zzz'; there are ancestral, maskgit, .*universal"),
+        (
+            'joint',
+            dict(task='repair', remask='none'),
+            'repair finds what to change by re-masking: use --remask=wrong, random or critic, not none',
+        ),
+        ('joint', dict(task='repair', preset='ancestral'), 'not none'),
+        ('joint', dict(task='repair', remask='p2'), 'not p2'),
+        ('joint', dict(task='repair', preset='remdm'), 'not remdm'),
+        ('unmasking', dict(task='repair'), 'not trained to find wrong tokens'),
+        ('unmasking', dict(preset='intelligent'), 'not trained to find wrong tokens'),
+        ('unmasking', dict(preset='speculative'), 'causal mode'),
+        ('unmasking', dict(preset='universal'), 'no trained causal mode'),
+        ('causal', dict(task='repair'), 'samples left to right'),
+        ('remasking', dict(task='infill'), 'it judges tokens but cannot write'),
+        ('joint', dict(preset='remdm', judge=True), 'not for --remask=remdm'),
+    ],
+)
 def test_rules_that_cannot_be_chosen(kind, how, message):
     with pytest.raises(UserError, match=message):
         choose_rules(default_config(training_type=kind), **how)
@@ -180,11 +254,15 @@ def test_rules_that_cannot_be_chosen(kind, how, message):
 def test_marks():
     """Changed, doubted and kept, or let alone; how often it went back and forth does not matter."""
     before = torch.tensor([15, 1, 2, 3, 4, 5, 16])
-    trace = torch.tensor([[15, 1, 2, 3, 4, 5, 16],
-                          [15, 1, 18, 18, 4, 18, 16],
-                          [15, 1, 7, 3, 4, 18, 16],
-                          [15, 1, 18, 3, 4, 8, 16],
-                          [15, 1, 9, 3, 4, 5, 17]])
+    trace = torch.tensor(
+        [
+            [15, 1, 2, 3, 4, 5, 16],
+            [15, 1, 18, 18, 4, 18, 16],
+            [15, 1, 7, 3, 4, 18, 16],
+            [15, 1, 18, 3, 4, 8, 16],
+            [15, 1, 9, 3, 4, 5, 17],
+        ]
+    )
     assert marks(before, trace, 18) == '  ^? ?^' and marks(before, trace[:1], 18) == ' ' * 7
     assert marks(before, trace[:2].clone().index_copy(0, torch.tensor([1]), trace[2:3]), 18) == '  ^  ^ '
 
@@ -194,38 +272,65 @@ TEXT = dict(ARITHMETIC, name='text', vocab_size=3, itos=['a', '<end>', '<pad>'],
 
 @torch.no_grad()
 def test_judge_rows_says_what_the_network_thinks():
-    """NELBO is the mean over all orders, padding paid for and not counted; causal NLL a token; p(WRONG) of each position."""
+    """
+    NELBO is the mean over all orders, padding paid for and not counted; causal NLL a token; p(WRONG) of each
+    position.
+    """
     model, rows = tiny_gpt(3, 4, seed=2), torch.tensor([[0, 0, 1, 2], [0, 0, 0, 1], [1, 2, 2, 2]])
-    config, everywhere = default_config(training_type='joint', causal_ratio=0.3), torch.ones(4, dtype=torch.bool)
-    runs = [judge_rows(model, TEXT, rows, config, seed=seed) for seed in range(60)]
+    config, everywhere = (
+        default_config(training_type='joint', causal_ratio=0.3),
+        torch.ones(4, dtype=torch.bool),
+    )
+    runs = [judge_rows(model, TEXT, rows, supports(config), seed=seed) for seed in range(60)]
     for row, x in enumerate(rows):
         found, tokens = torch.tensor([run[row]['nelbo'] for run in runs]), (3, 4, 1)[row]
-        error = found.std().item() / 60 ** 0.5
-        assert abs(found.mean().item() - any_order_nll(model, x, everywhere).mean() / tokens) < 4.5 * error < 0.3
+        error = found.std().item() / 60**0.5
+        assert (
+            abs(found.mean().item() - any_order_nll(model, x, everywhere).mean() / tokens) < 4.5 * error < 0.3
+        )
         assert len(found.unique()) > 50
         judged = runs[0][row]
         assert set(judged) == {'nelbo', 'causal_nll', 'p_wrong'} and json.dumps(judged)
-        assert judged['causal_nll'] == pytest.approx(causal_nll(model, x[None], x[None] != 2).item() / tokens, rel=1e-5)
+        assert judged['causal_nll'] == pytest.approx(
+            causal_nll(model, x[None], x[None] != 2).item() / tokens, rel=1e-5
+        )
         p = model.logits(model(x[None]))[0].softmax(-1)
         assert judged['p_wrong'] == pytest.approx([1 - p[t, x[t]].item() for t in range(4)], abs=1e-5)
-    assert judge_rows(model, TEXT, rows, config, seed=3) == runs[3]
-    many = [judge_rows(model, TEXT, rows[:1], config, seed=seed, estimates=256)[0]['nelbo'] for seed in range(20)]
+    assert judge_rows(model, TEXT, rows, supports(config), seed=3) == runs[3]
+    many = [
+        judge_rows(model, TEXT, rows[:1], supports(config), seed=seed, estimates=256)[0]['nelbo']
+        for seed in range(20)
+    ]
     few = [run[0]['nelbo'] for run in runs]
-    assert torch.tensor(many).var() < 0.4 * torch.tensor(few).var()           # more estimates, less noise
+    assert torch.tensor(many).var() < 0.4 * torch.tensor(few).var()  # more estimates, less noise
     # the start symbol is given: neither paid nor counted
     bos = dict(TEXT, bos=0, itos=['<start>', '<end>', '<pad>'])
     start = torch.tensor([[0, 2, 1, 2]])
-    assert judge_rows(model, bos, start, config)[0]['causal_nll'] == pytest.approx(
-        causal_nll(model, start, torch.tensor([[False, False, True, False]])).item(), rel=1e-5)
+    assert judge_rows(model, bos, start, supports(config))[0]['causal_nll'] == pytest.approx(
+        causal_nll(model, start, torch.tensor([[False, False, True, False]])).item(), rel=1e-5
+    )
 
 
-@pytest.mark.parametrize('kind, ratio, keys', [
-    ('unmasking', 0.0, {'nelbo'}), ('unmasking', 0.3, {'nelbo', 'causal_nll'}), ('joint', 0.0, {'nelbo', 'p_wrong'}),
-    ('causal', 0.0, {'causal_nll'}), ('remasking', 0.0, {'p_wrong'}), ('denoising', 0.5, {'nelbo', 'causal_nll', 'p_wrong'})])
+@pytest.mark.parametrize(
+    'kind, ratio, keys',
+    [
+        ('unmasking', 0.0, {'nelbo'}),
+        ('unmasking', 0.3, {'nelbo', 'causal_nll'}),
+        ('joint', 0.0, {'nelbo', 'p_wrong'}),
+        ('causal', 0.0, {'causal_nll'}),
+        ('remasking', 0.0, {'p_wrong'}),
+        ('denoising', 0.5, {'nelbo', 'causal_nll', 'p_wrong'}),
+    ],
+)
 def test_judge_rows_says_what_the_network_was_trained_for(kind, ratio, keys):
-    judged = judge_rows(tiny_gpt(3, 4), STREAM, torch.tensor([[0, 1, 1, 2]]),
-                        default_config(training_type=kind, causal_ratio=ratio))
+    judged = judge_rows(
+        tiny_gpt(3, 4),
+        STREAM,
+        torch.tensor([[0, 1, 1, 2]]),
+        supports(default_config(training_type=kind, causal_ratio=ratio)),
+    )
     assert [set(row) for row in judged] == [keys]
+
 
 # -----------------------------------------------------------------------------
 # the command
@@ -235,47 +340,71 @@ def test_judge_rows_says_what_the_network_was_trained_for(kind, ratio, keys):
 def made(tmp_path_factory):
     """Untrained checkpoints of several kinds: a dict of their paths."""
     folder = tmp_path_factory.mktemp('made')
-    kinds = dict(joint=dict(training_type='joint', causal_ratio=0.5), plain=dict(training_type='unmasking'),
-                 causal=dict(training_type='causal'),
-                 judge=dict(training_type='remasking'))
+    kinds = dict(
+        joint=dict(training_type='joint', causal_ratio=0.5),
+        plain=dict(training_type='unmasking'),
+        causal=dict(training_type='causal'),
+        judge=dict(training_type='remasking'),
+    )
     paths = {name: write_checkpoint(folder / f'{name}.pt', **config) for name, config in kinds.items()}
-    return dict(paths, stream=write_checkpoint(folder / 'stream.pt', tiny_gpt(3, 12, n_recur=1), STREAM, training_type='joint'))
+    return dict(
+        paths,
+        stream=write_checkpoint(
+            folder / 'stream.pt', tiny_gpt(3, 12, n_recur=1), STREAM, training_type='joint'
+        ),
+    )
 
 
 @pytest.fixture
 def sampled(run, made, tmp_path):
     """sampled('joint', '--task=edit', ...): (what was printed, the samples)."""
+
     def sampled(name, *words):
         path = tmp_path / 'samples.jsonl'
         status, out, err = run('sample', f'--init_from={made[name]}', *CPU, f'--save={path}', *words)
         assert status == 0, err
         return out, read_samples(path)
+
     return sampled
 
 
 def test_edit_changes_nothing_but_the_span(sampled):
-    out, samples = sampled('joint', '--task=edit', '--text=(+12)=3', '--mask=2:4,6:7', '--num_samples=12', '--temperature=2')
+    out, samples = sampled(
+        'joint', '--task=edit', '--text=(+12)=3', '--mask=2:4,6:7', '--num_samples=12', '--temperature=2'
+    )
     assert len(samples) == 12 and out.count('(+12)=3\n-> (+') == 12
     for s in samples:
         assert s['finished'] and len(s['text']) == 7 and s['text'][:2] + s['text'][4:6] == '(+)='
         assert s['tokens'][:3] == [15, 10, 12] and s['tokens'][-1] == 16 and max(s['tokens'][1:-1]) < 15
-    assert all(len({s['text'][i] for s in samples}) > 1 for i in (2, 3, 6))   # it does write there
+    assert all(len({s['text'][i] for s in samples}) > 1 for i in (2, 3, 6))  # it does write there
 
 
 def test_nothing_ends_a_text_in_a_hole_that_is_begun_left_to_right(made):
     """An end token or padding inside is as wrong in the part that the causal pass writes as in the rest."""
     model = tiny_gpt(18, 64, n_recur=1)
     with torch.no_grad():
-        model.wte.weight[EOS:PAD + 1] += 3 * model.wte.weight.std()           # an untrained network in love with the end
-    for canvas, fixed in (task_canvas('infill', model, ARITHMETIC, '(+____________2)=3', '_'),
-                          sample.start_canvas(model, ARITHMETIC, 1, lengths=torch.tensor([17]))):
-        for s in sample.fill(model, ARITHMETIC, canvas.repeat(20, 1), fixed.repeat(20, 1), ar_prefix=3, remask='none'):
-            assert s['tokens'].index(EOS) == len(s['tokens']) - 1 == canvas[0].tolist().index(EOS) and PAD not in s['tokens']
+        # an untrained network in love with the end
+        model.wte.weight[EOS : PAD + 1] += 3 * model.wte.weight.std()
+    for canvas, fixed in (
+        task_canvas('infill', model, ARITHMETIC, '(+____________2)=3', '_'),
+        start_canvas(model, ARITHMETIC, 1, lengths=torch.tensor([17])),
+    ):
+        for s in sample.fill(
+            model, ARITHMETIC, canvas.repeat(20, 1), fixed.repeat(20, 1), ar_prefix=3, remask='none'
+        ):
+            assert (
+                s['tokens'].index(EOS) == len(s['tokens']) - 1 == canvas[0].tolist().index(EOS)
+                and PAD not in s['tokens']
+            )
 
 
 def test_infill_keeps_the_anchors(sampled):
-    for name, words in (('joint', []), ('plain', []), ('joint', ['--preset=maskgit', '--steps=2']),
-                        ('joint', ['--preset=remdm'])):
+    for name, words in (
+        ('joint', []),
+        ('plain', []),
+        ('joint', ['--preset=maskgit', '--steps=2']),
+        ('joint', ['--preset=remdm']),
+    ):
         out, samples = sampled(name, '--task=infill', '--text=(+_2)=_3', '--num_samples=4', *words)
         for s in samples:
             assert s['finished'] and re.fullmatch(r'\(\+.2\)=.3', s['text']) and max(s['tokens'][1:-1]) < 15
@@ -284,21 +413,32 @@ def test_infill_keeps_the_anchors(sampled):
 
 def test_an_open_hole_is_as_long_as_the_model_wants(sampled):
     """And where nothing is right of it the causal mode may write it."""
-    for words, rule in (([], 'remask=causal'), (['--remask=wrong'], 'remask=wrong'), (['--preset=hybrid'], 'ar_prefix=16')):
-        out, samples = sampled('joint', '--task=infill', '--text=(+12)=??', '--hole=??', '--num_samples=5', *words)
+    for words, rule in (
+        ([], 'remask=causal'),
+        (['--remask=wrong'], 'remask=wrong'),
+        (['--preset=hybrid'], 'ar_prefix=16'),
+    ):
+        out, samples = sampled(
+            'joint', '--task=infill', '--text=(+12)=??', '--hole=??', '--num_samples=5', *words
+        )
         assert rule in out and all(s['text'].startswith('(+12)=') for s in samples)
         assert len({len(s['tokens']) for s in samples}) > 1
     out, samples = sampled('causal', '--task=infill', '--text=(+12)=_')
     assert samples[0]['text'].startswith('(+12)=') and samples[0]['nfe'] == len(samples[0]['tokens']) - 7
     out, _ = sampled('joint', '--task=infill', '--text=(+_2)=_')
-    assert 'remask=wrong' in out                                              # a hole inside is none for the causal mode
+    assert 'remask=wrong' in out  # a hole inside is none for the causal mode
 
 
 def test_a_file_of_texts(sampled, tmp_path):
-    """One a line, empty lines left out, num_samples of each, in the order of the file; and what came from what is printed."""
+    """
+    One a line, empty lines left out, num_samples of each, in the order of the file; and what came from what
+    is printed.
+    """
     lines = ['(+_2)=3', '(*1_)=12', '_']
     (tmp_path / 'lines.txt').write_text('\n\n'.join(lines) + '\n', encoding='utf-8')
-    out, samples = sampled('joint', '--task=infill', f'--file={tmp_path}/lines.txt', '--num_samples=2', '--batch_size=4')
+    out, samples = sampled(
+        'joint', '--task=infill', f'--file={tmp_path}/lines.txt', '--num_samples=2', '--batch_size=4'
+    )
     assert len(samples) == 6 and '6 samples' in out
     for s, line in zip(samples, [line for line in lines for _ in range(2)]):
         if line != '_':
@@ -310,13 +450,18 @@ def test_a_file_of_texts(sampled, tmp_path):
 
 
 def test_repair_says_what_it_did(sampled):
-    """The marks of a sample are true: ^ exactly where the text is another one; and it can be told to be less or more sure."""
+    """
+    The marks of a sample are true: ^ exactly where the text is another one; and it can be told to be less or
+    more sure.
+    """
     text = '(+12))=3'
     before = [15, 10, 12, 1, 2, 11, 11, 14, 3, 16] + [17] * 54
     out, (s,) = sampled('joint', '--task=repair', f'--text={text}')
     assert 'remask=wrong' in out and 'remask_threshold=0.8' in out and f'{text}\n-> ' in out
     assert 'trace' not in s and len(s['marks']) == len(s['tokens']) and s['tokens'][0] == 15 and s['nfe'] >= 1
-    assert [mark == '^' for mark in s['marks']] == [new != old for new, old in zip(s['tokens'], before)] and '^' in s['marks']
+    assert [mark == '^' for mark in s['marks']] == [
+        new != old for new, old in zip(s['tokens'], before)
+    ] and '^' in s['marks']
     assert f"   {s['marks'][1:].rstrip()}   (^ changed, ? doubted and kept)" in out
     out, (s,) = sampled('joint', '--task=repair', f'--text={text}', '--remask_threshold=1')
     assert s['text'] == text and s['nfe'] == 1 and not s['marks'].strip() and '(^ changed' not in out
@@ -324,47 +469,71 @@ def test_repair_says_what_it_did(sampled):
 
 
 def test_repair_with_a_judge_of_its_own(sampled, made):
-    out, (s,) = sampled('plain', '--task=repair', '--text=(+12))=3', f"--remask_from={made['judge']}", '--remask_threshold=0.1')
+    out, (s,) = sampled(
+        'plain',
+        '--task=repair',
+        '--text=(+12))=3',
+        f"--remask_from={made['judge']}",
+        '--remask_threshold=0.1',
+    )
     assert 'remask=wrong' in out and s['nfe'] >= 2 and set(s['marks']) <= set(' ^?') and s['marks'].strip()
 
 
 def test_score_prints_and_saves_what_the_network_thinks(sampled, made):
     """The text itself is left alone."""
-    model, text = load_checkpoint(made['joint'])[0], '(+12)=3'
+    model, text = GPT.load(made['joint'])[0], '(+12)=3'
     row = torch.tensor([[15, 10, 12, 1, 2, 11, 14, 3, 16] + [17] * 55])
-    judged, = judge_rows(model, ARITHMETIC, row, default_config(training_type='joint', causal_ratio=0.5))
+    (judged,) = judge_rows(
+        model, ARITHMETIC, row, supports(default_config(training_type='joint', causal_ratio=0.5))
+    )
     out, (s,) = sampled('joint', '--task=score', f'--text={text}')
     assert s['text'] == text and s['tokens'] == row[0, :9].tolist() and s['nfe'] == 0
     assert s['p_wrong'] == pytest.approx(judged['p_wrong'][:9], abs=1e-5)
     assert s['nelbo'] == pytest.approx(judged['nelbo'], rel=1e-4)
     assert s['causal_nll'] == pytest.approx(judged['causal_nll'], rel=1e-4)
-    tenths = ''.join(str(min(9, int(10 * p))) for p in judged['p_wrong'][1:9])        # not of the start symbol
+    tenths = ''.join(str(min(9, int(10 * p))) for p in judged['p_wrong'][1:9])  # not of the start symbol
     assert f'{text}   ✓\n{tenths}   p(WRONG) of every token in tenths\n' in out
     assert f"NELBO {judged['nelbo']:.3f}, causal NLL {judged['causal_nll']:.3f} nats/token" in out
     assert 'passes each' not in out and '-> ' not in out
     out, (s,) = sampled('plain', '--task=score', f'--text={text}')
-    assert 'nelbo' in s and not {'p_wrong', 'causal_nll'} & set(s) and 'causal NLL' not in out and 'p(WRONG)' not in out
-    out, (s,) = sampled('judge', '--task=score', f'--text={text}')            # it cannot write, but it can judge
+    assert (
+        'nelbo' in s
+        and not {'p_wrong', 'causal_nll'} & set(s)
+        and 'causal NLL' not in out
+        and 'p(WRONG)' not in out
+    )
+    out, (s,) = sampled('judge', '--task=score', f'--text={text}')  # it cannot write, but it can judge
     assert 'p_wrong' in s and 'nelbo' not in s and 'NELBO' not in out
 
 
 def test_samples_can_be_scored_as_well(sampled):
     out, samples = sampled('joint', '--num_samples=3', '--score', '--remask=none', '--steps=6')
     assert out.count('p(WRONG) of every token') == out.count(' nats/token') == 3
-    assert all(len(s['p_wrong']) == len(s['tokens']) and s['nelbo'] > 0 and s['causal_nll'] > 0 for s in samples)
+    assert all(
+        len(s['p_wrong']) == len(s['tokens']) and s['nelbo'] > 0 and s['causal_nll'] > 0 for s in samples
+    )
     _, again = sampled('joint', '--num_samples=3', '--remask=none', '--steps=6')
     assert [s['text'] for s in samples] == [s['text'] for s in again] and 'nelbo' not in again[0]
 
 
-@pytest.mark.parametrize('words', [
-    ['--task=infill', '--text=(+__)=_'], ['--task=edit', '--text=(+12)=3', '--mask=2:4'], ['--task=score', '--text=(+12)=3'],
-    ['--task=repair', '--text=(+12))=3', '--temperature=1', '--remask_threshold=0.05'], ['--preset=remdm', '--steps=6'],
-], ids=' '.join)
+@pytest.mark.parametrize(
+    'words',
+    [
+        ['--task=infill', '--text=(+__)=_'],
+        ['--task=edit', '--text=(+12)=3', '--mask=2:4'],
+        ['--task=score', '--text=(+12)=3'],
+        ['--task=repair', '--text=(+12))=3', '--temperature=1', '--remask_threshold=0.05'],
+        ['--preset=remdm', '--steps=6'],
+    ],
+    ids=' '.join,
+)
 def test_same_seed_same_output_of_every_task(sampled, words):
-    first, again, other = [sampled('joint', *words, '--num_samples=2', f'--seed={seed}')[1] for seed in (5, 5, 6)]
+    first, again, other = [
+        sampled('joint', *words, '--num_samples=2', f'--seed={seed}')[1] for seed in (5, 5, 6)
+    ]
     assert first == again
     if 'score' not in words[0]:
-        assert first != other and first[0] != first[1]                        # nor are two of one text the same
+        assert first != other and first[0] != first[1]  # nor are two of one text the same
 
 
 def test_a_preset_gives_way_to_what_is_chosen(sampled):
@@ -386,15 +555,23 @@ def test_a_page_has_the_stories_of_the_first_samples(sampled, tmp_path):
     out, samples = sampled('joint', '--remask=wrong', '--steps=4', '--num_samples=21', f'--html={page}')
     data = Page(page).data()
     assert f'written to {page}' in out and len(data['stories']) == 20 and 'trace' not in samples[0]
-    assert all(len(story['frames']) == 5 and samples[i]['text'] in story['label'] for i, story in enumerate(data['stories']))
-    out, samples = sampled('joint', '--task=infill', '--text=(+_2)=_', f'--html={page}', '--ar_prefix=0', '--remask=none')
-    story, = Page(page).data()['stories']
+    assert all(
+        len(story['frames']) == 5 and samples[i]['text'] in story['label']
+        for i, story in enumerate(data['stories'])
+    )
+    out, samples = sampled(
+        'joint', '--task=infill', '--text=(+_2)=_', f'--html={page}', '--ar_prefix=0', '--remask=none'
+    )
+    (story,) = Page(page).data()['stories']
     assert len(story['frames']) == samples[0]['nfe'] + 1
-    assert story['frames'][0][1].startswith('fffmfffm')                       # <bos>(+_2)=_ : what is given, and the holes
+    assert story['frames'][0][1].startswith('fffmfffm')  # <bos>(+_2)=_ : what is given, and the holes
 
 
-@pytest.mark.parametrize('words', [['--task=repair', '--text=(+12))=3'], ['--preset=hybrid', '--num_samples=2', '--steps=3']],
-                         ids=' '.join)
+@pytest.mark.parametrize(
+    'words',
+    [['--task=repair', '--text=(+12))=3'], ['--preset=hybrid', '--num_samples=2', '--steps=3']],
+    ids=' '.join,
+)
 def test_it_can_be_watched_in_the_terminal(sampled, words):
     pytest.importorskip('rich')
     out, samples = sampled('joint', *words, '--animate')
@@ -403,7 +580,10 @@ def test_it_can_be_watched_in_the_terminal(sampled, words):
 
 def test_a_dataset_without_an_end_token(sampled, run, made, tmp_path):
     _, samples = sampled('stream', '--task=infill', '--text=a_b', '--num_samples=3')
-    assert all(len(s['tokens']) == 3 and s['tokens'][0] == 0 and s['tokens'][2] == 1 and not s['finished'] for s in samples)
+    assert all(
+        len(s['tokens']) == 3 and s['tokens'][0] == 0 and s['tokens'][2] == 1 and not s['finished']
+        for s in samples
+    )
     _, (s,) = sampled('stream', '--task=infill', '--text=ab_')
     assert len(s['tokens']) == 12 and s['text'].startswith('ab')
     _, (s,) = sampled('stream', '--task=repair', '--text=abab')
@@ -413,116 +593,164 @@ def test_a_dataset_without_an_end_token(sampled, run, made, tmp_path):
     assert len(sampled('stream', '--task=infill', f'--file={lines}')[1]) == 2
     for text in ('a_b\nab_a\n', 'a_b\na_\n'):
         lines.write_text(text)
-        refused(run('sample', f"--init_from={made['stream']}", '--task=infill', f'--file={lines}', *CPU), 'sample',
-                'text has no end token, so texts of different lengths cannot share a canvas')
+        refused(
+            run('sample', f"--init_from={made['stream']}", '--task=infill', f'--file={lines}', *CPU),
+            'sample',
+            'text has no end token, so texts of different lengths cannot share a canvas',
+        )
 
 
 FIT = '--text=(+12)=3'
 
 
-@pytest.mark.parametrize('name, words, message', [
-    ('joint', ['--task=infil', FIT], ["task expects one of generate, infill", "got 'infil', did you mean infill?"]),
-    ('joint', ['--task=zzz', FIT], ["got 'zzz'"]),
-    ('joint', [FIT], ['text, file and mask are for --task=infill', 'generate takes --prompt']),
-    ('joint', ['--mask=1:2'], ['text, file and mask are for']),
-    ('joint', ['--file=lines.txt'], ['text, file and mask are for']),
-    ('joint', ['--task=repair', FIT, '--prompt=('], ['prompt and length are for --task=generate', 'repair takes']),
-    ('joint', ['--task=edit', FIT, '--mask=1:2', '--length=9'], ['prompt and length are for']),
-    ('joint', ['--task=repair'], ['--task=repair needs a text']),
-    ('joint', ['--task=infill', '--text=1_', '--file=x'], ['not both']),
-    ('joint', ['--task=edit', FIT], ['--mask=3:5 says what --task=edit writes anew']),
-    ('joint', ['--task=infill', '--text=1_', '--mask=0:1'], ['infill takes no mask']),
-    ('joint', ['--task=infill', FIT], ["has no hole ('_')"]), ('joint', ['--task=infill', FIT, '--hole=+'], ['hole expects']),
-    ('joint', ['--task=infill', '--text=' + '_' * 63 + '1'],
-     ['a text of 64 tokens does not fit: block_size 64 leaves room for 62']),
-    ('joint', ['--task=repair', '--text='], ['the text is empty']),
-    ('joint', ['--task=score', '--text=a'], ["'a' in 'a' is not in the"]),
-    ('joint', ['--task=edit', FIT, '--mask=9:10'], ['outside the text, which has 7 tokens']),
-    ('joint', ['--task=repair', FIT, '--remask=none'], ['repair finds what to change by re-masking']),
-    ('joint', ['--preset=remasking'], ["unknown preset 'remasking'"]),
-    ('joint', ['--preset=maskgti'], ['did you mean maskgit?']),
-    ('plain', ['--remask=wrong'], ['not trained to find wrong tokens']),
-    ('plain', ['--task=repair', FIT], ['not trained to find wrong tokens']),
-    ('plain', ['--preset=speculative'], ['no trained causal mode']),
-    ('causal', ['--task=infill', '--text=1_1'], ['neither fill a hole with text right of it']),
-    ('joint', ['--task=infill', '--text=1_1', '--remask=causal'], ['cannot see what is right of a hole']),
-    ('judge', ['--task=infill', '--text=1_1'], ['it judges tokens but cannot write']),
-    ('joint', ['--remask_schedule=0.3'], ['remask_schedule expects a tuple']),
-    ('joint', ['--remask_schedule=0.3,2'], ['two shares in 0..1']),
-    ('joint', ['--remask_schedule=0.3,0.2,0.1'], ['two shares in 0..1']),
-    ('joint', ['--remdm=caps', '--remask=remdm'], ['remdm expects one of']),
-    ('joint', ['--remask_schedule=0.3,0.1', '--remask_threshold=0.5'], ['give one of them']),
-    ('joint', ['--remask=remdm', '--remask_threshold=0.5'], ['not for remdm']),
-    ('joint', ['--remask_rate=2', '--remask=wrong'], ['in 0..1']),
-    ('joint', ['--commit_threshold=0'], ['commit_threshold']),
-    ('joint', ['--block_length=0'], ['block_length must be at least 1']),
-    ('joint', ['--task=score', FIT, '--html=x.html'], ['nothing to watch']),
-    ('joint', ['--task=score', FIT, '--animate'], ['nothing to watch']),
-    ('joint', ['--commit=priority', '--priority=x'], ["'x' in 'x' is not in the vocabulary"]),
-], ids=lambda value: ' '.join(value)[:40] if isinstance(value, list) and value[0].startswith('--') else '')
+@pytest.mark.parametrize(
+    'name, words, message',
+    [
+        (
+            'joint',
+            ['--task=infil', FIT],
+            ["task expects one of generate, infill", "got 'infil', did you mean infill?"],
+        ),
+        ('joint', ['--task=zzz', FIT], ["got 'zzz'"]),
+        ('joint', [FIT], ['text, file and mask are for --task=infill', 'generate takes --prompt']),
+        ('joint', ['--mask=1:2'], ['text, file and mask are for']),
+        ('joint', ['--file=lines.txt'], ['text, file and mask are for']),
+        (
+            'joint',
+            ['--task=repair', FIT, '--prompt=('],
+            ['prompt and length are for --task=generate', 'repair takes'],
+        ),
+        ('joint', ['--task=edit', FIT, '--mask=1:2', '--length=9'], ['prompt and length are for']),
+        ('joint', ['--task=repair'], ['--task=repair needs a text']),
+        ('joint', ['--task=infill', '--text=1_', '--file=x'], ['not both']),
+        ('joint', ['--task=edit', FIT], ['--mask=3:5 says what --task=edit writes anew']),
+        ('joint', ['--task=infill', '--text=1_', '--mask=0:1'], ['infill takes no mask']),
+        ('joint', ['--task=infill', FIT], ["has no hole ('_')"]),
+        ('joint', ['--task=infill', FIT, '--hole=+'], ['hole expects']),
+        (
+            'joint',
+            ['--task=infill', '--text=' + '_' * 63 + '1'],
+            ['a text of 64 tokens does not fit: block_size 64 leaves room for 62'],
+        ),
+        ('joint', ['--task=repair', '--text='], ['the text is empty']),
+        ('joint', ['--task=score', '--text=a'], ["'a' in 'a' is not in the"]),
+        ('joint', ['--task=edit', FIT, '--mask=9:10'], ['outside the text, which has 7 tokens']),
+        ('joint', ['--task=repair', FIT, '--remask=none'], ['repair finds what to change by re-masking']),
+        ('joint', ['--preset=remasking'], ["unknown preset 'remasking'"]),
+        ('joint', ['--preset=maskgti'], ['did you mean maskgit?']),
+        ('plain', ['--remask=wrong'], ['not trained to find wrong tokens']),
+        ('plain', ['--task=repair', FIT], ['not trained to find wrong tokens']),
+        ('plain', ['--preset=speculative'], ['no trained causal mode']),
+        ('causal', ['--task=infill', '--text=1_1'], ['neither fill a hole with text right of it']),
+        ('joint', ['--task=infill', '--text=1_1', '--remask=causal'], ['cannot see what is right of a hole']),
+        ('judge', ['--task=infill', '--text=1_1'], ['it judges tokens but cannot write']),
+        ('joint', ['--remask_schedule=0.3'], ['remask_schedule expects a tuple']),
+        ('joint', ['--remask_schedule=0.3,2'], ['two shares in 0..1']),
+        ('joint', ['--remask_schedule=0.3,0.2,0.1'], ['two shares in 0..1']),
+        ('joint', ['--remdm=caps', '--remask=remdm'], ['remdm expects one of']),
+        ('joint', ['--remask_schedule=0.3,0.1', '--remask_threshold=0.5'], ['give one of them']),
+        ('joint', ['--remask=remdm', '--remask_threshold=0.5'], ['not for remdm']),
+        ('joint', ['--remask_rate=2', '--remask=wrong'], ['in 0..1']),
+        ('joint', ['--commit_threshold=0'], ['commit_threshold']),
+        ('joint', ['--block_length=0'], ['block_length must be at least 1']),
+        ('joint', ['--task=score', FIT, '--html=x.html'], ['nothing to watch']),
+        ('joint', ['--task=score', FIT, '--animate'], ['nothing to watch']),
+        ('joint', ['--commit=priority', '--priority=x'], ["'x' in 'x' is not in the vocabulary"]),
+    ],
+    ids=lambda value: ' '.join(value)[:40] if isinstance(value, list) and value[0].startswith('--') else '',
+)
 def test_mistakes(run, made, tmp_path, name, words, message):
     """One line, and nothing is written."""
-    refused(run('sample', f'--init_from={made[name]}', f'--save={tmp_path}/s.jsonl', *CPU, *words), 'sample', *message)
+    refused(
+        run('sample', f'--init_from={made[name]}', f'--save={tmp_path}/s.jsonl', *CPU, *words),
+        'sample',
+        *message,
+    )
     assert os.listdir(tmp_path) == []
 
 
 def test_files_without_text(run, made, tmp_path):
     (tmp_path / 'empty').write_text('\n\n')
     (tmp_path / 'binary').write_bytes(b'\xff\xfe\x00\x80')
-    for name, message in (('empty', 'there is no text in it'), ('binary', 'cannot be read'),
-                          ('missing', 'cannot be read: No such file'), ('', 'cannot be read')):
+    for name, message in (
+        ('empty', 'there is no text in it'),
+        ('binary', 'cannot be read'),
+        ('missing', 'cannot be read: No such file'),
+        ('', 'cannot be read'),
+    ):
         path = tmp_path / name
-        refused(run('sample', f"--init_from={made['joint']}", '--task=repair', f'--file={path}', *CPU), 'sample', path, message)
+        refused(
+            run('sample', f"--init_from={made['joint']}", '--task=repair', f'--file={path}', *CPU),
+            'sample',
+            path,
+            message,
+        )
 
 
 def test_p2_takes_any_rate_and_the_others_do_not(sampled, run, made):
     out, _ = sampled('joint', '--preset=p2', '--remask_rate=3', '--steps=4', '--num_samples=1')
     assert 'remask=p2' in out and 'remask_rate=3.0' in out
-    refused(run('sample', f"--init_from={made['joint']}", '--preset=intelligent', '--remask_rate=3', *CPU), 'sample',
-            'remask_rate is a probability, in 0..1', 'got 3.0')
+    refused(
+        run('sample', f"--init_from={made['joint']}", '--preset=intelligent', '--remask_rate=3', *CPU),
+        'sample',
+        'remask_rate is a probability, in 0..1',
+        'got 3.0',
+    )
+
 
 # -----------------------------------------------------------------------------
 # what is measured of it
 
 
 def quick_bench(monkeypatch, *words):
-    """bench's settings; the set of training strings is empty: reading all of them takes longer than the rest."""
-    monkeypatch.setattr(common, 'training_strings', lambda s, meta: (sample.load_task('arithmetic'), set()))
+    """bench's settings; the set of training strings is empty, because reading all of them takes longest."""
+    monkeypatch.setattr(common, 'training_strings', lambda s, meta: (load_task('arithmetic'), set()))
     return bench_settings('--num_samples=4', '--num_seeds=1', *words)
 
 
 def test_repair_is_measured_beside_doing_nothing(monkeypatch):
-    """By hand: the accuracy of the noisy rows themselves, and that of the same rows with their masks filled in perfectly."""
+    """By hand: the accuracy of the noisy rows themselves, and of the same rows with their masks filled in."""
     s, model = quick_bench(monkeypatch, '--batch_size=3'), tiny_gpt(18, 64, n_recur=1)
     clean = torch.full((8, 64), PAD)
     for row, n in zip(clean, range(5, 40, 5)):
-        row[:n + 2] = torch.cat((torch.tensor([BOS]), torch.randint(15, (n,), generator=seeded(n)), torch.tensor([EOS])))
+        ids = torch.randint(15, (n,), generator=seeded(n))
+        row[: n + 2] = torch.cat((torch.tensor([BOS]), ids, torch.tensor([EOS])))
     rows = tasks.repair_rows(s, model, ARITHMETIC, default_config(training_type='joint'), clean[:7])
     table = {(row['name'], row['sampler']): row for row in rows}
     hows = ['nothing', 'nothing, masks filled perfectly', 'the likeliest token everywhere', '--task=repair']
-    assert list(table) == [(protocol, how) for protocol in ("the seed's protocol", 'with insertions') for how in hows]
-    for protocol, level, insert in (("the seed's protocol", 0.2 * 0.925, 0), ('with insertions', 0.2, 0.075)):
+    protocols = ["without insertions", 'with insertions']
+    assert list(table) == [(protocol, how) for protocol in protocols for how in hows]
+    for protocol, level, insert in (("without insertions", 0.2 * 0.925, 0), ('with insertions', 0.2, 0.075)):
         nothing, filled, likeliest, repair = (table[protocol, how] for how in hows)
         mix = [('mask', 0.5), ('replace', 0.2), ('swap', 0.15), ('delete', 0.075), ('insert', insert)]
         real = clean[:7] < 17
         real[:, 0] = False
         noisy = mixed_noise(clean[:7], real, torch.full((7,), level), mix, MASK, PAD, seeded(s.seed))
-        right = [[a == b for a, b, counts in zip(*rows) if counts] for rows in zip(noisy.tolist(), clean.tolist(), real.tolist())]
+        right = [
+            [a == b for a, b, counts in zip(*rows) if counts]
+            for rows in zip(noisy.tolist(), clean.tolist(), real.tolist())
+        ]
         assert nothing['accuracy'] == pytest.approx(sum(map(sum, right)) / sum(map(len, right)))
-        assert nothing['by_string'] == pytest.approx(sum((sum(row) + 1) / (len(row) + 1) for row in right) / 7)
+        shares = [(sum(row) + 1) / (len(row) + 1) for row in right]
+        assert nothing['by_string'] == pytest.approx(sum(shares) / 7)
         assert nothing['exact'] == pytest.approx(sum(map(all, right)) / 7)
         assert 0.3 < nothing['accuracy'] < filled['accuracy'] < 1 and nothing['exact'] <= filled['exact']
         assert [row['nfe'] for row in (nothing, filled, likeliest)] == [0, 0, 1] and 1 <= repair['nfe'] <= 16
-        assert all(0 <= row['accuracy'] <= 1 and row['accuracy_se'] > 0 and 0 <= row['exact'] <= 1 for row in table.values())
-    assert table["the seed's protocol", 'nothing']['accuracy'] > table['with insertions', 'nothing']['accuracy']
+        assert all(0 <= row['accuracy'] <= 1 and row['accuracy_se'] > 0 for row in table.values())
+        assert all(0 <= row['exact'] <= 1 for row in table.values())
+    first, second = (table[protocol, 'nothing']['accuracy'] for protocol in protocols)
+    assert first > second
     rows = tasks.repair_rows(s, model, ARITHMETIC, default_config(training_type='unmasking'), clean[:7])
-    assert [row['sampler'] for row in rows] == hows[:3] * 2                   # it cannot find the errors itself
-    untouched = tasks.repair_rows(s, model, ARITHMETIC, default_config(training_type='joint'), clean[:7], sigma=0.0)
-    assert all(row['accuracy'] == row['exact'] == 1 for row in untouched if row['sampler'].startswith('nothing'))
+    # it cannot find the errors itself
+    assert [row['sampler'] for row in rows] == hows[:3] * 2
+    joint = default_config(training_type='joint')
+    untouched = tasks.repair_rows(s, model, ARITHMETIC, joint, clean[:7], sigma=0.0)
+    untouched = [row for row in untouched if row['sampler'].startswith('nothing')]
+    assert len(untouched) == 4 and all(row['accuracy'] == row['exact'] == 1 for row in untouched)
 
 
 def test_the_suite_of_samplers_has_every_rule_and_preset(monkeypatch, made):
-    """Every rule that a checkpoint knows has a row, and a row named after a preset has its rules; tables and rows agree."""
+    """Every rule that a checkpoint knows has a row, and a row named after a preset has its rules."""
     s = quick_bench(monkeypatch, f"--init_from={made['joint']}", '--budgets=2,3')
     asked = samplers.budget_rows(default_config(training_type='joint', causal_ratio=0.5), 64)
     rows, table = samplers.run(s)
@@ -535,17 +763,32 @@ def test_the_suite_of_samplers_has_every_rule_and_preset(monkeypatch, made):
         assert table.count(f"| {row['name']}") >= 2
     first, second = table.split('\n\n')
     assert [line.count('|') for line in (first + '\n' + second).splitlines()] == [4] * 2 * (len(asked) + 2)
-    assert 'valid % · length_tv' in first and '2 passes' in first and 'correct % · unique % · novel %' in second
-    assert {rules.get('commit', 'random') for _, _, rules in asked} == set(COMMIT_RULES) - {'abstain'}
-    assert {rules.get('remask', 'none') for _, _, rules in asked} == set(REMASK_RULES) - {'critic'}
+    assert 'valid % · length_tv' in first and '2 passes' in first
+    assert 'correct % · unique % · novel %' in second
+    left_out = {'abstain'}
+    assert {rules.get('commit', 'random') for _, _, rules in asked} == set(COMMIT) - left_out
+    assert {rules.get('remask', 'none') for _, _, rules in asked} == {
+        "none",
+        "causal",
+        *DOUBT,
+        *OTHER_RULES,
+    } - {'critic'}
     plain = dict(commit='random', remask='none')
-    named = {name.split('preset ')[1].rstrip(')'): {**plain, **rules} for name, _, rules in asked if 'preset ' in name}
-    assert set(named) >= set(PRESETS) - {'hybrid'} and all(rules == {**plain, **PRESETS[name]} for name, rules in named.items())
-    kinds = {kind: [rules for _, _, rules in samplers.budget_rows(default_config(training_type=kind), 64)]
-             for kind in ('unmasking', 'causal')}
+    named = {
+        name.split('preset ')[1].rstrip(')'): {**plain, **rules}
+        for name, _, rules in asked
+        if 'preset ' in name
+    }
+    assert set(named) >= set(PRESETS) - {'hybrid'}
+    assert all(rules == {**plain, **PRESETS[name]} for name, rules in named.items())
+    kinds = {
+        kind: [rules for _, _, rules in samplers.budget_rows(default_config(training_type=kind), 64)]
+        for kind in ('unmasking', 'causal')
+    }
     assert not {'wrong', 'p2', 'causal'} & {rules.get('remask') for rules in kinds['unmasking']}
     assert len(kinds['unmasking']) > 10
-    assert not any('ar_prefix' in rules for rules in kinds['unmasking']) and kinds['causal'] == [dict(ar_prefix=64)]
+    assert not any('ar_prefix' in rules for rules in kinds['unmasking'])
+    assert kinds['causal'] == [dict(ar_prefix=64)]
 
 
 def test_the_suite_of_tasks(monkeypatch, made):
@@ -560,11 +803,14 @@ def test_the_suite_of_tasks(monkeypatch, made):
     assert all(0 <= row['correct'] <= row['valid'] <= 1 and row['valid_se'] >= 0 for row in rows[:13])
     assert all(row['nfe'] <= int(row['sampler'].split()[-2]) for row in rows if 'passes' in row['sampler'])
     infilled, repaired = table.split('\n\n')
-    assert len(infilled.splitlines()) == 13 + 2 and len(repaired.splitlines()) == 8 + 2 and 'accuracy %' in repaired
+    assert len(infilled.splitlines()) == 13 + 2 and len(repaired.splitlines()) == 8 + 2
+    assert 'accuracy %' in repaired
     assert 'valid %' in infilled
 
 
-@pytest.mark.parametrize('only, names', [('edit', {'edit'}), ('repair', {"the seed's protocol", 'with insertions'})])
+@pytest.mark.parametrize(
+    'only, names', [('edit', {'edit'}), ('repair', {"without insertions", 'with insertions'})]
+)
 def test_one_of_the_tasks_alone(monkeypatch, made, only, names):
     s = quick_bench(monkeypatch, f"--init_from={made['plain']}", '--budgets=2,3', f'--only={only}')
     rows, table = tasks.run(s)
@@ -572,20 +818,22 @@ def test_one_of_the_tasks_alone(monkeypatch, made, only, names):
 
 
 def test_a_perfect_sampler_gets_every_task_right(monkeypatch, made):
-    """What is right is decided by the arithmetic: here the samples are the held-out strings, and then others that are true."""
+    """Arithmetic decides what is right: first the samples are the held-out strings, then other true ones."""
     s = quick_bench(monkeypatch, f"--init_from={made['plain']}", '--budgets=2,3', '--only=infill,edit')
     clean = tasks.spread_rows(tasks.data_of({'name': 'arithmetic'}, {})[1]['val'], 4, 64)
-    texts = [sample.decode(ARITHMETIC, ids)[0] for ids in clean.tolist()]
+    texts = [decode(ARITHMETIC, ids)[0] for ids in clean.tolist()]
     asked = []
 
     def fill(model, meta, canvas, fixed, **how):
         asked.append((canvas, fixed, how))
         return [dict(text=text, nfe=1) for text in texts]
+
     monkeypatch.setattr(tasks, 'fill', fill)
     rows, _ = tasks.run(s)
     assert all(row['valid'] == row['correct'] == 1 for row in rows) and len(asked) == len(rows)
     for (canvas, fixed, how), row in zip(asked, rows):
-        assert torch.equal(canvas[fixed], clean[fixed]) and (canvas[~fixed] == MASK).all()    # all that is given is true
+        # all that is given is true
+        assert torch.equal(canvas[fixed], clean[fixed]) and (canvas[~fixed] == MASK).all()
         holes = [(c == MASK).sum().item() for c in canvas]
         if row['name'] == 'edit':
             assert holes == [1] * 4 and how['steps'] == 8
@@ -601,9 +849,74 @@ def test_a_perfect_sampler_gets_every_task_right(monkeypatch, made):
 def test_the_suites_run_as_commands(run, made, tmp_path):
     for suite, only in (('samplers', 'commit=margin'), ('tasks', 'expr')):
         path = tmp_path / f'{suite}.json'
-        status, out, err = run('bench', f'--suite={suite}', f"--init_from={made['joint']}", '--num_samples=4', '--num_seeds=1',
-                               '--budgets=2,3', f'--only={only}', f'--json={path}', *CPU)
+        status, out, err = run(
+            'bench',
+            f'--suite={suite}',
+            f"--init_from={made['joint']}",
+            '--num_samples=4',
+            '--num_seeds=1',
+            '--budgets=2,3',
+            f'--only={only}',
+            f'--json={path}',
+            *CPU,
+        )
         assert status == 0, err
         rows = json.loads(path.read_text())['rows']
         assert len(rows) == (2 if suite == 'samplers' else 4)
         assert all(only in row['name'] and row['name'] in out for row in rows)
+
+
+# -----------------------------------------------------------------------------
+# text in, text out
+
+
+def test_encode_and_decode():
+    assert encode(ARITHMETIC, '(+12)=3') == [10, 12, 1, 2, 11, 14, 3]
+    assert decode(ARITHMETIC, [15, 10, 12, 16, 17, 17]) == ('(+', True)
+    assert decode(ARITHMETIC, [15, 10, 12, 17, 17, 17]) == ('(+·', False)  # one padding is enough to see it
+    with pytest.raises(UserError, match="'x' in '1x2' is not in the vocabulary of arithmetic: '0123"):
+        encode(ARITHMETIC, '1x2')
+
+
+def test_start_canvas():
+    model = SimpleNamespace(config=SimpleNamespace(block_size=8), mask_token_id=18)
+    canvas, fixed = start_canvas(model, ARITHMETIC, 2, prompt=(10, 12))
+    assert canvas.tolist() == [[15, 10, 12] + [18] * 5] * 2 and torch.equal(fixed, canvas != 18)
+    canvas, fixed = start_canvas(model, ARITHMETIC, 2, prompt=(10,), lengths=torch.tensor([2, 4]))
+    assert canvas.tolist() == [[15, 10, 18, 16, 17, 17, 17, 17], [15, 10, 18, 18, 18, 16, 17, 17]]
+    assert torch.equal(fixed, canvas != 18)
+    for how, message in (
+        (dict(lengths=torch.tensor([0])), 'too short'),
+        (dict(prompt=(1, 2, 3), lengths=torch.tensor([2])), 'the prompt has 3 tokens'),
+        (dict(prompt=(1,) * 7), 'does not fit'),
+    ):
+        with pytest.raises(UserError, match=message):
+            start_canvas(model, ARITHMETIC, 1, **how)
+
+
+def test_a_prompt_is_never_cut_and_a_given_length_is_the_length():
+    model = tiny_gpt(18, 64, n_recur=1)
+    for rules in (
+        dict(remask='none', steps=5),
+        dict(remask='wrong', steps=7),
+        dict(remask='random', commit='entropy'),
+    ):
+        drawn = sample.generate(
+            model, ARITHMETIC, 6, prompt=(10, 12), lengths=torch.full((6,), 9), seed=2, **rules
+        )
+        again = sample.generate(
+            model, ARITHMETIC, 6, prompt=(10, 12), lengths=torch.full((6,), 9), seed=2, **rules
+        )
+        assert drawn == again  # the same seed, the same samples
+        for one in drawn:
+            assert one['text'].startswith('(+') and len(one['text']) == 9 and one['finished']
+            assert one['tokens'][0] == 15 and one['tokens'][-1] == 16 and max(one['tokens'][1:-1]) < 15
+
+
+@pytest.mark.parametrize(
+    'rules', [dict(ar_prefix=64), dict(ar_prefix=10, remask='none', steps=4), dict(remask='causal')], ids=str
+)
+def test_causal_samplers_never_write_specials(rules):
+    model = tiny_gpt(18, 64, n_recur=1, scale=1.0)
+    for one in sample.generate(model, ARITHMETIC, 8, seed=1, **rules):
+        assert one['tokens'][0] == 15 and max(one['tokens']) < 18 and one['nfe'] > 0

@@ -1,13 +1,13 @@
 """
 Consistency distillation: a student that reaches in a few passes where its teacher needs many.
 
-    python tools/distill.py --init_from=ckpt                     500 steps from the newest checkpoint under out_dir
+    python tools/distill.py --init_from=ckpt          500 steps from the newest checkpoint under out_dir
     python sample.py --init_from=out/ckpt_distilled.pt --steps=4
 
-The student starts as a copy of the teacher. Rows are masked as in training, the teacher completes them with its sampler in
-teacher_steps passes, and the student learns to say in one pass what came out (Song et al. 2023, on masks as Deschenaux and
-Gulcehre 2024, SDTT, but with drawn tokens in the place of averaged probabilities). One pass draws its tokens independently, so
-what can be gained is that every single one is surer; how sure is up to the teacher's sampler.
+The student starts as a copy of the teacher. Rows are masked as in training, the teacher completes them with
+its sampler in teacher_steps passes, and the student learns to say in one pass what came out (Song et al.
+2023; on masks as Deschenaux and Gulcehre 2024, SDTT, but with drawn tokens in the place of averaged
+probabilities). One pass draws its tokens independently, so what can be gained is that each of them is surer.
 """
 
 import os
@@ -16,7 +16,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import configurator
 
-configurator.help_first(globals())           # --help shall not wait for torch
+configurator.help_first(globals())           # --help must not wait for torch
 # ruff: noqa: E402 (so the imports come after it)
 
 import copy
@@ -24,15 +24,18 @@ import time
 
 import torch
 
-from plumbing.text import load_task
-from plumbing.checkpoint import load_checkpoint, make_folder, save_checkpoint
 from configurator import UserError
-from corruption import corrupt, modelled
+from corruption import Task, ask
+from plumbing.rows import Ends
 from data.loader import data_of, random_rows
+from model import GPT
+from plumbing.checkpoint import find_checkpoint, save_checkpoint
+from plumbing.files import make_folder
 from plumbing.device import configure_compute
 from plumbing.optim import make_optimizers
-from rules import PRESETS, choose_rules, supports
-from sample import find_checkpoint, generate, generate_diffusion
+from plumbing.text import load_task, modelled
+from parts.presets import PRESETS, choose_rules, supports
+from sample import generate, generate_diffusion
 from train import loss
 
 # -----------------------------------------------------------------------------
@@ -52,40 +55,28 @@ attention = 'auto'       # auto | plain | sdpa
 # -----------------------------------------------------------------------------
 
 
-def main():
-    for name in ('teacher_steps', 'max_iters', 'batch_size', 'log_interval'):
-        if globals()[name] < 1:
-            raise UserError(f'{name} must be at least 1, got {globals()[name]}')
-    path = find_checkpoint(init_from, out_dir)
-    goal = os.path.join(out_dir, 'ckpt_distilled.pt')
-    if os.path.realpath(path) == os.path.realpath(goal):
-        raise UserError(f'{goal} would overwrite its own teacher: name another one as --init_from')
-    teacher, checkpoint = load_checkpoint(path)
-    meta, config = checkpoint['meta'], checkpoint['config']
-    if not supports(config)[0]:
-        raise UserError(f"{path} cannot unmask (training_type={config['training_type']}), so it has nothing to teach")
-    rules = choose_rules(config, preset=teacher_preset, inside=True, steps=teacher_steps)
-    if teacher_preset not in PRESETS or rules['remask'] == 'causal' or rules['ar_prefix']:
-        raise UserError(f"the teacher fills holes in any place, which the preset '{teacher_preset}' cannot")
-    rules.pop('ar_prefix')
-    _, data = data_of(meta, config)
-    teacher, choices = configure_compute(teacher, device, dtype, attention)
-    print(f'{path} teaches: {", ".join(f"{name}={value}" for name, value in rules.items())}\n{choices}')
-    student, average = copy.deepcopy(teacher).train(), copy.deepcopy(teacher)
+def lesson(teacher, x0, meta, rules, noise):
+    """Clean rows x0 (B, T) -> (input, target, weight) for the student, the target by the teacher."""
+    free, real = modelled(x0, meta)
+    tokens = teacher.mask_token_id, teacher.wrong_token_id, meta['pad']
+    input, _, weight = ask(x0, free, real, Task(training_type='unmasking'), tokens, noise)
+    forbid = tuple(i for i in (meta['bos'],) if i is not None)
+    ends = Ends(meta['eos'], meta['pad'], forbid)
+    fixed = input != teacher.mask_token_id
+    target, _, _ = generate_diffusion(teacher, input, fixed, ends=ends, generator=noise, **rules)
+    return input, target, weight
+
+
+def learn(student, average, teacher, rows, meta, rules):
+    """Trains the student, and the average of its weights, on rows of the training split."""
     optimizer, = make_optimizers(student, 'adamw', learning_rate, 0.0, 0.0, (0.9, 0.95))
     torch.manual_seed(seed)
-    rows = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     noise = torch.Generator(next(student.parameters()).device).manual_seed(seed + 1)
-    make_folder(out_dir)
     mean, t0 = 0.0, time.time()
     for step in range(max_iters):
-        x0 = random_rows(data['train'], batch_size, teacher.config.block_size, rows).to(noise.device)
-        free, real = modelled(x0, meta)
-        input, _, weight = corrupt(x0, free, real, training_type='unmasking', mask_token_id=teacher.mask_token_id,
-                                   wrong_token_id=teacher.wrong_token_id, generator=noise)
-        target, _, _ = generate_diffusion(teacher, input, input != teacher.mask_token_id, end_id=meta['eos'], pad_id=meta['pad'],
-                                          forbid=[i for i in (meta['bos'],) if i is not None], generator=noise, **rules)
-        total, _ = loss(student, input, target, weight)
+        x0 = random_rows(rows, batch_size, teacher.config.block_size, generator).to(noise.device)
+        total, _ = loss(student, *lesson(teacher, x0, meta, rules, noise))
         if not torch.isfinite(total):
             raise UserError(f'the loss is no longer finite at step {step}: lower --learning_rate')
         (total / batch_size).backward()
@@ -96,6 +87,7 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - ema_decay)
+
         mean += total.item() / batch_size
         if (step + 1) % log_interval == 0:
             speed = (step + 1) / (time.time() - t0)
@@ -103,13 +95,38 @@ def main():
             print(f'step {step + 1}/{max_iters}  loss {mean / log_interval:.3f}  {speed:.1f} it/s  '
                   f'{left // 60}:{left % 60:02d} left')
             mean = 0.0
-    keep = {name: checkpoint[name] for name in ('model_args', 'meta')}
-    own = {name: globals()[name] for name in configurator.settings(__file__)}
-    save_checkpoint(goal, dict(keep, model=student.state_dict(), ema=average.state_dict(), iter_num=max_iters,
-                               config={**config, 'training_type': 'unmasking', 'causal_ratio': 0.0, 'energy_head': 0},
-                               distilled=own))
+
+
+def main():
+    for name in ('teacher_steps', 'max_iters', 'batch_size', 'log_interval'):
+        if globals()[name] < 1:
+            raise UserError(f'{name} must be at least 1, got {globals()[name]}')
+    goal = os.path.join(out_dir, 'ckpt_distilled.pt')
+    path = find_checkpoint(init_from, out_dir)
+    if os.path.realpath(path) == os.path.realpath(goal):
+        raise UserError(f'{goal} would overwrite its own teacher: name another one as --init_from')
+    teacher, checkpoint = GPT.load(path)
+    meta, config = checkpoint['meta'], checkpoint['config']
+    if not supports(config)[0]:
+        raise UserError(f"{path} cannot unmask (training_type={config['training_type']}), so it cannot teach")
+    rules = choose_rules(config, preset=teacher_preset, inside=True, steps=teacher_steps)
+    if teacher_preset not in PRESETS or rules['remask'] == 'causal' or rules.pop('ar_prefix'):
+        raise UserError(f"the teacher fills holes in any place, which the preset '{teacher_preset}' cannot")
+    _, data = data_of(meta, config)
+    teacher, choices = configure_compute(teacher, device, dtype, attention)
+    words = ', '.join(f'{name}={value}' for name, value in rules.items())
+    print(f'{path} teaches: {words}\n{choices}')
+    make_folder(out_dir)
+    student, average = copy.deepcopy(teacher).train(), copy.deepcopy(teacher)
+    learn(student, average, teacher, data['train'], meta, rules)
+
+    config = {**config, 'training_type': 'unmasking', 'causal_ratio': 0.0, 'energy_head': 0}
+    save_checkpoint(goal, dict(model_args=checkpoint['model_args'], meta=meta, model=student.state_dict(),
+                               ema=average.state_dict(), iter_num=max_iters, config=config,
+                               distilled=configurator.current(globals())))
     task = load_task(meta['name'])
-    for text in [sample['text'] for sample in generate(average.eval(), meta, 4, seed=seed, steps=8)]:
+    for sample in generate(average.eval(), meta, 4, seed=seed, steps=8):
+        text = sample['text']
         print(f'    {text}   {task.verdict(text)}' if task else f'    {text!r}')
     print(f'saved {goal}; sample from it: python sample.py --init_from={goal} --steps=4')
 

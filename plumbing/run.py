@@ -1,0 +1,280 @@
+"""
+A training run: what it holds from step to step, its folder, what it says on screen. What is trained is handed
+in.
+"""
+
+import copy
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+
+import torch
+
+from configurator import UserError
+from plumbing import distributed
+from plumbing.checkpoint import (check_overwrite, checkpoint_name, make_checkpoint, random_states_of_ranks,
+                                 restore, save_checkpoint)
+from plumbing.files import append_line, lock, make_folder, sweep
+from plumbing.log import draw_curves, start_log
+from plumbing.optim import make_optimizers
+
+
+class Run:
+    """
+    First start and open, then halts, save, count and record in the steps, and finish at the end.
+
+    It holds model and ema (the averaged weights), optimizers, config, meta; step; rows_rng and noise_rng,
+    which rows and how they are corrupted; sums, the parts of the loss since the last line of the log;
+    control, see parts/abstain.py; skipped, how many steps were not finite.
+    """
+
+    def __init__(self, config):
+        self.config, self.folder, self.source = config, config['out_dir'], config['init_from']
+        names = config['training_type'], config['remasking_loss_type']
+        self.newest = os.path.join(self.folder, checkpoint_name(*names))
+        self.log_path = os.path.join(self.folder, 'log.jsonl')
+        self.step, self.sums, self.skipped = 0, {}, dict(steps=0, in_a_row=0)
+        self.replaced, self.wandb, self.plotted, self.asked = '', None, False, False
+        self.writes = distributed.rank() == 0
+        if self.writes:
+            self.replaced = check_overwrite(self.newest, config)
+            if not config['eval_only']:
+                lock(self.folder)
+
+    # -------------------------------------------------------------------------
+    # the start
+
+    def start(self, meta, model, choices, path, checkpoint):
+        """
+        Makes all that is needed beside the model, or takes it from a checkpoint if the run is resumed.
+
+        choices: what it computes on, a line; path, checkpoint: where the weights come from ('', {}: nowhere).
+        """
+        config, world = self.config, distributed.world()
+        self.model, self.meta, self.device = model, meta, next(model.parameters()).device
+        self.ema = model
+        if config['ema_decay']:                                     # with fsdp never whole on the device
+            self.ema = copy.deepcopy(model.cpu() if config['fsdp'] else model)
+        if config['fsdp']:
+            distributed.shard(model, self.device)
+            distributed.shard(self.ema, self.device)
+        self.optimizers = make_optimizers(
+            model, config['optimizer'], config['learning_rate'], config['muon_lr'], config['weight_decay'],
+            (config['beta1'], config['beta2']), config['bigram_decay'])
+        self.rows_rng = torch.Generator().manual_seed(config['seed'])
+        self.noise_rng = torch.Generator(self.device).manual_seed(config['seed'] + 1)
+        changed, seconds = '', 0.0
+        if self.source == 'resume':
+            changed, seconds = self.resume(path, checkpoint), checkpoint.get('seconds', 0.0)
+        else:
+            if self.source == 'scratch':
+                for network in (model, self.ema):
+                    network.mask_logit_bias.fill_(config['mask_logit_bias'])
+            bias = model.mask_logit_bias.item()
+            self.control = dict(p_mask=None, bias=bias, price=config['penalty_keep_mask'])
+        if changed or (distributed.rank() and self.source != 'resume'):    # every rank draws something else
+            seed = config['seed'] + self.step + 10_000 * distributed.rank()
+            torch.manual_seed(seed)
+            self.noise_rng.manual_seed(seed + 1)
+        self.first = self.step
+        self.began = time.time() - seconds                          # evaluations and saves taken out
+
+        print(choices + (f', {world} processes' if world > 1 else ''))
+        print(f"{model.num_params():,} parameters; {config['training_type']} on {config['dataset']}: "
+              f"{meta['train_tokens']:,} training tokens, vocabulary {meta['vocab_size']} + [MASK] + [WRONG]")
+        if path:
+            print(f'starting from {path}, step {self.step}')
+        if changed:
+            print(f'{changed}; the run goes on, but no longer to the last bit the same')
+        if self.replaced:
+            print(self.replaced)
+
+    def resume(self, path, checkpoint):
+        """Goes on where a checkpoint stands; returns what has changed and makes the random numbers new."""
+        rank, world = distributed.rank(), distributed.world()
+        with distributed.together():
+            ranks = random_states_of_ranks(checkpoint)
+            checkpoint['rng'] = ranks[rank if len(ranks) == world else 0]
+            restore(self, path, checkpoint)
+        began = checkpoint['config'].get('init_from', 'scratch')
+        self.config['init_from'] = 'scratch' if began == 'resume' else began    # what an older version says
+        if not self.config['target_mask_prob']:                     # else it is up to the controller
+            self.control['price'] = self.config['penalty_keep_mask']
+        where = checkpoint['rng'].get('where', self.device.type)
+        if len(ranks) != world:
+            return f'number of processes: {len(ranks)} before, {world} now'
+        if where != self.device.type:
+            return f'device: {where} before, {self.device.type} now'
+        return ''
+
+    def open(self):
+        """Opens the folder and the log, on the rank that writes."""
+        make_folder(self.folder)
+        if not self.config['eval_only']:
+            lock(self.folder)
+            name = os.path.basename(self.newest)
+            sweep(self.folder, name, name.replace('.pt', '_*.pt'), 'log.jsonl', 'curves.png')
+            start_log(self.log_path, self.first)
+            if self.config['wandb_log']:
+                self.wandb = start_wandb(self.config)
+
+    # -------------------------------------------------------------------------
+    # every step
+
+    def steps(self):
+        """The numbers of the steps, each also being self.step; the last one is only there to be looked at."""
+        last = self.config['max_iters']
+        if self.config['eval_only']:
+            last = max(last, self.first)
+        self.stop_on_signal()
+        self.marks = [(self.first, time.time())]
+        for self.step in range(self.first, last + 1):
+            yield self.step
+
+    def stop_on_signal(self):
+        """After Ctrl-C or SIGTERM the step is finished and saved; a second Ctrl-C stops at once."""
+        self.signalled = False
+
+        def ask(signum, frame):
+            self.signalled = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            print('finishing the step, then saving ...', flush=True)
+
+        signal.signal(signal.SIGINT, ask)
+        signal.signal(signal.SIGTERM, ask)
+
+    def halts(self):
+        """Whether an evaluation (self.due), a checkpoint or the end (self.stopping) comes first."""
+        config, step = self.config, self.step
+        self.asked = distributed.anywhere(self.signalled)
+        self.paused = time.time()
+        self.stopping = step == config['max_iters'] or self.asked
+        regular = step % config['eval_interval'] == 0 and (step > self.first or not self.first)
+        self.due = config['eval_only'] or step == config['max_iters'] or regular
+        self.numbered = bool(config['keep_every']) and step % config['keep_every'] == 0 and step > self.first
+        return self.due or self.numbered or self.stopping
+
+    def save(self, result):
+        """Saves what is due; result: what the evaluation found. Ends the pause that halts began."""
+        if self.due:
+            self.write({'step': self.step, **result})
+        if self.step > self.first:
+            state = dict(make_checkpoint(self, result), seconds=self.paused - self.began)
+            with distributed.together():
+                if self.writes and (self.due or self.stopping):
+                    self.attempt(save_checkpoint, self.newest, state, last=self.stopping)
+                    curves = os.path.join(self.folder, 'curves.png')
+                    self.plotted = self.attempt(draw_curves, self.log_path, curves)
+                if self.writes and self.numbered:
+                    path = f'{self.newest[:-3]}_{self.step}.pt'
+                    self.attempt(save_checkpoint, path, dict(state, result={}))
+        pause = time.time() - self.paused
+        self.began += pause                                         # speed is the speed of training
+        self.marks = [(step, when + pause) for step, when in self.marks]
+
+    def count(self, parts):
+        """Whether a step is finite and to be taken; adds up the parts of its loss, or the steps skipped."""
+        good = is_finite(self.model, parts)
+        self.skipped = dict(steps=self.skipped['steps'] + (not good),
+                            in_a_row=0 if good else self.skipped['in_a_row'] + 1)
+        if good:
+            self.sums = added(self.sums, parts)
+        elif self.skipped['in_a_row'] == self.config['max_bad_steps']:
+            self.check_finite()
+        return good
+
+    def check_finite(self):
+        """Raises UserError if a weight is not finite, or the last max_bad_steps steps were not."""
+        finite = all(torch.isfinite(p).all() for p in distributed.local(self.model.parameters()))
+        in_a_row, what = self.skipped['in_a_row'], ''
+        if in_a_row >= self.config['max_bad_steps']:
+            what = f'loss or the gradient of {in_a_row} steps in a row'
+        elif distributed.anywhere(not finite):
+            what = 'network'
+        if what:
+            raise UserError(f'the {what} is no longer finite at step {self.step}: lower --learning_rate or '
+                            f'--muon_lr, or set --dtype=float32; {self.last_good()}')
+
+    def record(self, learning_rate, **more):
+        """What is logged of the steps since the last record: a dict. Sets self.speed."""
+        done = self.step + 1
+        self.marks = self.marks[-20:] + [(done, time.time())]
+        (first, start), (last, end) = self.marks[0], self.marks[-1]
+        self.speed = (last - first) / max(1e-9, end - start)
+        record = {'step': done}
+        for name, part in self.sums.items():
+            total, weight = part.tolist()
+            if weight > 0:
+                record[name] = total / weight
+        self.sums = {}
+        record['learning_rate'] = learning_rate
+        if self.skipped['steps']:
+            record['skipped'] = self.skipped['steps']
+        return {**record, **more}
+
+    # -------------------------------------------------------------------------
+    # files
+
+    def last_good(self):
+        """Which checkpoint there still is, for someone who just lost a newer one."""
+        if os.path.exists(self.newest):
+            return f'the last good checkpoint is {self.newest}'
+        return 'there is no checkpoint yet'
+
+    def attempt(self, action, *args, last=False):
+        """What an action on files returns. A full disk costs a line on screen, and only when last the run."""
+        try:
+            return action(*args)
+        except (OSError, UserError) as error:
+            if last:
+                raise UserError(f'{error}; {self.last_good()}') from error
+            print(f'{error}; the run goes on, {self.last_good()}', flush=True)
+
+    def write(self, record):
+        """Adds a record to the log."""
+        if self.writes:
+            self.attempt(append_line, self.log_path, json.dumps(record))
+        if self.wandb:
+            self.wandb.log(record)
+
+    def finish(self):
+        """Says what is left of the run and how to go on."""
+        if self.asked and self.step < self.config['max_iters']:
+            command = f'python train.py {shlex.join(sys.argv[1:])}'
+            if distributed.world() > 1:
+                command = 'the same torchrun command and'
+            print(f'stopped; go on with: {command} --init_from=resume')
+        else:
+            curves = ', curves.png' if self.plotted else ' (pip install matplotlib for curves.png)'
+            print(f'losses and validation: {self.log_path}{curves}')
+            name = 'ckpt' if self.folder == 'out' else self.newest
+            print(f'saved {self.newest}; sample from it: python sample.py --init_from={name}')
+
+
+def added(sums, parts):
+    """The sum of two dicts of numbers, name by name; what one of them lacks is 0."""
+    return {name: sums.get(name, 0) + parts.get(name, 0) for name in {**sums, **parts}}
+
+
+def is_finite(model, parts):
+    """Whether the gradients of a step and its losses are all finite; waits once for the device."""
+    total = distributed.grad_norm(model.parameters())
+    return torch.cat((total[None], *parts.values())).isfinite().all().item()
+
+
+def to_device(x, device):
+    """x on the device; on a GPU the program does not wait for the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else x.to(device)
+
+
+def start_wandb(config):
+    """A run of Weights & Biases. Raises UserError if it is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('wandb_log needs Weights & Biases: pip install wandb') from None
+    name = f"{config['wandb_run_name']}_{config['training_type']}"
+    return wandb.init(project=config['wandb_project'], name=name, config=config)
