@@ -3,6 +3,7 @@ The sampling loop and its rules: which law the samples follow, what each rule co
 holds whatever the network says.
 """
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,7 @@ from parts.abstain import p_mask
 from parts.look import Look, Sampling
 from plumbing.evaluate import p_wrong
 from plumbing.rows import Ends, first_of
+from plumbing.text import encode
 from sample import USUAL, How, generate
 
 LEFT_TO_RIGHT = dict(block_length=1)
@@ -638,3 +640,99 @@ def test_confidence_forgets_what_stood_there_before():
             if rows.sum() > 100:
                 assert within_noise((later[rows, 1] == 2).double().mean(), 1 - p, int(rows.sum()))
         assert not (later[:, 0] == 2).any()  # p = 1: beyond doubt
+
+
+# -----------------------------------------------------------------------------
+# rewriting in place
+
+REPAIRS = dict(commit='random', remask='wrong', remask_threshold=0.5, rewrite=True, temperature=0.0)
+
+
+def test_rewriting_is_one_look_and_the_likeliest_token_wherever_another_is_less_likely_than_not():
+    model, x = tiny_gpt(5, 9), torch.randint(6, (50, 9), generator=seeded(3))  # 5 is the mask
+    fixed = (torch.arange(9) < 2) & (x != 5)
+    result, nfe, _ = traced(model, x, fixed, steps=1, **REPAIRS)
+    with torch.no_grad():
+        logits = model.logits(model(x))
+    unsure = logits.softmax(-1).gather(-1, x[..., None])[..., 0] < 0.5
+    rewritten = (x == 5) | (unsure & ~fixed)
+    assert torch.equal(result, torch.where(rewritten, logits[..., :5].argmax(-1), x)) and (nfe == 1).all()
+    assert (result != x)[x != 5].any() and (result == x)[x != 5].any()
+
+
+def test_a_rewritten_end_moves_the_padding():
+    """The end token 2 becomes text; behind the new end there is padding, whatever the network wants there."""
+
+    class Told(Oracle):
+        def __call__(self, idx, causal=False, cache=None):
+            return 20 * F.one_hot(torch.tensor([[0, 1, 1, 2, 0]]), 6).double()
+
+    canvas = torch.tensor([[0, 1, 2, 3, 3]])
+    result, _, _ = traced(Told(4, 5, None), canvas, canvas < 0, steps=1, ends=Ends(2, 3), **REPAIRS)
+    assert result.tolist() == [[0, 1, 1, 2, 3]]
+
+
+# -----------------------------------------------------------------------------
+# whole samples
+
+
+@pytest.mark.parametrize(
+    'rules',
+    [
+        dict(),
+        dict(commit='confidence', steps=5),
+        dict(remask='causal'),
+        dict(remask='wrong', steps=9),
+        dict(ar_prefix=64),
+        dict(ar_prefix=5, steps=6),
+    ],
+    ids=str,
+)
+def test_same_seed_same_samples(rules):
+    model = tiny_gpt(18, 64, n_recur=1)
+    first, again, other = [
+        generate(model, ARITHMETIC, 4, seed=seed, batch_size=3, **rules) for seed in (1, 1, 2)
+    ]
+    assert first == again and len(first) == 4
+    # two short texts may agree by chance
+    assert sum(a['tokens'] != b['tokens'] for a, b in zip(first, other)) >= 3
+    assert len({tuple(s['tokens']) for s in first}) == 4  # also across batches
+    torch.manual_seed(99)  # the global generator has no say
+    assert generate(model, ARITHMETIC, 4, seed=1, batch_size=3, **rules) == first
+
+
+def test_generate_returns_whole_samples():
+    model = tiny_gpt(18, 64, n_recur=1)
+    for s in generate(model, ARITHMETIC, 20, prompt=encode(ARITHMETIC, '(+'), ar_prefix=64):
+        assert sorted(s) == ['finished', 'nfe', 'text', 'tokens'] and s['text'].startswith('(+')
+        assert s['tokens'][:3] == [15, 10, 12] and s['finished'] == (16 in s['tokens'])
+        assert s['tokens'].index(16) == len(s['tokens']) - 1 if s['finished'] else len(s['tokens']) == 64
+        assert s['nfe'] == len(s['tokens']) - 3  # a pass a token, the end token included
+        assert json.loads(json.dumps(s)) == s
+    lengths = torch.tensor([3, 9, 62])
+    for n, s in zip((3, 9, 62), generate(model, ARITHMETIC, 3, lengths=lengths, batch_size=2, steps=70)):
+        assert s['finished'] and s['tokens'][-1] == 16 and len(s['tokens']) <= n + 2
+        assert s['nfe'] <= n  # no row waits for a longer one
+
+
+def test_a_given_length_is_the_length():
+    """Neither the end token nor padding is drawn inside a given length, and forbidden ids never are."""
+    model = tiny_gpt(V=18, T=16)
+    with torch.no_grad():
+        model.wte.weight[16:18] += 3 * model.wte.weight.std()  # an untrained network in love with the end
+    lengths = torch.tensor([1, 5, 9, 14] * 8)
+    for rules in (dict(), dict(commit='confidence'), dict(remask='random', steps=8)):
+        samples = generate(model, dict(ARITHMETIC, block_size=16), len(lengths), lengths=lengths, **rules)
+        assert [len(s['text']) for s in samples] == lengths.tolist()
+        assert all(s['finished'] for s in samples)
+
+
+@pytest.mark.parametrize(
+    'rules',
+    [dict(ar_prefix=64), dict(ar_prefix=7, steps=9), dict(ar_prefix=7, steps=9, remask='wrong')],
+    ids=str,
+)
+def test_no_sampler_writes_specials(rules):
+    """The network wants to write [MASK] and [WRONG] wherever it may."""
+    for s in generate(stubborn_gpt(18, 64), ARITHMETIC, 6, **rules):
+        assert s['tokens'][0] == 15 and max(s['tokens']) < 18 and 0 < s['nfe'] <= 63

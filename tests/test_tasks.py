@@ -10,22 +10,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ARITHMETIC, default_config, tiny_gpt, write_checkpoint
-from sample import COMMIT, DOUBT, OTHER_RULES
+from conftest import ARITHMETIC, default_config, seeded, tiny_gpt, write_checkpoint
 from test_commands import CPU, STREAM, bench_settings, read_samples, refused
 from test_evaluate import any_order_nll
-from conftest import seeded
 from test_show import Page
 
 import sample
 from configurator import UserError
 from model import GPT
 from parts.noise import mixed_noise
-from parts.presets import PRESETS, REWRITE, TASKS, choose_rules, supports
+from parts.presets import PRESETS, supports
 from plumbing.evaluate import causal_nll
 from plumbing.score import judge_rows
 from plumbing.show import marks
 from plumbing.text import decode, encode, holes, load_task, spans, start_canvas, task_canvas
+from sample import COMMIT, DOUBT, OTHER_RULES
 from suites import common, samplers, tasks
 
 BOS, EOS, PAD, MASK = 15, 16, 17, 18
@@ -168,87 +167,7 @@ def test_task_canvases_that_do_not_fit(task, text, more, message):
 
 
 # -----------------------------------------------------------------------------
-# which rules, and what is said of a text
-
-
-def test_who_has_seen_noise_repairs_by_rewriting():
-    for noisy in (
-        default_config(training_type='denoising'),
-        default_config(training_type='joint', corruption='own:0.5,noise:0.5'),
-    ):
-        assert choose_rules(noisy, task='repair', inside=True) == {**REWRITE, 'ar_prefix': 0}
-        assert choose_rules(noisy, task='repair', inside=True, temperature=0.7)['temperature'] == 0.7
-        for more in (
-            dict(rewrite=False),
-            dict(remask='random'),
-            dict(commit='confidence'),
-            dict(preset='intelligent'),
-        ):
-            assert choose_rules(noisy, task='repair', inside=True, **more)['remask_threshold'] == 0.8
-    assert 'rewrite' not in choose_rules(
-        default_config(training_type='unmasking', corruption='noise'), inside=True
-    )
-    # it looks first
-    assert choose_rules(noisy, task='repair', inside=True, judge=True) == {**TASKS['repair'], 'ar_prefix': 0}
-
-
-def test_what_was_chosen_wins_over_the_preset_and_that_over_the_task_and_that_over_the_best():
-    joint = default_config(training_type='joint', causal_ratio=0.3)
-    assert choose_rules(joint) == dict(commit='random', remask='causal', ar_prefix=0)
-    assert choose_rules(joint, steps=5, schedule=None) == dict(
-        commit='random', remask='causal', ar_prefix=0, steps=5
-    )
-    assert choose_rules(joint, inside=True)['remask'] == 'wrong'
-    repair = choose_rules(joint, task='repair', inside=True)
-    assert repair == {**TASKS['repair'], 'ar_prefix': 0} and repair['remask_threshold'] == 0.8
-    both = choose_rules(
-        joint, task='repair', preset='intelligent', remask='random', temperature=0.5, remask_rate=None
-    )
-    assert (both['commit'], both['remask'], both['temperature'], both['remask_threshold']) == (
-        'random',
-        'random',
-        0.5,
-        0.8,
-    )
-    for name, rules in PRESETS.items():
-        chosen = choose_rules(joint, preset=name)
-        assert rules.items() <= chosen.items() and {'commit', 'remask', 'ar_prefix'} <= set(chosen)
-    assert choose_rules(joint, preset='universal', steps=3, ar_prefix=0) == {
-        **PRESETS['universal'],
-        'steps': 3,
-        'ar_prefix': 0,
-    }
-    assert choose_rules(joint, preset='ancestral', temperature=0.0)['temperature'] == 0
-    plain = default_config(training_type='unmasking')
-    assert choose_rules(plain, preset='maskgit', remask='random')['remask'] == 'random'
-    assert choose_rules(plain, judge=True) == dict(commit='random', remask='wrong', ar_prefix=0)
-
-
-@pytest.mark.parametrize(
-    'kind, how, message',
-    [
-        ('joint', dict(preset='remdn'), "unknown preset 'remdn'; did you mean remdm?"),
-        ('joint', dict(preset='zzz'), "unknown preset 'zzz'; there are ancestral, maskgit, .*universal"),
-        (
-            'joint',
-            dict(task='repair', remask='none'),
-            'repair finds what to change by re-masking: use --remask=wrong, random or critic, not none',
-        ),
-        ('joint', dict(task='repair', preset='ancestral'), 'not none'),
-        ('joint', dict(task='repair', remask='p2'), 'not p2'),
-        ('joint', dict(task='repair', preset='remdm'), 'not remdm'),
-        ('unmasking', dict(task='repair'), 'not trained to find wrong tokens'),
-        ('unmasking', dict(preset='intelligent'), 'not trained to find wrong tokens'),
-        ('unmasking', dict(preset='speculative'), 'causal mode'),
-        ('unmasking', dict(preset='universal'), 'no trained causal mode'),
-        ('causal', dict(task='repair'), 'samples left to right'),
-        ('remasking', dict(task='infill'), 'it judges tokens but cannot write'),
-        ('joint', dict(preset='remdm', judge=True), 'not for --remask=remdm'),
-    ],
-)
-def test_rules_that_cannot_be_chosen(kind, how, message):
-    with pytest.raises(UserError, match=message):
-        choose_rules(default_config(training_type=kind), **how)
+# what is said of a text
 
 
 def test_marks():
@@ -870,53 +789,59 @@ def test_the_suites_run_as_commands(run, made, tmp_path):
 # text in, text out
 
 
-def test_encode_and_decode():
+@pytest.mark.parametrize(
+    'ids, text, finished',
+    [
+        ([15, 10, 12, 1, 2, 11, 14, 3, 16, 17, 4], '(+12)=3', True),
+        ([15, 10, 12, 1, 2, 11, 14, 3], '(+12)=3', False),
+        ([15, 1, 17, 2], '1·2', False),  # scored as wrong, not hidden, and as long as it is
+        ([15, 17, 17, 2], '··2', False),
+        ([15, 1, 17], '1·', False),
+        ([15, 1, 17, 17, 17], '1·', False),  # one is enough to see it
+        ([15, 16, 16], '', True),
+    ],
+)
+def test_decode(ids, text, finished):
+    assert decode(ARITHMETIC, ids) == (text, finished)
+
+
+def test_encode():
     assert encode(ARITHMETIC, '(+12)=3') == [10, 12, 1, 2, 11, 14, 3]
-    assert decode(ARITHMETIC, [15, 10, 12, 16, 17, 17]) == ('(+', True)
-    assert decode(ARITHMETIC, [15, 10, 12, 17, 17, 17]) == ('(+·', False)  # one padding is enough to see it
+    assert encode(STREAM, 'ab\n') == [0, 1, 2] and decode(STREAM, [0, 2, 1]) == ('a\nb', False)
     with pytest.raises(UserError, match="'x' in '1x2' is not in the vocabulary of arithmetic: '0123"):
         encode(ARITHMETIC, '1x2')
 
 
 def test_start_canvas():
-    model = SimpleNamespace(config=SimpleNamespace(block_size=8), mask_token_id=18)
-    canvas, fixed = start_canvas(model, ARITHMETIC, 2, prompt=(10, 12))
-    assert canvas.tolist() == [[15, 10, 12] + [18] * 5] * 2 and torch.equal(fixed, canvas != 18)
-    canvas, fixed = start_canvas(model, ARITHMETIC, 2, prompt=(10,), lengths=torch.tensor([2, 4]))
-    assert canvas.tolist() == [[15, 10, 18, 16, 17, 17, 17, 17], [15, 10, 18, 18, 18, 16, 17, 17]]
+    canvas, fixed = start_canvas(small(), ARITHMETIC, 3)
+    assert canvas.tolist() == [[15] + [18] * 7] * 3 and fixed.tolist() == [[True] + [False] * 7] * 3
+    canvas, fixed = start_canvas(small(), ARITHMETIC, 2, prompt=[1, 2])
+    assert canvas.tolist() == [[15, 1, 2] + [18] * 5] * 2 and torch.equal(fixed, canvas != 18)
+    canvas, fixed = start_canvas(small(), ARITHMETIC, 2, prompt=[1], lengths=torch.tensor([2, 6]))
+    assert canvas.tolist() == [[15, 1, 18, 16, 17, 17, 17, 17], [15, 1, 18, 18, 18, 18, 18, 16]]
     assert torch.equal(fixed, canvas != 18)
-    for how, message in (
-        (dict(lengths=torch.tensor([0])), 'too short'),
-        (dict(prompt=(1, 2, 3), lengths=torch.tensor([2])), 'the prompt has 3 tokens'),
-        (dict(prompt=(1,) * 7), 'does not fit'),
-    ):
-        with pytest.raises(UserError, match=message):
-            start_canvas(model, ARITHMETIC, 1, **how)
-
-
-def test_a_prompt_is_never_cut_and_a_given_length_is_the_length():
-    model = tiny_gpt(18, 64, n_recur=1)
-    for rules in (
-        dict(remask='none', steps=5),
-        dict(remask='wrong', steps=7),
-        dict(remask='random', commit='entropy'),
-    ):
-        drawn = sample.generate(
-            model, ARITHMETIC, 6, prompt=(10, 12), lengths=torch.full((6,), 9), seed=2, **rules
-        )
-        again = sample.generate(
-            model, ARITHMETIC, 6, prompt=(10, 12), lengths=torch.full((6,), 9), seed=2, **rules
-        )
-        assert drawn == again  # the same seed, the same samples
-        for one in drawn:
-            assert one['text'].startswith('(+') and len(one['text']) == 9 and one['finished']
-            assert one['tokens'][0] == 15 and one['tokens'][-1] == 16 and max(one['tokens'][1:-1]) < 15
+    assert start_canvas(small(4), STREAM, 1)[0].tolist() == [[18] * 4]
+    canvas, fixed = start_canvas(small(4), STREAM, 1, prompt=[2], lengths=torch.tensor([3]))
+    assert canvas.tolist() == [[2, 18, 18]] and fixed.tolist() == [[True, False, False]]
 
 
 @pytest.mark.parametrize(
-    'rules', [dict(ar_prefix=64), dict(ar_prefix=10, remask='none', steps=4), dict(remask='causal')], ids=str
+    'meta, prompt, lengths, message',
+    [
+        (ARITHMETIC, [], [3, 7], 'a text of 7 tokens does not fit: block_size 8 leaves room for 6'),
+        (ARITHMETIC, [1] * 7, None, 'a text of 7 tokens does not fit: block_size 8 leaves room for 6'),
+        (ARITHMETIC, [1, 2, 3], [2, 2], 'a length of 2 is too short: the prompt has 3 tokens'),
+        (ARITHMETIC, [1, 2, 3], [2, 5], 'the prompt has 3 tokens'),  # too short for one row is too short
+        (ARITHMETIC, [], [0, 3], 'a length of 0 is too short'),
+        (STREAM, [], [9], 'a text of 9 tokens does not fit: block_size 8 leaves room for 8'),
+        (STREAM, [1] * 9, None, 'a text of 9 tokens does not fit: block_size 8 leaves room for 8'),
+    ],
 )
-def test_causal_samplers_never_write_specials(rules):
-    model = tiny_gpt(18, 64, n_recur=1, scale=1.0)
-    for one in sample.generate(model, ARITHMETIC, 8, seed=1, **rules):
-        assert one['tokens'][0] == 15 and max(one['tokens']) < 18 and one['nfe'] > 0
+def test_starts_that_do_not_fit(meta, prompt, lengths, message):
+    with pytest.raises(UserError, match=message):
+        start_canvas(small(), meta, 2, prompt, None if lengths is None else torch.tensor(lengths))
+
+
+def test_load_task():
+    assert load_task('shakespeare_char') is None and load_task('no such dataset') is None
+    assert load_task('arithmetic').verdict('(+12)=3') == '✓'
