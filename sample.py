@@ -100,7 +100,7 @@ class How:
     top_p: float = None        # draw among the most probable tokens that together reach this probability only
 
     def filters(self):
-        """How a token is drawn, see model.filtered."""
+        """How a token is drawn, see plumbing.draw.filtered."""
         return dict(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
     def corrects(self):

@@ -292,6 +292,10 @@ OLD = {
         dict(graph_window=1, graph_topk=2),
         {'blocks.0.parts.graph.off_graph_penalty': 'blocks.0.aloof'},
     ),
+    'graph:1:0': (
+        dict(graph_window=1, graph_topk=0),
+        {'blocks.0.parts.graph.off_graph_penalty': 'blocks.0.aloof'},
+    ),
     'mu:4': (
         dict(mu_blocks=4),
         {'parts.mu.qkv.weight': 'mixer.qkv.weight', 'parts.mu.proj.weight': 'mixer.proj.weight'},

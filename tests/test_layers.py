@@ -89,6 +89,8 @@ def test_parts_by_name():
         ('short_cnov', "parts knows graph, shortcuts, .*level, each once, .*got 'short_cnov'"),
         ('shortcuts,shortcuts', "each once, with numbers as in short_conv:2; got 'shortcuts,shortcuts'"),
         ('short_conv:0', 'with numbers as in short_conv:2'),
+        ('short_conv:00', 'with numbers as in short_conv:2'),
+        ('graph:0:4', 'with numbers as in short_conv:2'),
         ('short_conv:-1', 'with numbers'),
         ('level:x', 'with numbers'),
         ('level:', 'with numbers'),
