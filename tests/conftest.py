@@ -9,6 +9,9 @@ import runpy
 import signal
 import sys
 
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ.setdefault('OMP_NUM_THREADS', '1')              # the workers share the cores
+
 # the tests are of small networks, for which a CPU is faster
 os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
 
