@@ -34,11 +34,6 @@ def save_checkpoint(path, checkpoint):
         raise UserError(f'{path}: cannot be written: {why}') from error
 
 
-def last_good(path):
-    """Which checkpoint there still is, for someone who just lost a newer one."""
-    return f'the last good checkpoint is {path}' if os.path.exists(path) else 'there is no checkpoint yet'
-
-
 def import_safetensors():
     """The package safetensors. Raises UserError if it is not installed."""
     try:
