@@ -385,7 +385,7 @@ def train(config):
 
 def main():
     try:
-        train({name: globals()[name] for name in configurator.settings(__file__)})
+        train(configurator.current(globals()))
     finally:
         unlock(out_dir)
         distributed.disconnect()
