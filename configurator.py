@@ -18,6 +18,8 @@ its annotated fields, which are set as attributes of that instance.
 
 import ast
 import difflib
+import errno
+import functools
 import io
 import itertools
 import math
@@ -117,7 +119,11 @@ def check(setting, value):
     if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if kind is int and type(value) is float and value.is_integer():  # 1e6 is how one writes a million
-        return int(value)
+        value = int(value)
+    if kind is not float and any(type(n) is int and abs(n) >= 2**62 for n in numbers):
+        raise UserError(f'{setting.name} expects a number below 2^62, got {value!r}')
+    if value == '' and kind is str and setting.default != '':  # mostly an unset variable of the shell
+        raise UserError(f'{setting.name} is empty: give it a value, or leave it out')
     if kind in (tuple, list) and type(value) in (tuple, list):
         return kind(value)
     if kind is not None and type(value) is not kind:  # isinstance would let True pass for 1
@@ -170,7 +176,7 @@ def execute(file, values):
         raise UserError(f'{file}: no such config file{hint}')
     try:
         exec(compile(path.read_bytes(), file, 'exec'), namespace)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # say which of the file's own lines led to it; a syntax error carries its line itself
         frames = traceback.extract_tb(error.__traceback__)
         lines = [getattr(error, 'lineno', '?')] + [frame.lineno for frame in frames if frame.filename == file]
@@ -206,9 +212,19 @@ def print_help(scope, known):
 
 def help_first(scope):
     """prints the help and exits, if a script was called for it: to be called above slow imports"""
-    if scope['__name__'] == '__main__' and {'--help', '-h'} & set(sys.argv[1:]):
-        print_help(scope, settings(scope['__file__']))
-        raise SystemExit(0)
+    if scope['__name__'] == '__main__':
+        sys.excepthook = functools.partial(interrupted, sys.excepthook)
+        if {'--help', '-h'} & set(sys.argv[1:]):
+            print_help(scope, settings(scope['__file__']))
+            raise SystemExit(0)
+
+
+def interrupted(hook, kind, error, trace):
+    """what an exception that nobody catches says: Ctrl-C while modules are imported needs no traceback"""
+    if issubclass(kind, KeyboardInterrupt):
+        print('interrupted', file=sys.stderr)
+    else:
+        hook(kind, error, trace)
 
 
 def home(scope, setting):
@@ -254,19 +270,73 @@ def namespace(scope):
     return SimpleNamespace(**{name: scope[name] for name, setting in known.items() if not setting.holder})
 
 
+class Screen:
+    """a stream that never ends a run: once its pipe is closed or its disk full, what it is told is dropped"""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action, *args):
+        try:
+            action(*args)
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)  # also for what is still buffered, and for children
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+            if error.errno != errno.EPIPE and self.stream is not sys.__stderr__:
+                print(f'nothing more is shown: {error.strerror}', file=sys.stderr)
+
+
 def run(scope):
     """the last line of a script: configure it from the command line and call its main()"""
     script = os.path.basename(scope['__file__'])
-    # what a terminal or a log file cannot show must not stop a run
-    for stream in (sys.stdout, sys.stderr):
+    streams = sys.stdout, sys.stderr
+    for stream in streams:  # what a terminal cannot show must not stop a run
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='replace')
+    sys.stdout, sys.stderr = map(Screen, streams)
+    status = 0
     try:
         configure(scope, sys.argv[1:])
         scope['main']()
-    except UserError as error:  # the user's to mend, so a line and no traceback
-        print(f'{script}: {" ".join(str(error).splitlines())}', file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         print(f'{script}: interrupted', file=sys.stderr)
-        sys.exit(130)
+        status = 130
+    except Exception as error:  # the user's or the machine's, so a line; only ours is worth a traceback
+        message = str(error) if isinstance(error, UserError) else of_the_machine(error, scope)
+        if message is None:
+            raise
+        print(f'{script}: {" ".join(message.splitlines())}', file=sys.stderr)
+        status = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = streams
+    if status:
+        sys.exit(status)
+
+
+def of_the_machine(error, scope):
+    """what to do about memory, disks, permissions and compilers: a line; None for any other error"""
+    text, kinds = str(error), {f'{kind.__module__}.{kind.__name__}' for kind in type(error).__mro__}
+    if isinstance(error, MemoryError) or 'torch.OutOfMemoryError' in kinds or 'allocate memory' in text:
+        known = current(scope)
+        sizes = [f'--{name}={known[name]}' for name in ('batch_size', 'block_size', 'length', 'num_samples')
+                 if known.get(name)]
+        return f"out of memory: lower {' or '.join(sizes[:2]) or 'the sizes'}"
+    if any(kind.startswith(('torch._inductor', 'torch._dynamo')) for kind in kinds):
+        why = (text.strip() or 'no reason given').splitlines()[0]
+        return f'torch.compile does not work here ({why}): leave --compile out, or install a C++ compiler'
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    return None

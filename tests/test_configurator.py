@@ -1,11 +1,14 @@
 """The configurator: what is a setting, what files and overrides may do to it, and what a mistake says."""
 
+import errno
 import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
+from torch._inductor.exc import InductorError
 
 import configurator
 from configurator import UserError
@@ -171,7 +174,6 @@ def test_what_the_script_itself_changed_below_its_settings_is_kept(configure, sc
     ('--out_dir=12', 'out_dir', '12'),
     ('--out_dir=a=b', 'out_dir', 'a=b'),
     ("--out_dir='q'", 'out_dir', "'q'"),
-    ('--out_dir=', 'out_dir', ''),
     ('--out_dir=a-b', 'out_dir', 'a-b'),
     ('--out_dir=--x', 'out_dir', '--x'),
     ('--out_dir=None', 'out_dir', 'None'),  # the default is no None, so it is a name like any other
@@ -565,6 +567,47 @@ def test_run_reports_a_user_error_from_main_in_one_line(script, monkeypatch, cap
 def test_run_ends_an_interrupt_with_130(script, monkeypatch, capsys):
     assert run(script, monkeypatch, raiser(KeyboardInterrupt())) == 130
     assert capsys.readouterr() == ('', 'train.py: interrupted\n')
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--out_dir='], 'out_dir is empty: give it a value, or leave it out'),
+    (['--prompt', ''], 'prompt is empty'), (['exits.py'], 'exits.py, line 1: SystemExit'),
+    ([f'--max_iters={2**62}'], 'max_iters expects a number below 2^62'),
+    ([f'--betas=0.9,{2**70}'], 'betas expects a number below')])
+def test_values_that_nobody_means(script, monkeypatch, capsys, tmp_path, words, message):
+    (tmp_path / 'exits.py').write_text('import sys; sys.exit(0)')
+    assert run(script, monkeypatch, raiser(AssertionError), *words) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('error, message', [
+    (MemoryError(), 'out of memory: lower --length=8'),
+    (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate'), 'out of memory: lower --length=8'),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 'out of memory: lower'),
+    (InductorError(RuntimeError('no C++ compiler'), None), 'leave --compile out, or install a C++ compiler'),
+    (OSError(errno.ENOSPC, 'No space left on device', 'out/x'), 'out/x: No space left on device'),
+    (PermissionError(errno.EACCES, 'Permission denied', 'out'), 'out: Permission denied')])
+def test_errors_of_the_machine_are_one_line(script, monkeypatch, capsys, error, message):
+    assert run(script, monkeypatch, raiser(error), '--length=8') == 1
+    err = capsys.readouterr().err
+    assert message in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('where', ['pipe', 'full'])
+def test_a_screen_that_is_gone_ends_nothing(tmp_path, where):
+    """Behind `| head` and on a full disk the work is done to its end, silently, and the status is 0."""
+    (tmp_path / 'script.py').write_text(
+        'import configurator\n\n\ndef main():\n    for i in range(30_000):\n        print("line", i)\n'
+        '    open("done", "w")\n\n\nif __name__ == "__main__":\n    configurator.run(globals())\n')
+    env = {**os.environ, 'PYTHONPATH': os.path.dirname(configurator.__file__)}
+    redirect = '| head -1' if where == 'pipe' else '> /dev/full'
+    if where == 'full' and not os.path.exists('/dev/full'):
+        pytest.skip('there is no /dev/full')
+    command = f'set -o pipefail; {sys.executable} script.py {redirect}'
+    done = subprocess.run(['bash', '-c', command], cwd=tmp_path, env=env, capture_output=True, text=True)
+    said = 'nothing more is shown: No space left on device\n'
+    assert (done.returncode, done.stderr) == (0, '' if where == 'pipe' else said)
+    assert (tmp_path / 'done').exists()
 
 
 @pytest.mark.parametrize('exception', [ValueError('a bug'), RuntimeError('another')])
