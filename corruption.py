@@ -2,6 +2,7 @@
 What the network is asked: clean rows -> (input, target, weight). A training type is nothing but that.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from configurator import UserError
 from parts.noise import NOISE, another_token, fragment, noise, noise_weights, sticky
 from plumbing import distributed
 from plumbing.checks import parse_mixture
-from plumbing.draw import draw, filtered
+from plumbing.draw import NotFinite, draw, filtered
 from plumbing.pieces import at_once
 from plumbing.rows import given_prefix, places, random_subset, split, stratified_k
 
@@ -140,8 +141,9 @@ def own_guesses(model, generator):
             hidden = model.eval()(input[rows], only=at)             # (N, C)
             model.train(training)
             pieces = hidden.split(at_once(model.wte.weight, model.most_logits))
-            drawn = [draw(filtered(model.logits(piece, real_only=True)), generator) for piece in pieces]
-            ids[rows[at // ids.size(1)], at % ids.size(1)] = torch.cat(drawn)
+            with suppress(NotFinite):                               # the loss will not be finite either
+                drawn = [draw(filtered(model.logits(piece, real_only=True)), generator) for piece in pieces]
+                ids[rows[at // ids.size(1)], at % ids.size(1)] = torch.cat(drawn)
         return ids
     return guess
 

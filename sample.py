@@ -405,10 +405,10 @@ def main():
     said = ', '.join(f'{name}={value}' for name, value in rules.items())
     print(said)
 
-    t0 = time.time()
+    t0 = time.perf_counter()
     samples = fill(model, meta, canvas, fixed, batch_size=s.batch_size, seed=s.seed, progress=True,
                    remask_model=judge, trace=bool(s.animate or s.html) or s.task == 'repair', **rules)
-    shown(samples, texts, canvas, fixed, said, time.time() - t0)
+    shown(samples, texts, canvas, fixed, said, time.perf_counter() - t0)
 
 
 if __name__ == '__main__':

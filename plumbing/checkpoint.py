@@ -283,6 +283,7 @@ def make_checkpoint(run, result):
     if distributed.several():
         rng['ranks'] = distributed.gather(rng)
     return dict(weights, iter_num=run.step, rng=rng, sums=run.sums, control=run.control, skipped=run.skipped,
+                best=run.best,
                 model_args=model_args(run.model.config), config=run.config, meta=run.meta, result=result)
 
 
@@ -315,6 +316,7 @@ def restore(run, path, checkpoint):
         run.control = control
         run.sums = {name: part.to(run.device) for name, part in checkpoint['sums'].items()}
         run.skipped = checkpoint.get('skipped', run.skipped)
+        run.best = checkpoint.get('best')
         run.step = checkpoint['iter_num']
     except UserError:
         raise

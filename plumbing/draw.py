@@ -5,7 +5,13 @@ How a token is drawn.
 import torch
 import torch.nn.functional as F
 
+from configurator import UserError
+
 LARGE = 4096     # words
+
+
+class NotFinite(UserError):
+    """The logits of a network are NaN or infinite: there is nothing to draw from."""
 
 
 def fine(device):
@@ -14,11 +20,20 @@ def fine(device):
 
 
 def filtered(logits, temperature=1.0, top_k=None, top_p=None):
-    """logits (N, V+2), [MASK] and [WRONG] at -inf already -> probabilities (N, V+2) to draw from."""
+    """
+    logits (N, V+2), [MASK] and [WRONG] at -inf already -> probabilities (N, V+2) to draw from.
+
+    Raises NotFinite if the logits of a row are not finite, or leave no word open.
+    """
+    most = logits.amax(-1, keepdim=True)
+    if not most.isfinite().all():
+        raise NotFinite('the network is no longer finite: take an older checkpoint, or set --dtype=float32')
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
+    if temperature < 1e-3:                                              # or they would overflow
+        logits = logits - most
     if temperature != 1:
-        logits = logits / temperature
+        logits = logits / min(temperature, 1e30)
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float('-inf'))
     probs = logits.softmax(-1)

@@ -3,6 +3,7 @@
 import json
 import os
 
+from configurator import UserError
 from plumbing.files import atomically, write_atomically
 from plumbing.optim import ramp
 from plumbing.text import encode, load_task
@@ -32,11 +33,18 @@ def start_log(path, start):
 
 
 def draw_curves(log, path):
-    """Draws log.jsonl as curves, if matplotlib is there; returns whether it is."""
+    """Draws log.jsonl as curves, if matplotlib is there and works; returns whether it does."""
     try:
-        from matplotlib.figure import Figure
+        return curves(log, path)
     except ImportError:
         return False
+    except Exception as error:                                      # whatever a drawing library may raise
+        raise UserError(f'{path}: not drawn: {error}') from error
+
+
+def curves(log, path):
+    """Draws log.jsonl as curves; returns whether there is something to draw."""
+    from matplotlib.figure import Figure
     records = read_log(log)
     groups = {'nats, training': ('causal', 'draft', 'unmask', 'detect', 'keep'),
               'nats a token, validation': ('nelbo', 'causal_nll', 'entropy'),

@@ -3,8 +3,11 @@ A training run: what it holds from step to step, its folder, what it says on scr
 in.
 """
 
+import contextlib
 import copy
+import glob
 import json
+import math
 import os
 import shlex
 import signal
@@ -27,6 +30,10 @@ from plumbing.log import draw_curves, start_log
 from plumbing.optim import make_optimizers
 
 
+# what ends a run: Ctrl-C, kill, a closed terminal, and what Slurm sends before the time is up
+SIGNALS = ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGXCPU')
+
+
 class Run:
     """
     First start and open, then halts, save, count and record in the steps, and finish at the end.
@@ -42,7 +49,7 @@ class Run:
         self.newest = os.path.join(self.folder, checkpoint_name(*names))
         self.log_path = os.path.join(self.folder, 'log.jsonl')
         self.step, self.sums, self.skipped = 0, {}, dict(steps=0, in_a_row=0)
-        self.replaced, self.wandb, self.plotted, self.asked = '', None, False, False
+        self.replaced, self.wandb, self.plotted, self.asked, self.best = '', None, False, False, None
         self.writes = distributed.rank() == 0
         if self.writes:
             self.replaced = check_overwrite(self.newest, config)
@@ -71,8 +78,9 @@ class Run:
             (config['beta1'], config['beta2']), config['bigram_decay'])
         self.rows_rng = torch.Generator().manual_seed(config['seed'])
         self.noise_rng = torch.Generator(self.device).manual_seed(config['seed'] + 1)
-        changed, seconds = '', 0.0
+        changed, seconds, other = '', 0.0, ''
         if self.source == 'resume':
+            other = other_settings(config, checkpoint['config'])
             changed, seconds = self.resume(path, checkpoint), checkpoint.get('seconds', 0.0)
         else:
             if self.source == 'scratch':
@@ -85,13 +93,15 @@ class Run:
             torch.manual_seed(seed)
             self.noise_rng.manual_seed(seed + 1)
         self.first = self.step
-        self.began = time.time() - seconds                          # evaluations and saves taken out
+        self.began = time.perf_counter() - seconds                          # evaluations and saves taken out
 
         print(choices + (f', {world} processes' if world > 1 else ''))
         print(f"{model.num_params():,} parameters; {config['training_type']} on {config['dataset']}: "
               f"{meta['train_tokens']:,} training tokens, vocabulary {meta['vocab_size']} + [MASK] + [WRONG]")
         if path:
             print(f'starting from {path}, step {self.step}')
+        if other:
+            print(f'settings that are not those of the checkpoint: {other}')
         if changed:
             print(f'{changed}; the run goes on, but no longer to the last bit the same')
         if self.replaced:
@@ -135,27 +145,30 @@ class Run:
         if self.config['eval_only']:
             last = max(last, self.first)
         self.stop_on_signal()
-        self.marks = [(self.first, time.time())]
+        self.marks = [(self.first, time.perf_counter())]
         for self.step in range(self.first, last + 1):
             yield self.step
 
     def stop_on_signal(self):
-        """After Ctrl-C or SIGTERM the step is finished and saved; a second Ctrl-C stops at once."""
+        """After one of SIGNALS the step is finished and saved; a second Ctrl-C stops at once."""
         self.signalled = False
 
         def ask(signum, frame):
             self.signalled = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            print('finishing the step, then saving ...', flush=True)
+            with contextlib.suppress(RuntimeError):                 # it came in the midst of another line
+                print('finishing the step, then saving ...', flush=True)
 
-        signal.signal(signal.SIGINT, ask)
-        signal.signal(signal.SIGTERM, ask)
+        for name in SIGNALS:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:    # as nohup has it
+                signal.signal(number, ask)
 
     def halts(self):
         """Whether an evaluation (self.due), a checkpoint or the end (self.stopping) comes first."""
         config, step = self.config, self.step
         self.asked = distributed.anywhere(self.signalled)
-        self.paused = time.time()
+        self.paused = time.perf_counter()
         self.stopping = step == config['max_iters'] or self.asked
         regular = step % config['eval_interval'] == 0 and (step > self.first or not self.first)
         self.due = config['eval_only'] or step == config['max_iters'] or regular
@@ -166,9 +179,12 @@ class Run:
         """Saves what is due; result: what the evaluation found. Ends the pause that halts began."""
         if self.due:
             self.write({'step': self.step, **result})
+        best = self.is_best(result)
         if self.step > self.first:
             state = dict(make_checkpoint(self, result), seconds=self.paused - self.began)
             with distributed.together():
+                if self.writes and best:                            # first, so that the other is the newest
+                    self.attempt(save_checkpoint, f'{self.newest[:-3]}_best.pt', state)
                 if self.writes and (self.due or self.stopping):
                     self.attempt(save_checkpoint, self.newest, state, last=self.stopping)
                     curves = os.path.join(self.folder, 'curves.png')
@@ -176,9 +192,23 @@ class Run:
                 if self.writes and self.numbered:
                     path = f'{self.newest[:-3]}_{self.step}.pt'
                     self.attempt(save_checkpoint, path, dict(state, result={}))
-        pause = time.time() - self.paused
+        pause = time.perf_counter() - self.paused
         self.began += pause                                         # speed is the speed of training
         self.marks = [(step, when + pause) for step, when in self.marks]
+
+    def is_best(self, result):
+        """Whether an evaluation found the lowest bound so far. Says so if it has risen for long."""
+        value = result.get('nelbo', result.get('causal_nll'))
+        if value is None or not math.isfinite(value):
+            return False
+        if self.best is None or value < self.best['value']:
+            self.best = dict(value=value, step=self.step)
+            return True
+        since = self.step - self.best['step']
+        if since >= max(5 * self.config['eval_interval'], self.config['max_iters'] // 5):
+            print(f"validation was best at step {self.best['step']} ({self.best['value']:.3f}), "
+                  f'see {self.newest[:-3]}_best.pt')
+        return False
 
     def count(self, parts):
         """Whether a step is finite and to be taken; adds up the parts of its loss, or the steps skipped."""
@@ -206,7 +236,7 @@ class Run:
     def record(self, learning_rate, **more):
         """What is logged of the steps since the last record: a dict. Sets self.speed."""
         done = self.step + 1
-        self.marks = self.marks[-20:] + [(done, time.time())]
+        self.marks = self.marks[-20:] + [(done, time.perf_counter())]
         (first, start), (last, end) = self.marks[0], self.marks[-1]
         self.speed = (last - first) / max(1e-9, end - start)
         record = {'step': done}
@@ -282,13 +312,33 @@ def load_network(network, sizes, config, meta, place, newest):
         model = network(sizes(vocab_size=meta['vocab_size'], **chosen))
         if config['init_from'] != 'scratch':
             path = newest
-            if config['init_from'] != 'resume':
+            if config['init_from'] == 'resume':
+                check_there(path)
+            else:
                 path = find_checkpoint(config['init_from'], config['out_dir'])
             weights, checkpoint = load_start(network.load, path, config, model_args(model.config), meta)
             model.load_state_dict({**model.state_dict(), **weights})    # what it did not have yet stays
         how = config['dtype'], config['attention'], config['compile']
         model, choices = configure_compute(model, place, *how)
     return model, choices, path, checkpoint
+
+
+def check_there(path):
+    """Raises UserError if there is no checkpoint to resume from; says which others there are."""
+    if not os.path.exists(path):
+        others = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(path) or '.'), 'ckpt_*.pt')))
+        hint = 'start the run without --init_from=resume'
+        if others:
+            hint = (f'but there is {others[0]}: give its --training_type to resume it, or start from its '
+                    f'weights with --init_from={shlex.quote(others[0])}')
+        raise UserError(f'{path}: there is no checkpoint to resume from; {hint}')
+
+
+def other_settings(config, before):
+    """The settings of a run that resumes which are not those of its checkpoint, a line."""
+    free = ('init_from', 'out_dir', 'overwrite', 'eval_only', 'device', 'compile', 'log_interval')
+    return ', '.join(f'{name} {before[name]!r} -> {config[name]!r}' for name in config
+                     if name in before and name not in free and before[name] != config[name])
 
 
 def added(sums, parts):

@@ -162,9 +162,10 @@ def measure(s, model, meta, strings, name, rules, protocol='free', **more):
 
 def measure_draws(s, strings, name, draw, protocol='free', **more):
     """measure for samples of any origin: draw(number) -> dicts text, nfe for the seed of that number."""
-    t0 = time.time()
+    t0 = time.perf_counter()
     scores = [score(strings, draw(number)) for number in range(s.num_seeds)]
-    row = dict(name=name, protocol=protocol, n=s.num_samples, seeds=s.num_seeds, seconds=time.time() - t0,
+    seconds = time.perf_counter() - t0
+    row = dict(name=name, protocol=protocol, n=s.num_samples, seeds=s.num_seeds, seconds=seconds,
                **averaged(scores, METRICS, s.num_samples), **more)
     tqdm.write(f'{name}, {protocol}: ' + ', '.join(f'{metric} {cell(row, metric)}' for metric in METRICS))
     return row

@@ -252,7 +252,7 @@ def first_steps(model, ids, meta, config, num=5):
     optimizers, seconds = optimizers_of(model, config), []
     model.train()
     for step in range(num + 1):
-        t0 = time.time()
+        t0 = time.perf_counter()
         for _ in range(config['gradient_accumulation_steps']):
             x0 = random_rows(ids, config['batch_size'], config['block_size'], rng).to(device)
             train.training_step(model, x0, meta, config, late, noise, price)
@@ -262,7 +262,7 @@ def first_steps(model, ids, meta, config, num=5):
             optim.update(model, optimizers, config, scale)
             model.zero_grad(set_to_none=True)
             next(model.parameters()).sum().item()                              # wait for the device
-            seconds.append(time.time() - t0)
+            seconds.append(time.perf_counter() - t0)
     grads = {name: p.grad for name, p in trained_tensors(model, config)}
     return seconds, {name: None if grad is None else grad.norm().item() for name, grad in grads.items()}
 

@@ -69,13 +69,13 @@ def straight_run(folder, words):
     server = FRESH.Process(target=os.getpid)                             # what the first process waits for
     server.start()
     server.join()
-    t0 = time.time()
+    t0 = time.perf_counter()
     process = start(folder, words)
     while process.is_alive() and not os.path.exists(os.path.join(folder, 'log.jsonl')):
         time.sleep(1e-3)
-    t1 = time.time()
+    t1 = time.perf_counter()
     finish(process, folder)
-    return t1 - t0, time.time() - t1
+    return t1 - t0, time.perf_counter() - t1
 
 
 def finish(process, folder, *expected):
@@ -102,9 +102,9 @@ def half_written(folder, process):
 def disturb(process, folder, kind, seconds, rng):
     """Kills the run or asks it to stop: whether that was inside a write, None if the run was done before."""
     writes = rng.randint(0, 8)                                           # how many are let pass
-    until = time.time() + rng.uniform(0.5 * seconds[0], seconds[0] + seconds[1] / 4)
+    until = time.perf_counter() + rng.uniform(0.5 * seconds[0], seconds[0] + seconds[1] / 4)
     inside = False
-    while process.is_alive() and (kind == KINDS[1] or time.time() < until):
+    while process.is_alive() and (kind == KINDS[1] or time.perf_counter() < until):
         before, inside = inside, half_written(folder, process)
         writes -= inside and not before
         if kind == KINDS[1] and inside and writes < 0:
@@ -217,8 +217,8 @@ def soak(s, minutes, words=()):
         raise UserError('the soak reads /proc, which only Linux has')
     folder = os.path.join(s.out_dir, 'faults', 'soak')
     shutil.rmtree(folder, ignore_errors=True)
-    here, seen, end = f'--out_dir={folder}', [], time.time() + 60 * minutes
-    while time.time() < end or len(seen) < 4:
+    here, seen, end = f'--out_dir={folder}', [], time.perf_counter() + 60 * minutes
+    while time.perf_counter() < end or len(seen) < 4:
         command('train.py', *TINY, *words, here, '--max_iters=10')
         save = f'--save={folder}/samples.jsonl'
         command('sample.py', here, '--steps=4', '--num_samples=4', save, '--device=cpu')

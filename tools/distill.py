@@ -73,7 +73,7 @@ def learn(student, average, teacher, rows, meta, rules):
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.Generator(next(student.parameters()).device).manual_seed(seed + 1)
-    mean, t0 = 0.0, time.time()
+    mean, t0 = 0.0, time.perf_counter()
     for step in range(max_iters):
         x0 = random_rows(rows, batch_size, teacher.config.block_size, generator).to(noise.device)
         total, _ = loss(student, *lesson(teacher, x0, meta, rules, noise))
@@ -90,7 +90,7 @@ def learn(student, average, teacher, rows, meta, rules):
 
         mean += total.item() / batch_size
         if (step + 1) % log_interval == 0:
-            speed = (step + 1) / (time.time() - t0)
+            speed = (step + 1) / (time.perf_counter() - t0)
             left = int((max_iters - step - 1) / speed)
             print(f'step {step + 1}/{max_iters}  loss {mean / log_interval:.3f}  {speed:.1f} it/s  '
                   f'{left // 60}:{left % 60:02d} left')

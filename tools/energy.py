@@ -103,10 +103,10 @@ def draw_samples(model, meta, config, num):
         share = num * (i + 1) // len(hows) - num * i // len(hows)
         if not share:
             continue
-        t0, rules = time.time(), choose_rules(config, commit='random', **how)
+        t0, rules = time.perf_counter(), choose_rules(config, commit='random', **how)
         samples += generate(model, meta, share, seed=seed + i, progress=True, **rules)
         words = ', '.join(f'{name}={value}' for name, value in how.items())
-        print(f'{share} samples, {words}: {time.time() - t0:.0f} s', flush=True)
+        print(f'{share} samples, {words}: {time.perf_counter() - t0:.0f} s', flush=True)
     ids = rows_of(samples, meta, model.config.block_size)
     order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
     return ids[order], [samples[i]['text'] for i in order.tolist()]
@@ -154,7 +154,7 @@ def learn(model, meta, rows, pool, noise):
     """Trains the critic on rows of a split against noise, guesses and the samples of the pool (N, T)."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.critic.parameters(), lr=learning_rate, weight_decay=0.0)
-    means, t0 = torch.zeros(2), time.time()
+    means, t0 = torch.zeros(2), time.perf_counter()
     for step in range(max_iters):
         x0 = random_rows(rows, batch_size, model.config.block_size, generator).to(noise.device)
         parts = losses(model, *make_batch(model, x0, meta, pool, noise))
@@ -167,7 +167,7 @@ def learn(model, meta, rows, pool, noise):
 
         means += parts.detach().cpu() / log_interval
         if (step + 1) % log_interval == 0:
-            speed = (step + 1) / (time.time() - t0)
+            speed = (step + 1) / (time.perf_counter() - t0)
             left = int((max_iters - step - 1) / speed)
             print(f'step {step + 1}/{max_iters}  energy {means[0]:.3f}  tokens {means[1]:.3f}  '
                   f'{speed:.1f} it/s  {left // 60}:{left % 60:02d} left', flush=True)
