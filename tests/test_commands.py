@@ -313,7 +313,6 @@ def test_configs(path):
 
 @pytest.mark.parametrize('words, message', [
     ('--max_iter=3', 'unknown key --max_iter .. did you mean --max_iters?'),
-    ('--max_iters=many', "max_iters expects an int .. 'many'"), ('--compile=3', 'compile expects a bool'),
     ('config/remask_al.py', 'config/remask_al.py: no such config file'),
     ('--dataset=arithmetics', 'data/arithmetics/prepare.py .. did you mean arithmetic?'),
     ('--init_from=resume', 'ckpt_joint_all_positions.pt .. no such checkpoint'),
@@ -429,8 +428,6 @@ def test_dataset_is_prepared_on_first_use(run, copy):
 @pytest.mark.parametrize('words, message', [
     ('--prompt=(+x', "'x' in '(+x' is not in the vocabulary of arithmetic"),
     ('--length=63', 'a text of 63 tokens does not fit .. room for 62'),
-    ('--length=2 --prompt=(+12', 'a length of 2 is too short: the prompt has 4 tokens'),
-    ('--prompt=' + '1' * 63, 'a text of 63 tokens does not fit'),
     ('--remask=causal --length=9', 'the causal pass cannot see'),
     ('--ar_prefix=12 --length=9', 'the causal pass cannot see'),
     ('--commit=best', "commit expects one of random, threshold, confidence, margin .. got 'best'"),
@@ -444,7 +441,7 @@ def test_dataset_is_prepared_on_first_use(run, copy):
     ('--commit=abstain', 'commit=abstain needs a checkpoint trained with --allow_abstain=True'),
     ('--temperature=-1', 'temperature must be at least 0'), ('--device=tpu', 'device expects'),
     ('--remask_rate=2', 'remask_rate is a probability, in 0..1'), ('--dtype=int8', 'dtype expects'),
-    ('--num_sample=3', 'did you mean --num_samples?'), ('--steps=1.5', 'steps expects an int')])
+    ('--num_sample=3', 'did you mean --num_samples?')])
 def test_sample_refuses(run, trained, tmp_path, words, message):
     refused(run('sample', f'--init_from={trained[1]}', '--num_samples=2', f'--save={tmp_path}/s.jsonl', *CPU,
                 *words.split()), 'sample', *message.split(' .. '))

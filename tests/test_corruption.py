@@ -393,12 +393,6 @@ def test_noise_by_hand(what, text, alone):
             assert ['+' if 99 < token < NEW else token for token in got] == wanted
 
 
-def test_replacing_noise_is_uniform_over_the_other_tokens():
-    x0 = torch.arange(5).repeat(4000, 1)
-    x = mixed_noise(x0, x0 >= 0, torch.ones(4000), one('replace'), 5, None, seeded())
-    assert fits((x0 * 5 + x).flatten().bincount(minlength=25).view(5, 5), 1000 * (1 - torch.eye(5)))
-
-
 def slow_noise(x0, real, sigma, mix, mask, pad, generator):
     """mixed_noise a token at a time, fed by the same random numbers."""
     B, T = x0.shape
@@ -444,17 +438,6 @@ def test_mixed_noise_a_token_at_a_time(mix, pad):
     got = mixed_noise(x0, real, sigma, *more, seeded(2))
     assert torch.equal(got, slow_noise(x0, real, sigma, *more, seeded(2)))
     assert not torch.equal(got, x0) and got.min() >= 0 and got.max() <= 200
-
-
-def test_noise_shares():
-    """Of the hits each kind of noise gets its share; a row has as many as its own level says."""
-    x0 = torch.arange(40).repeat(4000, 1)
-    sigma, mix = torch.tensor([0.2, 0.8]).repeat(2000), (('mask', 2.0), ('replace', 1.0))
-    x = mixed_noise(x0, x0 >= 0, sigma, mix, NEW, None, seeded())
-    masked, replaced = x == NEW, (x != x0) & (x < NEW)
-    for first, level in ((0, 0.2), (1, 0.8)):
-        assert masked[first::2].double().mean().item() == pytest.approx(level * 2 / 3, abs=0.01)
-        assert replaced[first::2].double().mean().item() == pytest.approx(level / 3, abs=0.01)
 
 
 def test_masks_that_weigh_alike():

@@ -323,10 +323,10 @@ def test_same_seed_same_output_of_every_task(sampled, words):
 
 def test_a_preset_gives_way_to_what_is_chosen(sampled):
     for words, said in (
-            ('--preset=intelligent --remask=random --steps=4', 'commit=random .. remask=random .. 4.0 passes'),
-            ('--preset=maskgit --steps=4', 'commit=confidence, schedule=cosine, remask=none'),
-            ('--commit=priority --priority=( --steps=4', 'commit=priority')):          # which is a text here
-        out, samples = sampled('joint', f'{words} --num_samples=2')
+            ('--preset=intelligent --remask=random', 'commit=random .. remask=random .. 4.0 passes'),
+            ('--preset=maskgit', 'commit=confidence, schedule=cosine, remask=none'),
+            ('--commit=priority --priority=(', 'commit=priority')):        # which is a text here
+        out, samples = sampled('joint', f'{words} --steps=4 --num_samples=2')
         assert all(word in out for word in ('steps=4', *said.split(' .. '))) and len(samples) == 2
     out, samples = sampled('joint', '--preset=universal --prompt=(+ --num_samples=2')
     assert 'ar_prefix=3' in out and all(s['nfe'] <= 23 and s['text'].startswith('(+') for s in samples)
@@ -381,12 +381,7 @@ FREE, GIVEN = 'text, file and mask are for --task=infill', 'prompt and length ar
     ('joint', f'--task=edit {FIT}', '--mask=3:5 says what --task=edit writes anew'),
     ('joint', '--task=infill --text=1_ --mask=0:1', 'infill takes no mask'),
     ('joint', f'--task=infill {FIT}', "has no hole ('_')"),
-    ('joint', f'--task=infill {FIT} --hole=+', 'hole expects'),
-    ('joint', f"--task=infill --text={'_' * 63}1",
-     'a text of 64 tokens does not fit: block_size 64 leaves room for 62'),
     ('joint', '--task=repair --text=', 'the text is empty'),
-    ('joint', '--task=score --text=a', "'a' in 'a' is not in the"),
-    ('joint', f'--task=edit {FIT} --mask=9:10', 'outside the text, which has 7 tokens'),
     ('joint', f'--task=repair {FIT} --remask=none', 'repair finds what to change by re-masking'),
     ('joint', '--preset=remasking', "unknown preset 'remasking'"),
     ('joint', '--preset=maskgti', 'did you mean maskgit?'),
@@ -398,7 +393,6 @@ FREE, GIVEN = 'text, file and mask are for --task=infill', 'prompt and length ar
     ('judge', '--task=infill --text=1_1', 'it judges tokens but cannot write'),
     ('joint', '--remask_schedule=0.3', 'remask_schedule expects a tuple'),
     ('joint', '--remask_schedule=0.3,2', 'two shares in 0..1'),
-    ('joint', '--remask_schedule=0.3,0.2,0.1', 'two shares in 0..1'),
     ('joint', '--remdm=caps --remask=remdm', 'remdm expects one of'),
     ('joint', '--remask_schedule=0.3,0.1 --remask_threshold=0.5', 'give one of them'),
     ('joint', '--remask=remdm --remask_threshold=0.5', 'not for remdm'),
