@@ -21,7 +21,8 @@ from conftest import ARITHMETIC, ROOT, default_config, load_script, tiny_gpt, wr
 import configurator
 import train
 from data import loader
-from model import GPT, GPTConfig, check_config
+from model import GPT, GPTConfig
+from plumbing.checks import check_fits, check_sizes
 from suites import arithmetic, checkpoints
 from suites.common import standard_error
 
@@ -303,9 +304,9 @@ def test_configs(path):
     if config['dataset'].startswith('arithmetic'):
         meta = ARITHMETIC
     train.check_settings(config)
-    train.check_fits(config, dict(meta, train_tokens=10 ** 6, val_tokens=10 ** 5, name=config['dataset']))
+    check_fits(config, dict(meta, train_tokens=10 ** 6, val_tokens=10 ** 5, name=config['dataset']))
     sizes = ('block_size', 'n_layer', 'n_head', 'n_embd', 'n_recur', 'dropout')
-    check_config(GPTConfig(vocab_size=meta['vocab_size'], **{name: config[name] for name in sizes}))
+    check_sizes(GPTConfig(vocab_size=meta['vocab_size'], **{name: config[name] for name in sizes}))
 
 
 # -----------------------------------------------------------------------------
