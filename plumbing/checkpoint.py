@@ -112,7 +112,7 @@ def find_checkpoint(name, out_dir):
     """'ckpt': the newest ckpt_*.pt under out_dir, else the path itself. Raises UserError if there is none."""
     if name != 'ckpt':
         return name
-    found = glob.glob(os.path.join(out_dir, '**', 'ckpt_*.pt'), recursive=True)
+    found = glob.glob(os.path.join(glob.escape(out_dir), '**', 'ckpt_*.pt'), recursive=True)
     if not found:
         raise UserError(f'no checkpoint under {out_dir}; '
                         'train one first: python train.py config/remask_all.py')
@@ -237,6 +237,11 @@ def checkpoint_name(training_type, remasking_loss_type, step=None):
     kind = f'_{remasking_loss_type}' if training_type in ('remasking', 'joint') else ''
     number = '' if step is None else f'_{step}'
     return f'ckpt_{training_type}{kind}{number}.pt'
+
+
+def best_of(path):
+    """Where the checkpoint of the lowest validation loss is, if it is not the newest one of this path."""
+    return f'{path[:-3]}_best.pt'
 
 
 def check_overwrite(path, config):

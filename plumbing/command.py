@@ -4,12 +4,14 @@ settings.
 """
 
 import json
+import os
+import shlex
 
 import torch
 
 from configurator import UserError
 from plumbing import show
-from plumbing.checkpoint import check_same_model, find_checkpoint, identity, load_merged
+from plumbing.checkpoint import best_of, check_same_model, find_checkpoint, identity, load_merged
 from plumbing.device import configure_compute, freeze
 from plumbing.files import write_atomically
 from plumbing.score import given_sample, judge_samples
@@ -27,6 +29,8 @@ def load_networks(s, load, supports):
         model, checkpoint = load(path)
     print(f"{path}: {checkpoint['config']['training_type']} on {checkpoint['meta']['name']}, "
           f"iteration {checkpoint['iter_num']}{merged}")
+    if os.path.exists(best_of(path)):
+        print(f'its validation loss was lower before: --init_from={shlex.quote(best_of(path))}')
 
     judge = None
     if s.remask_from:

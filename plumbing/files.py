@@ -5,6 +5,7 @@ Files: written whole or not at all, in a folder that one run has to itself.
 import contextlib
 import glob
 import os
+import shutil
 
 from configurator import UserError
 
@@ -35,6 +36,12 @@ def write_atomically(path, text):
             file.write(text)
     except OSError as error:
         raise UserError(f'{path}: cannot be written: {error.strerror}') from error
+
+
+def copy_file(source, path):
+    """Copies a file, whole or not at all."""
+    with atomically(path) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def append_line(path, line):

@@ -7,7 +7,6 @@ import contextlib
 import copy
 import glob
 import json
-import math
 import os
 import shlex
 import signal
@@ -20,12 +19,12 @@ import torch
 from configurator import UserError
 from data.loader import load_data
 from plumbing import distributed
-from plumbing.checkpoint import (check_overwrite, checkpoint_name, find_checkpoint, load_start,
+from plumbing.checkpoint import (best_of, check_overwrite, checkpoint_name, find_checkpoint, load_start,
                                  make_checkpoint, model_args, random_states_of_ranks, restore,
                                  save_checkpoint)
 from plumbing.checks import check_fits
 from plumbing.device import configure_compute
-from plumbing.files import append_line, lock, make_folder, sweep
+from plumbing.files import append_line, copy_file, lock, make_folder, sweep
 from plumbing.log import draw_curves, start_log
 from plumbing.optim import make_optimizers
 
@@ -179,12 +178,11 @@ class Run:
         """Saves what is due; result: what the evaluation found. Ends the pause that halts began."""
         if self.due:
             self.write({'step': self.step, **result})
-        best = self.is_best(result)
         if self.step > self.first:
             state = dict(make_checkpoint(self, result), seconds=self.paused - self.began)
             with distributed.together():
-                if self.writes and best:                            # first, so that the other is the newest
-                    self.attempt(save_checkpoint, f'{self.newest[:-3]}_best.pt', state)
+                if self.writes and self.due:
+                    self.attempt(self.keep_best, result)
                 if self.writes and (self.due or self.stopping):
                     self.attempt(save_checkpoint, self.newest, state, last=self.stopping)
                     curves = os.path.join(self.folder, 'curves.png')
@@ -196,19 +194,21 @@ class Run:
         self.began += pause                                         # speed is the speed of training
         self.marks = [(step, when + pause) for step, when in self.marks]
 
-    def is_best(self, result):
-        """Whether an evaluation found the lowest bound so far. Says so if it has risen for long."""
+    def keep_best(self, result):
+        """Before a worse checkpoint replaces the one of the lowest validation loss, that becomes _best.pt."""
         value = result.get('nelbo', result.get('causal_nll'))
-        if value is None or not math.isfinite(value):
-            return False
-        if self.best is None or value < self.best['value']:
-            self.best = dict(value=value, step=self.step)
-            return True
-        since = self.step - self.best['step']
-        if since >= max(5 * self.config['eval_interval'], self.config['max_iters'] // 5):
-            print(f"validation was best at step {self.best['step']} ({self.best['value']:.3f}), "
-                  f'see {self.newest[:-3]}_best.pt')
-        return False
+        if value is None:
+            return
+        best, path = self.best, best_of(self.newest)
+        if best is None or value < best['value']:
+            self.best = dict(value=value, step=self.step, last=True)
+            if os.path.exists(path):
+                os.remove(path)
+        elif best['last'] and os.path.exists(self.newest):
+            copy_file(self.newest, path)
+            best['last'] = False
+        if self.step - self.best['step'] >= 5 * self.config['eval_interval']:
+            print(f"validation was best at step {self.best['step']}, {self.best['value']:.3f}: {path}")
 
     def count(self, parts):
         """Whether a step is finite and to be taken; adds up the parts of its loss, or the steps skipped."""
@@ -286,7 +286,9 @@ class Run:
             curves = ', curves.png' if self.plotted else ' (pip install matplotlib for curves.png)'
             print(f'losses and validation: {self.log_path}{curves}')
             name = 'ckpt' if self.folder == 'out' else self.newest
-            print(f'saved {self.newest}; sample from it: python sample.py --init_from={name}')
+            print(f'saved {self.newest}; sample from it: python sample.py --init_from={shlex.quote(name)}')
+            if self.best and not self.best['last']:
+                print(f"the lowest validation loss was at step {self.best['step']}: {best_of(self.newest)}")
 
 
 def load_rows(config):

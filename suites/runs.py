@@ -73,6 +73,7 @@ def folder_of(s, runs, name):
 def progress_of(folder, script):
     """(the path of the newest checkpoint there or None, whether training is finished)."""
     found = glob.glob(os.path.join(glob.escape(folder), 'ckpt_*[!0-9].pt'))    # none of the numbered ones
+    found = [path for path in found if not path.endswith('_best.pt')]
     if not found:
         return None, False
     path = max(found, key=os.path.getmtime)
