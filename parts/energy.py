@@ -17,7 +17,7 @@ from plumbing.draw import draw
 
 
 class Critic(nn.Module):
-    """The energy head: it reads the bidirectional pass of the network, or with passes=2 the causal one too."""
+    """The energy head: it reads the bidirectional pass of the network, with passes=2 the causal one too."""
 
     def __init__(self, C, passes, hidden=64):
         super().__init__()

@@ -81,7 +81,7 @@ def test_what_distillation_refuses(distilled, run, tmp_path):
     teacher, path, _ = distilled
     before = open(path, 'rb').read()
     refused(run('distill', f'--init_from={path}', f'--out_dir={os.path.dirname(path)}', *TINY),
-            'distill', path, 'its own teacher')
+            'distill', path, 'would overwrite the checkpoint it is made from')
     assert open(path, 'rb').read() == before
     for kind in ('causal', 'remasking'):
         mute = write_checkpoint(str(tmp_path / 'mute.pt'), training_type=kind)

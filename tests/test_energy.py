@@ -344,7 +344,7 @@ def test_a_batch_says_what_is_clean_and_what_is_wrong():
     assert (
         (ids < 18).all() and torch.equal(real, text_of(ids, Ends(16, 17, (15,)))[1]) and not real[:, 0].any()
     )
-    total, tokens = script.losses(model, ids, real, label, wrong, known)
+    total, tokens = script.losses(model, ids, real, label, wrong, known).values()
     score = token_energy(model, ids, real)
     of_rows = score.logsumexp(1)
     assert torch.allclose(total, (F.softplus(of_rows) - label * of_rows).mean(), atol=1e-5)
