@@ -35,7 +35,7 @@ from plumbing.optim import make_optimizers
 from plumbing.rows import Ends
 from plumbing.text import load_task, modelled
 from sample import generate, generate_diffusion
-from tools.common import check_least, learn, load_writer
+from tools.common import learn, load_writer
 from train import loss
 
 # -----------------------------------------------------------------------------
@@ -79,13 +79,17 @@ def study(student, average, teacher, rows, meta, rules):
         x0 = random_rows(rows, batch_size, teacher.config.block_size, generator).to(noise.device)
         return dict(loss=loss(student, *lesson(teacher, x0, meta, rules, noise))[0] / batch_size)
 
-    for _ in learn(optimizer, losses, max_iters, log_interval, clipped=weights):
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), weights, 1 - ema_decay)
+    @torch.no_grad()
+    def follow():
+        torch._foreach_lerp_(list(average.parameters()), weights, 1 - ema_decay)
+
+    learn(optimizer, losses, globals(), weights, follow)
 
 
 def main():
-    check_least(globals(), dict(teacher_steps=1, max_iters=1, batch_size=1, log_interval=1))
+    for name in ('teacher_steps', 'max_iters', 'batch_size', 'log_interval'):
+        if globals()[name] < 1:
+            raise UserError(f'{name} must be at least 1, got {globals()[name]}')
     goal = os.path.join(out_dir, 'ckpt_distilled.pt')
     path, teacher, checkpoint = load_writer(GPT.load, init_from, out_dir, goal)
     meta, config = checkpoint['meta'], checkpoint['config']

@@ -43,7 +43,7 @@ from plumbing.files import make_folder
 from plumbing.rows import Ends, places
 from plumbing.text import load_task, modelled, rows_of
 from sample import generate
-from tools.common import check_least, learn, load_writer
+from tools.common import learn, load_writer
 
 # -----------------------------------------------------------------------------
 init_from = 'ckpt'       # 'ckpt': the newest checkpoint under out_dir; or the path of one
@@ -67,9 +67,6 @@ MIXES = [parse_mixture('noise_mix', mix, NOISE)
          for mix in ('mask:0.5,replace:0.2,swap:0.15,delete:0.075,insert:0.075',
                      'replace:0.4,swap:0.3,delete:0.15,insert:0.15')]
 
-# -----------------------------------------------------------------------------
-# what is not from the data
-
 
 @torch.no_grad()
 def complete(model, x, generator=None):
@@ -87,11 +84,6 @@ def noised(model, x0, meta, mix, sigma_min, sigma_max, generator):
     return complete(model, mixed_noise(x0, real, sigma, mix, model.mask_token_id, meta['pad'], generator))
 
 
-def guessed(model, x0, meta, generator):
-    """Rows x0 (B, T) with own guesses in them, some made before and some after the others: ids (B, T)."""
-    return complete(model, own_errors(model, x0, *modelled(x0, meta), generator), generator)
-
-
 def draw_samples(model, meta, config, num):
     """num samples by the network's usual samplers, in a random order: ids (num, T), a list of their texts."""
     hows = [dict(remask='none', steps=steps) for steps in (16, 32, 64)]
@@ -102,8 +94,6 @@ def draw_samples(model, meta, config, num):
     samples = []
     for i, how in enumerate(hows):
         share = num * (i + 1) // len(hows) - num * i // len(hows)
-        if not share:
-            continue
         t0, rules = time.time(), choose_rules(config, commit='random', **how)
         samples += generate(model, meta, share, seed=seed + i, progress=True, **rules)
         words = ', '.join(f'{name}={value}' for name, value in how.items())
@@ -111,15 +101,6 @@ def draw_samples(model, meta, config, num):
     ids = rows_of(samples, meta, model.config.block_size)
     order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
     return ids[order], [samples[i]['text'] for i in order.tolist()]
-
-
-# -----------------------------------------------------------------------------
-# learning to tell, and how well it is told
-
-
-def as_texts(ids, meta):
-    """ids (B, T) -> (ids, real) as parts.energy takes them, see text_of."""
-    return text_of(ids, Ends.of(meta))
 
 
 def make_batch(model, x0, meta, pool, generator):
@@ -136,8 +117,9 @@ def make_batch(model, x0, meta, pool, generator):
     noisy = [noised(model, part, meta, mix, 0.1, 0.6, generator)
              for part, mix in zip(noise.tensor_split(2), MIXES)]
     drawn = pool[torch.randint(len(pool), (len(own),), generator=generator, device=x0.device)]
-    rows = torch.cat((clean, *noisy, guessed(model, guesses, meta, generator), drawn))
-    ids, real = as_texts(rows, meta)
+    wrong_guesses = own_errors(model, guesses, *modelled(guesses, meta), generator)     # some before others
+    rows = torch.cat((clean, *noisy, complete(model, wrong_guesses, generator), drawn))
+    ids, real = text_of(rows, Ends.of(meta))
     wrong, row = ids != x0, torch.arange(len(x0), device=x0.device)
     first_guess, first_sample = len(clean) + len(noise), len(x0) - len(own)
     known = (row >= first_guess) & (row < first_sample)
@@ -160,8 +142,7 @@ def train_critic(model, meta, rows, pool, noise):
         x0 = random_rows(rows, batch_size, model.config.block_size, generator).to(noise.device)
         return losses(model, *make_batch(model, x0, meta, pool, noise))
 
-    for _ in learn(optimizer, next_losses, max_iters, log_interval):
-        pass
+    learn(optimizer, next_losses, globals())
 
 
 @torch.no_grad()
@@ -173,7 +154,7 @@ def measure(model, meta, x0, own, texts, generator):
     malformed, and those that are well formed and have a wrong value.
     """
     def energies(ids):
-        return torch.cat([energy(model, *as_texts(part, meta)) for part in ids.split(256)]).cpu()
+        return torch.cat([energy(model, *text_of(part, Ends.of(meta))) for part in ids.split(256)]).cpu()
 
     clean, sampled, task = energies(x0), energies(own), load_task(meta['name'])
     noisy = noised(model, x0, meta, MIXES[0], 0.2, 0.6, generator)
@@ -186,10 +167,6 @@ def measure(model, meta, x0, own, texts, generator):
         against.update({'malformed samples': sampled[~valid], 'wrong values': sampled[valid & ~correct]})
     return {name: roc_auc(torch.cat((clean, other)), torch.arange(len(clean) + len(other)) >= len(clean))
             for name, other in against.items() if len(other)}
-
-
-# -----------------------------------------------------------------------------
-# the run
 
 
 def headed(trunk, model_args):
@@ -208,7 +185,10 @@ def with_critic(weights, model):
 
 
 def main():
-    check_least(globals(), dict(max_iters=1, log_interval=1, eval_rows=1, own_samples=8, batch_size=12, seed=0))
+    lowest = dict(max_iters=1, log_interval=1, eval_rows=1, own_samples=8, batch_size=12, seed=0)
+    for name, low in lowest.items():
+        if globals()[name] < low:
+            raise UserError(f'{name} must be at least {low}, got {globals()[name]}')
     if passes not in (1, 2):
         raise UserError(f'passes expects 1 or 2, got {passes}')
     goal = save or os.path.join(out_dir, 'ckpt_energy.pt')
@@ -232,12 +212,10 @@ def main():
     result = measure(model, meta, val, pool[:held_out], texts[:held_out], noise)
     against = ', '.join(f'{name} {auc:.3f}' for name, auc in result.items())
     print(f'energy of held-out rows, ROC-AUC against {against}')
-    keep = {name: checkpoint[name] for name in ('iter_num', 'model_args', 'meta')}
-    for name in ('model', 'ema'):
-        keep[name] = checkpoint.get(name) and with_critic(checkpoint[name], model)
+    keep = {name: checkpoint.get(name) for name in ('iter_num', 'model_args', 'meta', 'result')}
+    heads = {name: checkpoint.get(name) and with_critic(checkpoint[name], model) for name in ('model', 'ema')}
     energy = dict(settings=configurator.current(globals()), result=result)
-    config = dict(config, energy_head=passes)
-    save_checkpoint(goal, dict(keep, config=config, result=checkpoint.get('result'), energy=energy))
+    save_checkpoint(goal, dict(**keep, **heads, config=dict(config, energy_head=passes), energy=energy))
     print(f'saved {goal}; sample with it: python sample.py --init_from={goal} --best_of=4')
 
 
