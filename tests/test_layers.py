@@ -8,6 +8,7 @@ from conftest import fresh_gpt, seeded, tiny_gpt
 from configurator import UserError
 from model import GPT, GPTConfig, Pass, norm
 from parts.layers import IN_A_BLOCK, IN_THE_NETWORK, Part, ShortConv, Shortcuts, build, parse_parts
+from plumbing.checkpoint import NUMBERS, check_same_model, comparable
 
 # every part with numbers that are not its own, and how many parameters it has at 16 channels and 5 tokens
 SIZES = {
@@ -81,6 +82,16 @@ def test_parts_by_name():
     graph = model.blocks[0].parts['graph']
     assert (graph.window, graph.topk) == (1, 4) and len(model.blocks[0].parts['short_conv'].weight) == 4
     assert not fresh_gpt().parts and not fresh_gpt().blocks[0].parts
+
+
+def test_parts_are_compared_with_all_of_their_numbers():
+    for name, part in {**IN_A_BLOCK, **IN_THE_NETWORK}.items():
+        assert (part.__init__.__defaults__ or ()) == NUMBERS.get(name, ())
+    for same in ('graph:8, level:0', 'level,graph:8:4', ' level , graph'):
+        check_same_model('a', dict(parts='graph,level'), 'b', dict(parts=same))
+    for other in ('graph', 'graph:8:0,level', 'graph:4,level', 'graph,level:8', 'graph,level,mu'):
+        assert comparable('parts', other) != comparable('parts', 'graph,level')
+    assert comparable('parts', 'mu,graph:8:4') > comparable('parts', 'graph:8') and not comparable('parts', ' , ')
 
 
 @pytest.mark.parametrize(
