@@ -1,12 +1,10 @@
 """Distillation: the student is a checkpoint like any other, and what cannot teach is refused."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, load_script, write_checkpoint
+from conftest import load_script, run_main, write_checkpoint
 from test_commands import CPU, read_samples, refused
 
 import configurator
@@ -18,15 +16,13 @@ TINY = ['--teacher_steps=3', '--max_iters=6', '--batch_size=4', '--log_interval=
 
 @pytest.fixture(scope='module')
 def distilled(tmp_path_factory):
-    """A student, made by a process of its own: (the checkpoint of the teacher, its own, what was printed)."""
+    """A student: (the checkpoint of the teacher, its own, what was printed)."""
     out = tmp_path_factory.mktemp('distilled')
     path = write_checkpoint(str(out / 'a' / 'ckpt_joint.pt'), training_type='joint', causal_ratio=0.5)
     before = open(path, 'rb').read()
-    words = ['tools/distill.py', f'--init_from={path}', f'--out_dir={out}', *TINY]
-    run = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    text = run_main('tools/distill', f'--init_from={path}', f'--out_dir={out}', *TINY)
     assert open(path, 'rb').read() == before
-    return path, str(out / 'ckpt_distilled.pt'), run.stdout
+    return path, str(out / 'ckpt_distilled.pt'), text
 
 
 def test_a_student_is_a_checkpoint_that_samples(distilled, run, tmp_path):
