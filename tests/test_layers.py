@@ -84,26 +84,22 @@ def test_parts_are_compared_with_all_of_their_numbers():
     assert comparable('parts', 'mu,graph:8:4') > comparable('parts', 'graph:8') > comparable('parts', ' , ')
 
 
-@pytest.mark.parametrize(
-    'parts, message',
-    [
-        ('short_cnov', "parts knows graph, shortcuts, .*level, each once, .*got 'short_cnov'"),
-        ('shortcuts,shortcuts', "each once, with numbers as in short_conv:2; got 'shortcuts,shortcuts'"),
-        ('short_conv:0', 'with numbers as in short_conv:2'),
-        ('short_conv:00', 'with numbers as in short_conv:2'),
-        ('graph:0:4', 'with numbers as in short_conv:2'),
-        ('short_conv:-1', 'with numbers'),
-        ('level:x', 'with numbers'),
-        ('level:', 'with numbers'),
-        ('level:1.5', 'with numbers'),
-        ('level:²', 'with numbers'),
-        ('level=8', 'parts knows'),
-        ('shortcuts:1', "parts='shortcuts:1' gives a part more numbers than it takes"),
-        ('level:1:2', 'more numbers than it takes'),
-        ('mu:5', 'mu:5 must divide n_embd=16 into blocks of at least two channels'),
-        ('mu:16', 'at least two channels'),
-    ],
-)
+@pytest.mark.parametrize('parts, message', [
+    ('short_cnov', "parts knows graph, shortcuts, .*level, each once, .*got 'short_cnov'"),
+    ('shortcuts,shortcuts', "each once, with numbers as in short_conv:2; got 'shortcuts,shortcuts'"),
+    ('short_conv:0', 'with numbers as in short_conv:2'),
+    ('short_conv:00', 'with numbers as in short_conv:2'),
+    ('graph:0:4', 'with numbers as in short_conv:2'),
+    ('short_conv:-1', 'with numbers'),
+    ('level:x', 'with numbers'),
+    ('level:', 'with numbers'),
+    ('level:1.5', 'with numbers'),
+    ('level:²', 'with numbers'),
+    ('level=8', 'parts knows'),
+    ('shortcuts:1', "parts='shortcuts:1' gives a part more numbers than it takes"),
+    ('level:1:2', 'more numbers than it takes'),
+    ('mu:5', 'mu:5 must divide n_embd=16 into blocks of at least two channels'),
+    ('mu:16', 'at least two channels')])
 def test_parts_that_are_none(parts, message):
     with pytest.raises(UserError, match=message):
         fresh_gpt(parts=parts)

@@ -76,16 +76,6 @@ def test_verified_drafts_follow_the_causal_law(window, size, filters):
     assert all((idx <= V).all() for idx, _ in oracle.seen)  # no draft holds [WRONG]
 
 
-@pytest.mark.parametrize('size', [1, 16])
-def test_verified_drafts_after_a_prompt(window, size):
-    window(size)
-    V, T = 3, 4
-    law = random_law(V, T, seed=4)
-    oracle = Oracle(V, T, random_law(V, T, seed=3), causal_law=law)
-    canvas, _, _ = drafted(oracle, *empty(oracle, 8000, [2]))
-    assert follows(canvas, V, given_prompt(law, V, T, [2]))
-
-
 def prompted(oracle, B):
     """B rows of each of the prompts, which take turns; the last one is complete: (canvas, fixed)."""
     canvas = torch.stack([empty(oracle, B, prompt)[0] for prompt in PROMPTS], 1).flatten(0, 1)
