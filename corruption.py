@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import torch
 
 from configurator import UserError
-from parts.noise import NOISE, another_token, fragment, noise, sticky
+from parts.noise import NOISE, another_token, fragment, noise, noise_weights, sticky
 from plumbing import distributed
 from plumbing.checks import parse_mixture
 from plumbing.draw import draw, filtered
 from plumbing.pieces import at_once
-from plumbing.rows import places, random_subset, stratified_k
+from plumbing.rows import given_prefix, places, random_subset, split, stratified_k
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def ask(x0, free, real, task, tokens, generator, guess=None):
     if task.training_type == 'denoising':
         mixture = (('noise', 1.0),)
     if task.prefix_ratio:
-        free = free & ~given_prefix(x0, free, task, generator)
+        free = free & ~given_prefix(free, task.prefix_ratio, task.prefix_length, generator)
         real = real & free
     k = stratified_k(free.sum(1), generator)
     holes = random_subset(free, k, generator)
@@ -111,29 +111,6 @@ def weights(input, wrong, free, proofread, task, mask):
     unmask = task.weight_unmask_task * hidden / share
     keep = wrong + task.doubt * (visible & ~wrong)
     return unmask + task.weight_remask_task * keep / visible.sum(1, keepdim=True).clamp(min=1)
-
-
-def noise_weights(input, wrong, free, real, task, mask, pad):
-    """In rows of mixed noise all positions up to the first padding behind the text weigh alike."""
-    text = real | (input != (mask if pad is None else pad))
-    counted = free & (text | text.roll(1, 1))
-    alike = torch.where((input == mask) | wrong, 1.0, task.doubt)
-    return task.weight_remask_task * alike / counted.sum(1, keepdim=True).clamp(min=1) * counted
-
-
-def given_prefix(x0, free, task, generator):
-    """In a share of the rows the first tokens are given, at most half of them (hybrid generation)."""
-    given = torch.rand(2, len(x0), 1, generator=generator, device=x0.device)
-    length = (1 + given[1] * task.prefix_length).long() * (given[0] < task.prefix_ratio)       # (B, 1)
-    return free.cumsum(1) <= length.clamp(max=x0.size(1) // 2)
-
-
-def split(mixture, rows, generator):
-    """((name, share), ...) -> for each name its part of the rows (B, T)."""
-    edges = torch.tensor([share for _, share in mixture], device=rows.device).cumsum(0)
-    u = torch.rand(len(rows), generator=generator, device=rows.device)
-    kinds = torch.bucketize(u * edges[-1], edges)                   # (B,) number in the mixture
-    return [(name, rows & (kinds == number)[:, None]) for number, (name, _) in enumerate(mixture)]
 
 
 # -----------------------------------------------------------------------------

@@ -18,8 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from configurator import UserError
 from plumbing.checkpoint import load_checkpoint
+from plumbing.checks import check_sizes
 from plumbing.kernels import beside, squared_relu
 
 
@@ -150,7 +150,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         from parts import energy, layers, speculate             # here, because they build on this file
-        check_config(config)
+        check_sizes(config)
         self.config = config
         self.mask_token_id = config.vocab_size
         self.wrong_token_id = config.vocab_size + 1
@@ -176,8 +176,8 @@ class GPT(nn.Module):
         self.register_buffer('sin', sin, persistent=False)
         self.register_buffer('no_special', no_special, persistent=False)    # (V+2,) see logits
 
-        self.head = None                                        # see freeze
-        self.compute_dtype = torch.float32                      # these three: see plumbing/device.py
+        self.head = None                                        # these four: see plumbing/device.py
+        self.compute_dtype = torch.float32
         self.plain_attention = False
         self.most_logits = 2 ** 23
 
@@ -252,31 +252,7 @@ class GPT(nn.Module):
         special = self.no_special if real_only else F.pad(self.mask_logit_bias.view(1), (V, 1))
         return logits.add_(special)                             # in place: the vocabulary may be large
 
-    def freeze(self):
-        """
-        Casts the matrices of a network that learns no more to the dtype it computes in; returns the network.
-
-        It changes no result and spares a tenth to a fifth of sampling time. Choose device and dtype before.
-        """
-        for module in filter(None, (self.blocks, self.drafter)):
-            for weight in module.parameters():
-                weight.data = weight.data.to(self.compute_dtype)
-        self.head = self.wte.weight.detach().to(self.compute_dtype)     # embeddings are added up in float32
-        return self
-
     def num_params(self):
         """The number of parameters. The padding rows of the embedding do not count."""
         padding = self.wte.weight.size(0) - self.config.vocab_size - 2
         return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
-
-
-def check_config(config):
-    """Raises UserError if a network of this GPTConfig cannot be built."""
-    for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_recur'):
-        if getattr(config, name) < 1:
-            raise UserError(f'{name} must be at least 1, got {getattr(config, name)}')
-    if config.n_embd % (2 * config.n_head):
-        raise UserError(f'n_embd must be a multiple of 2 * n_head (rotary positions pair the channels), '
-                        f'got n_embd={config.n_embd}, n_head={config.n_head}')
-    if not 0 <= config.dropout < 1:
-        raise UserError(f'dropout must be in [0, 1), got {config.dropout}')

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from model import GPT
 from parts.abstain import abstain
 from parts.energy import best_samples, critic, energy, text_of
-from parts.look import Look, Sampling
+from parts.look import Sampling
 from parts.presets import check_rules, check_sampling, choose_rules, supports
 from parts.speculate import write, write_prefix
 from plumbing.checkpoint import export_safetensors
@@ -135,68 +135,45 @@ def generate_diffusion(model, canvas, fixed, *, ends=Ends(), closed=None, remask
     check_rules(how, canvas, fixed, model.mask_token_id, remask_model, COMMIT, [*DOUBT, *OTHER_RULES])
     if how.remask == 'causal':
         return write(model, canvas, fixed, how.filters(), ends, generator=generator, trace=trace)
-    sampler = rewrite if how.rewrite else denoise
-    run = Sampling(model, canvas, fixed, how, ends, closed, remask_model, generator)
-    return sampler(run, trace)
+    run = Sampling(model, canvas, fixed, how, ends, closed, remask_model, generator, trace)
+    return rewrite(run) if how.rewrite else denoise(run)
 
 
 @torch.no_grad()
-def denoise(run, trace=False):
+def denoise(run):
     """
     The one sampling loop: every step commits some masked positions and re-masks some visible ones.
 
     run: see parts.look.Sampling. Returns canvas (B, T) without masks, nfe (B,), the passes that each row took
     part in (a row that has finished leaves the batch), and with trace the list of all canvases, else None.
     """
-    history = [run.canvas.clone()]
-    for step in range(run.steps):
-        if not len(run.rows):
-            break
-        look = Look(run, step)
-        score = in_blocks(look, COMMIT[run.how.commit](look))       # which masked positions come first
+    for look in run.looks():                                        # a pass over the rows not finished yet
+        score = COMMIT[run.how.commit](look) - 1e6 * look.block     # which masked positions come first
         again = taken_back(look, score)                             # which visible ones go back to [MASK]
         chosen = first_of(score, look.masked, how_many(look, again))
 
         ids, logp, _ = look.candidates or look.propose(chosen)
         x = torch.where(chosen, ids, look.x).masked_fill(again, run.mask)
         run.put(look, close_rows(x, look.masked, run.mask, run.ends), chosen, logp)
-        history += [run.canvas.clone()] * trace
-    return run.canvas, run.nfe, history if trace else None
+    return run.canvas, run.nfe, run.history
 
 
 @torch.no_grad()
-def rewrite(run, trace=False):
+def rewrite(run):
     """
     denoise, but what it would re-mask is drawn anew in the same pass, seen as it stands.
 
     A network that was trained on noise reads out of a wrong token what it was before, and mends lengths too.
     """
-    history = [run.canvas.clone()]
-    for step in range(run.steps):
-        if not len(run.rows):
-            break
-        look = Look(run, step)
-        score = in_blocks(look, COMMIT['random'](look))
+    for look in run.looks():
+        score = look.noise.log() - 1e6 * look.block
         again = by_doubt(look, DOUBT[run.how.remask](look))
         chosen = again | first_of(score, look.masked, how_many(look, torch.zeros_like(again)))
 
         ids, logp, _ = look.propose(chosen)
         x = torch.where(chosen, ids, look.x)
         run.put(look, close_rows(x, look.masked | look.visible, run.mask, run.ends), chosen, logp)
-        history += [run.canvas.clone()] * trace
-    return run.canvas, run.nfe, history if trace else None
-
-
-def in_blocks(look, score):
-    """The commit scores (R, T), earlier blocks first. look.ready (R, T) becomes what may be committed now."""
-    look.ready = look.masked
-    if not look.how.block_length:
-        return score
-    position = torch.arange(look.x.size(1), device=look.x.device)
-    block = (position - look.run.first_hole[look.run.rows, None]) // look.how.block_length       # (R, T)
-    first_open = block.masked_fill(~look.masked, look.x.size(1)).amin(1, keepdim=True)
-    look.ready = look.masked & (block == first_open)
-    return score - 1e6 * block
+    return run.canvas, run.nfe, run.history
 
 
 def how_many(look, again):

@@ -16,31 +16,28 @@ import configurator
 configurator.help_first(globals())           # --help needs no torch
 # ruff: noqa: E402 (so the imports come after it)
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from corruption import ask, own_errors, own_guesses, task_of
-from data.loader import load_data, random_rows, spread_rows
+from data.loader import random_rows, spread_rows
 from model import GPT, GPTConfig
 from parts.abstain import abstaining_ce, steer
 from parts.layers import told
 from parts.presets import best_rules, supports
 from parts.speculate import draft_loss
 from plumbing import checks, distributed
-from plumbing.checkpoint import find_checkpoint, load_start, model_args
-from plumbing.checks import check_fits
-from plumbing.device import configure_compute
 from plumbing.evaluate import evaluate, evaluation_line
 from plumbing.files import unlock
 from plumbing.log import PARTS, progress_line, show_samples
 from plumbing.oldnames import FORMER, with_parts as modernise  # noqa: F401 (for the configurator)
 from plumbing.optim import average, lr_scale, ramp, update
 from plumbing.pack import extent, pack
-from plumbing.pieces import in_pieces
-from plumbing.run import Run, added, to_device
+from plumbing.pieces import in_pieces, sums
+from plumbing.run import Run, added, load_network, load_rows, to_device
 from plumbing.rows import places
 from plumbing.text import encode, load_task, modelled
 from plumbing.textstats import compare_text, usual_text
@@ -178,11 +175,10 @@ def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, 
     weighted, weight, *p_mask = found
     wrong = ~masked & (target != input)
     tasks = {'causal': masked} if causal else {'unmask': masked, 'detect': wrong, 'keep': ~masked & ~wrong}
-    parts = {name: torch.stack(((weighted * which).sum(), (weight * which).sum()))
-             for name, which in tasks.items()}
+    parts = {name: sums(weighted, weight, which) for name, which in tasks.items()}
     if abstains:
         counted = masked if pad_id is None else masked & (target != pad_id)
-        parts['p(MASK)'] = torch.stack(((p_mask[0] * counted).sum(), counted.sum()))
+        parts['p(MASK)'] = sums(p_mask[0], counted, counted)
     return total, parts
 
 
@@ -317,30 +313,6 @@ def check_settings(config):
     task_of(config)
 
 
-def load_rows(config):
-    """load_data for a run, checked. Raises UserError if it does not fit."""
-    meta, data = load_data(config['dataset'], config['coarse'])
-    check_fits(config, meta)
-    return meta, data
-
-
-def load_network(config, meta, place, newest):
-    """The network on its device: (model, on what it computes, the path of its weights, that checkpoint)."""
-    torch.manual_seed(config['seed'])
-    sizes = {field.name: config[field.name] for field in fields(GPTConfig) if field.name in config}
-    model = GPT(GPTConfig(vocab_size=meta['vocab_size'], **sizes))
-    path, checkpoint = '', {}
-    if config['init_from'] != 'scratch':
-        path = newest
-        if config['init_from'] != 'resume':
-            path = find_checkpoint(config['init_from'], config['out_dir'])
-        weights, checkpoint = load_start(GPT.load, path, config, model_args(model.config), meta)
-        model.load_state_dict({**model.state_dict(), **weights})    # what it did not have yet stays
-    how = config['dtype'], config['attention'], config['compile']
-    model, choices = configure_compute(model, place, *how)
-    return model, choices, path, checkpoint
-
-
 def draws(config):
     """Whether samples are drawn at an evaluation."""
     return config['eval_samples'] and config['training_type'] != 'remasking'
@@ -384,14 +356,8 @@ def train(config):
     check_settings(config)
     with distributed.together():
         run = Run(config)
-        if distributed.first_here():                                # it makes the dataset if need be
-            meta, data = load_rows(config)
-    with distributed.together():
-        if not distributed.first_here():
-            meta, data = load_rows(config)
-        network = load_network(config, meta, place, run.newest)
-    run.start(meta, *network)
-    del network                                                     # its checkpoint may be large
+    meta, data = load_rows(config)
+    run.start(meta, *load_network(GPT, GPTConfig, config, meta, place, run.newest))
     with distributed.together():
         usual = None
         if distributed.rank() == 0:
@@ -419,7 +385,7 @@ def train(config):
 
 def main():
     try:
-        train({name: globals()[name] for name in configurator.settings(__file__)})
+        train(configurator.current(globals()))
     finally:
         unlock(out_dir)
         distributed.disconnect()

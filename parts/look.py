@@ -17,9 +17,11 @@ class Sampling:
     ends: the special ids of the dataset, see plumbing.rows.Ends
     closed (B, T) bool: where none of ends.forbid is drawn; None: left of what is fixed
     judge: a second network that finds the wrong tokens, or None
+    trace: whether the canvas of every step is kept in history
     """
 
-    def __init__(self, model, canvas, fixed, how, ends=Ends(), closed=None, judge=None, generator=None):
+    def __init__(self, model, canvas, fixed, how, ends=Ends(), closed=None, judge=None, generator=None,
+                 trace=False):
         self.model, self.fixed, self.how, self.ends, self.judge = model, fixed, how, ends, judge
         self.generator = generator
         self.mask = model.mask_token_id
@@ -40,6 +42,14 @@ class Sampling:
         self.nfe = torch.zeros_like(self.start)
         at_work = torch.ones_like(self.start) if how.corrects() else self.start
         self.rows = at_work.nonzero()[:, 0]                          # (R,) the rows that have not finished
+        self.history = [self.canvas.clone()] if trace else None
+
+    def looks(self):
+        """A Look for every step, until all rows have finished; put comes between two of them."""
+        for step in range(self.steps):
+            if not len(self.rows):
+                break
+            yield Look(self, step)
 
     def put(self, look, x, chosen, logp):
         """What a step made of its rows x (R, T), the tokens that it chose and their log-probabilities."""
@@ -49,6 +59,8 @@ class Sampling:
         self.nfe[rows] += look.passes
         if look.last or not self.how.corrects() or self.how.remask_threshold is not None:
             self.rows = rows[places((x == self.mask).any(1))]        # a row without masks has finished
+        if self.history:
+            self.history.append(self.canvas.clone())
 
 
 class Look:
@@ -65,6 +77,14 @@ class Look:
         self.progress = ((step + 1) / run.fill[rows]).clamp(max=1)   # (R,)
         share = 1 - self.progress if how.schedule == 'linear' else (self.progress * math.pi / 2).cos()
         self.left = (run.start[rows] * share + 1e-4).long()          # (R,) masks after this step
+
+        # with block_length the blocks are numbered, and only the first one with a mask is ready
+        self.block, self.ready = 0, self.masked
+        if how.block_length:
+            position = torch.arange(self.x.size(1), device=self.x.device)
+            self.block = (position - run.first_hole[rows, None]) // how.block_length     # (R, T)
+            first_open = self.block.masked_fill(~self.masked, self.x.size(1)).amin(1, keepdim=True)
+            self.ready = self.masked & (self.block == first_open)
 
         # the pass; a network with self-conditioning is shown what it predicted in the pass before
         told = {}

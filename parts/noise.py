@@ -106,3 +106,11 @@ def noise(batch, where):
     real = batch.real & batch.free
     ids = mixed_noise(batch.x0, real, level, batch.task.noise_mix, batch.mask, batch.pad, batch.rng)
     return torch.ones_like(where), ids
+
+
+def noise_weights(input, wrong, free, real, task, mask, pad):
+    """What weighs how much in rows of mixed noise: all up to the first padding behind the text alike."""
+    text = real | (input != (mask if pad is None else pad))
+    counted = free & (text | text.roll(1, 1))
+    alike = torch.where((input == mask) | wrong, 1.0, task.doubt)
+    return task.weight_remask_task * alike / counted.sum(1, keepdim=True).clamp(min=1) * counted

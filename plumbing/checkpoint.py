@@ -139,7 +139,7 @@ def load_checkpoint(path, network, sizes, device='cpu', ema=True):
     weights = checkpoint['ema'] if ema and checkpoint.get('ema') else checkpoint['model']
     try:
         model = network(sizes(**args)).to(device)
-    except Exception as error:                                      # of check_config, or too much memory
+    except Exception as error:                                      # of check_sizes, or too much memory
         raise UserError(f'{path}: its model_args make no network: {first_line(error)}') from error
     check_weights(path, weights, model.state_dict())
     model.load_state_dict(weights)

@@ -118,3 +118,15 @@ def parse_mixture(name, text, known):
         if kind not in known or not 0 <= share < math.inf or not sum(share for _, share in mixture):
             raise UserError(f"{name} knows {', '.join(known)}, with shares >= 0; got '{text}'")
     return mixture
+
+
+def check_sizes(config):
+    """Raises UserError if a network of this model.GPTConfig cannot be built."""
+    for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_recur'):
+        if getattr(config, name) < 1:
+            raise UserError(f'{name} must be at least 1, got {getattr(config, name)}')
+    if config.n_embd % (2 * config.n_head):
+        raise UserError(f'n_embd must be a multiple of 2 * n_head (rotary positions pair the channels), '
+                        f'got n_embd={config.n_embd}, n_head={config.n_head}')
+    if not 0 <= config.dropout < 1:
+        raise UserError(f'dropout must be in [0, 1), got {config.dropout}')

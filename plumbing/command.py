@@ -10,7 +10,7 @@ import torch
 from configurator import UserError
 from plumbing import show
 from plumbing.checkpoint import check_same_model, find_checkpoint, identity, load_merged
-from plumbing.device import configure_compute
+from plumbing.device import configure_compute, freeze
 from plumbing.files import write_atomically
 from plumbing.score import given_sample, judge_samples
 from plumbing.text import encode, load_task, read_lines, start_canvas, task_canvas
@@ -41,7 +41,7 @@ def load_networks(s, load, supports):
     print(f'{model.num_params():,} parameters, {choices}')
     if not s.export:  # what is exported stays as it was trained
         for network in filter(None, (model, judge)):
-            network.freeze()
+            freeze(network)
     return model, checkpoint, judge
 
 

@@ -54,3 +54,8 @@ def in_pieces(of, hidden, words, most):
         return of(hidden, words, slice(None))
     total, *found = Piecewise.apply(of, at_once(words, most), hidden, words)
     return total, found
+
+
+def sums(values, weights, which):
+    """The sums of values and weights (N,) over the True positions of which (N,): (2,)."""
+    return torch.stack(((values * which).sum(), (weights * which).sum()))

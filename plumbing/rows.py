@@ -79,3 +79,22 @@ def first_of(score, where, count):
     score = score.clamp(min=-1e30).masked_fill(~where, float('-inf'))
     rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     return where & (rank < count[:, None])
+
+
+def given_prefix(free, ratio, most, generator=None):
+    """
+    Where a prefix is given (B, T): in a share ratio of the rows, and what is not free with it.
+
+    It has 1..most of the free (B, T) positions, at most half of the row.
+    """
+    given = torch.rand(2, len(free), 1, generator=generator, device=free.device)
+    length = (1 + given[1] * most).long() * (given[0] < ratio)      # (B, 1)
+    return free.cumsum(1) <= length.clamp(max=free.size(1) // 2)
+
+
+def split(mixture, rows, generator=None):
+    """A mixture ((name, share), ...) of rows (B, T) bool: [(name, its part of them)], drawn row by row."""
+    edges = torch.tensor([share for _, share in mixture], device=rows.device).cumsum(0)
+    u = torch.rand(len(rows), generator=generator, device=rows.device)
+    kinds = torch.bucketize(u * edges[-1], edges)                   # (B,) number in the mixture
+    return [(name, rows & (kinds == number)[:, None]) for number, (name, _) in enumerate(mixture)]

@@ -10,13 +10,18 @@ import shlex
 import signal
 import sys
 import time
+from dataclasses import fields
 
 import torch
 
 from configurator import UserError
+from data.loader import load_data
 from plumbing import distributed
-from plumbing.checkpoint import (check_overwrite, checkpoint_name, make_checkpoint, random_states_of_ranks,
-                                 restore, save_checkpoint)
+from plumbing.checkpoint import (check_overwrite, checkpoint_name, find_checkpoint, load_start,
+                                 make_checkpoint, model_args, random_states_of_ranks, restore,
+                                 save_checkpoint)
+from plumbing.checks import check_fits
+from plumbing.device import configure_compute
 from plumbing.files import append_line, lock, make_folder, sweep
 from plumbing.log import draw_curves, start_log
 from plumbing.optim import make_optimizers
@@ -252,6 +257,38 @@ class Run:
             print(f'losses and validation: {self.log_path}{curves}')
             name = 'ckpt' if self.folder == 'out' else self.newest
             print(f'saved {self.newest}; sample from it: python sample.py --init_from={name}')
+
+
+def load_rows(config):
+    """The dataset of a run: its meta.json and rows. The first process of a machine makes it if need be."""
+    for turn in (True, False):
+        with distributed.together():
+            if distributed.first_here() == turn:
+                meta, data = load_data(config['dataset'], config['coarse'])
+                check_fits(config, meta)
+    return meta, data
+
+
+def load_network(network, sizes, config, meta, place, newest):
+    """
+    A network on its device: (model, on what it computes, the path of its weights or '', that checkpoint).
+
+    network, sizes: the classes GPT and GPTConfig; place: the device; newest: the checkpoint to resume from.
+    """
+    torch.manual_seed(config['seed'])
+    chosen = {field.name: config[field.name] for field in fields(sizes) if field.name in config}
+    path, checkpoint = '', {}
+    with distributed.together():
+        model = network(sizes(vocab_size=meta['vocab_size'], **chosen))
+        if config['init_from'] != 'scratch':
+            path = newest
+            if config['init_from'] != 'resume':
+                path = find_checkpoint(config['init_from'], config['out_dir'])
+            weights, checkpoint = load_start(network.load, path, config, model_args(model.config), meta)
+            model.load_state_dict({**model.state_dict(), **weights})    # what it did not have yet stays
+        how = config['dtype'], config['attention'], config['compile']
+        model, choices = configure_compute(model, place, *how)
+    return model, choices, path, checkpoint
 
 
 def added(sums, parts):

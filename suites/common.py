@@ -17,7 +17,7 @@ from plumbing.checkpoint import find_checkpoint, load_merged
 from configurator import UserError
 from corruption import own_errors
 from data.loader import load_data
-from plumbing.device import configure_compute
+from plumbing.device import configure_compute, freeze
 from plumbing.evaluate import evaluate
 from parts.presets import supports
 from sample import generate
@@ -107,7 +107,7 @@ def load(s, path, other=None, learns=False):
     model, choices = configure_compute(model, s.device, s.dtype, s.attention, s.compile)
     tqdm.write(f"{path}: {checkpoint['config']['training_type']} on {checkpoint['meta']['name']}, iteration "
                f"{checkpoint['iter_num']}, {model.num_params():,} parameters; {choices}")
-    return model if learns else model.freeze(), checkpoint
+    return model if learns else freeze(model), checkpoint
 
 
 def checkpoint_of_arithmetic(s):

@@ -47,7 +47,7 @@ from plumbing.rows import Ends, close_rows, places
 from plumbing import optim
 from plumbing.run import is_finite
 from plumbing.files import atomically, make_folder
-from plumbing.device import configure_compute
+from plumbing.device import configure_compute, freeze
 from parts.presets import best_rules, supports
 from plumbing.draw import draw, filtered
 from plumbing.checkpoint import find_checkpoint
@@ -382,7 +382,7 @@ def sampling_network(s):
     except UserError:
         config = recipe()
         meta, _ = load_data(config['dataset'])
-        fresh = network(s, {**config, 'vocab_size': meta['vocab_size']}).eval().freeze()
+        fresh = freeze(network(s, {**config, 'vocab_size': meta['vocab_size']}).eval())
         return fresh, meta, config, 'a fresh network of remask_all'
     model, checkpoint = load(s, path, s.merge_from)
     return model.eval(), checkpoint['meta'], checkpoint['config'], path

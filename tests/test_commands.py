@@ -18,7 +18,8 @@ from conftest import ARITHMETIC, ROOT, default_config, load_script, tiny_gpt, wr
 import configurator
 import train
 from data import loader
-from model import GPT, GPTConfig, check_config
+from model import GPT, GPTConfig
+from plumbing.checks import check_sizes
 from suites import arithmetic, checkpoints
 from suites.common import standard_error
 
@@ -469,7 +470,7 @@ def test_configs(path):
     assert os.path.exists(os.path.join(ROOT, 'data', config['dataset'], 'prepare.py'))
     train.check_settings(config)
     train.check_fits(config, meta)
-    check_config(
+    check_sizes(
         GPTConfig(
             vocab_size=meta['vocab_size'],
             **{

@@ -11,7 +11,7 @@ from configurator import UserError
 from model import GPT, GPTConfig, Pass
 from parts.energy import token_energy
 from parts.speculate import next_state
-from plumbing.device import bf16_is_fast, configure_compute
+from plumbing.device import bf16_is_fast, configure_compute, freeze
 from plumbing.rows import places
 
 
@@ -65,7 +65,7 @@ def test_a_frozen_network_gives_the_same_to_the_bit(dtype):
         scores = token_energy(model, x.clamp(max=6), real)
         return [*both, drafted, *map(model.logits, (*both, drafted)), scores]
     before, names = results(), list(model.state_dict())
-    assert model.freeze() is model and list(model.state_dict()) == names
+    assert freeze(model) is model and list(model.state_dict()) == names
     assert all(torch.equal(*pair) for pair in zip(before, results(), strict=True))
     assert {p.dtype for p in model.blocks.parameters()} == {dtype}
     assert model.wte.weight.dtype == torch.float32
