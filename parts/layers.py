@@ -65,11 +65,7 @@ class ShortConv(Part):
 
 
 class Shortcuts(Part):
-    """
-    Every block sees the embedding and the first block's values again, by weights that it learns.
-
-    The embedding as in modded-nanogpt, the values as Zhou et al. 2024 (value residual learning).
-    """
+    """Every block sees the embedding (modded-nanogpt) and the first values (Zhou et al. 2024) again."""
 
     def __init__(self, config):
         super().__init__()
@@ -77,10 +73,8 @@ class Shortcuts(Part):
         self.weight = nn.Parameter(torch.tensor([1.0, 0.0, 1.0, 0.0]))
 
     def mixed(self, x, p, name, own, other):
-        if name not in p.first:
-            p.first[name] = x
-            return x
-        return torch.addcmul(own * x, p.first[name], other)
+        first = p.first.setdefault(name, x)
+        return x if first is x else torch.addcmul(own * x, first, other)
 
     def before(self, x, p):
         return self.mixed(x, p, 'x', *self.weight[:2].to(x.dtype))
@@ -156,11 +150,10 @@ class Mixer(Part):
 
 class Bigrams(Part):
     """
-    Embeddings of pairs of tokens, looked up instead of computed.
+    Embeddings of pairs of tokens, after modded-nanogpt's bigram hash embeddings (2026).
 
     One table is for a token and its left neighbour. In the bidirectional mode another is for the left and
-    right neighbours of a position, which says a lot about a mask. With fewer rows than pairs some pairs share
-    one. After modded-nanogpt's bigram hash embeddings (2026), which have the left neighbour.
+    right neighbours of a position. With fewer rows than pairs some pairs share one.
     """
 
     def __init__(self, config, rows=8192):

@@ -23,12 +23,6 @@ def supports(config):
                      detects=kind in ('joint', 'remasking', 'denoising'))
 
 
-def saw_noise(config):
-    """Whether a checkpoint learned to mend mixed noise."""
-    kind = config['training_type']
-    return kind == 'denoising' or (kind == 'joint' and 'noise' in config['corruption'])
-
-
 PRESETS = dict(
     ancestral=dict(commit='random', remask='none'),
     maskgit=dict(commit='confidence', schedule='cosine', remask='none'),       # Chang et al. 2022
@@ -74,8 +68,10 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
         raise UserError(f"unknown preset '{preset}'; {hint}")
     chosen = {name: value for name, value in chosen.items() if value is not None}
     usual = TASKS[task]
-    rewrites = chosen.get('rewrite', True) and not {'commit', 'remask', 'guide'} & set(chosen)
-    if task == 'repair' and preset is None and saw_noise(config) and not judge and rewrites:
+    kind = config['training_type']
+    saw_noise = kind == 'denoising' or (kind == 'joint' and 'noise' in config['corruption'])
+    free = preset is None and not judge and not {'commit', 'remask', 'guide'} & set(chosen)
+    if task == 'repair' and saw_noise and free and chosen.get('rewrite', True):
         usual = REWRITE
     rules = {**usual, **PRESETS.get(preset, {}), **chosen}
     if 'remask_schedule' in chosen and 'remask_threshold' not in chosen:
@@ -150,23 +146,22 @@ def check_trained(config, lengths_given, commit, remask, ar_prefix, judge):
 # -----------------------------------------------------------------------------
 # what is checked before anything is loaded, and before the loop begins
 
-# the settings of sample.py with a range: name -> (lowest, highest), None: no limit
-RANGES = dict(
-    num_samples=(1, None), batch_size=(1, None), steps=(1, None), length=(1, None), top_k=(1, None),
-    top_p=(0, 1), temperature=(0, None), ar_prefix=(0, None), choice_temperature=(0, None),
-    remask_rate=(0, None), remask_random_ratio=(0, 1), remask_patience=(0, None), remask_threshold=(0, None),
-    commit_threshold=(0, None), block_length=(1, None), guide=(1, None), best_of=(1, None),
-    correct_share=(0, 1), merge_weight=(0, 1))
+# the lowest and highest number (None: no limit) of settings of sample.py
+RANGES = {(1, None): 'num_samples batch_size steps length top_k block_length guide best_of',
+          (0, None): 'temperature ar_prefix choice_temperature remask_rate remask_patience remask_threshold '
+                     'commit_threshold',
+          (0, 1): 'top_p remask_random_ratio correct_share merge_weight'}
 
 
 def check_sampling(settings, how):
     """Raises UserError for settings of sample.py that make no sense: its own, and those of its How."""
     settings = {**vars(settings), **vars(how)}
-    for name, (low, high) in RANGES.items():
-        value = settings[name]
-        if value is not None and (value < low or (high is not None and value > high)):
-            wanted = f'at least {low}' if high is None else f'in {low}..{high}'
-            raise UserError(f'{name} must be {wanted}, got {value}')
+    for (low, high), names in RANGES.items():
+        wanted = f'at least {low}' if high is None else f'in {low}..{high}'
+        for name in names.split():
+            value = settings[name]
+            if value is not None and (value < low or (high is not None and value > high)):
+                raise UserError(f'{name} must be {wanted}, got {value}')
     seed, shares, export = settings['seed'], how.remask_schedule, settings['export']
     refuse(
         (not 0 <= seed < 2 ** 63, f'seed must be in 0..2^63 - 1, got {seed}'),

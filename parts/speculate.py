@@ -24,8 +24,7 @@ class Drafter(nn.Module):
     """
     A recurrent head that guesses what the causal pass will say next (Zhang et al. 2024, ReDrafter).
 
-    Its first state is the causal hidden state of a position. Fed the token that was written there, the state
-    becomes the one of the next position, and so on. Sampling does not depend on the guesses being right.
+    Its first state is the causal hidden state of a position; fed the token there, it becomes the next one.
     """
 
     def __init__(self, C):
@@ -156,8 +155,7 @@ def one_round(model, x, hole, drafted, q, window, filters, generator, cache=None
     p_drafted = p[:, :W].gather(2, drafted[..., None])[..., 0]                               # (R, W)
     q_drafted = q.gather(2, drafted[..., None])[..., 0]
     noise = torch.rand(q_drafted.shape, generator=generator, device=x.device)
-    accepted = noise * q_drafted < p_drafted * (q_drafted > 0)  # where there is no draft, none
-    count = accepted.long().cumprod(1).sum(1, keepdim=True)                                  # (R, 1)
+    count = (noise * q_drafted < p_drafted).long().cumprod(1).sum(1, keepdim=True)           # (R, 1)
 
     # one more token, from what p has and q lacks; if none was rejected q is 0 there
     wanted = picked(p, count)[:, 0]                                                          # (R, V+2)
@@ -176,10 +174,9 @@ def next_draft(model, hidden, p, count, redrawn, window, filters, generator):
     The draft of the window tokens behind the redrawn (R,) one: ids (R, window), their laws (R, window, V+2).
 
     hidden (R, W+1, C) and p (R, W+1, V+2): what the causal pass said; count (R, 1): how many tokens it
-    accepted. With a draft head the state in which the causal pass was before the redrawn token is fed one
-    token after the other. Without one, what the pass said about the tokens behind, though in the light of a
-    rejected one, is a draft for free (as in Jacobi decoding); past the window, where it said nothing, any
-    token is as good as another.
+    accepted. A draft head is fed one token after the other, from the state before the redrawn one. Without
+    it, what the pass said about the tokens behind, though in the light of a rejected one, is a draft for free
+    (as in Jacobi decoding); past its end any token is as good as another.
     """
     if model.drafter is not None:
         state = picked(hidden, count)[:, 0]                                                  # (R, C)
