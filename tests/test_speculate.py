@@ -413,6 +413,7 @@ def test_hybrid_writes_as_many_tokens_of_every_row_wherever_it_begins():
             # the canvases before and after the first three passes
             drawn = (sample['trace'][:4] != 3).sum(1) - 3 * i
             assert drawn.tolist()[:3] == [0, 1, 2] and (sample['trace'][2, : 2 + 3 * i] != 3).all()
+    assert sum(causal for _, causal in oracle.seen) == 2 * 4
 
 
 def test_hybrid_law():
