@@ -10,7 +10,7 @@ Everything that is measured. Each suite is a file in suites/.
     python bench.py --suite=stages --only="text: stage 0" simple first, or all from the start? Trains too
     python bench.py --suite=diagnose --train_args=config/unmask.py       or --init_from=ckpt: can this learn?
     python bench.py --suite=faults --num_samples=40       training runs killed and resumed: is anything lost?
-    python bench.py --suite=speed --only=training,head    ours against a plain script, in time and memory
+    python bench.py --suite=speed --only=training         ours against a plain script
 """
 
 import configurator

@@ -31,6 +31,7 @@ from plumbing.kernels import beside
 from plumbing.rows import random_subset
 from plumbing import optim
 from plumbing.checkpoint import check_same_model, find_checkpoint, identity
+from plumbing.checks import check_fits
 from plumbing.device import configure_compute
 from parts.presets import supports
 from suites.common import load, wanted
@@ -578,7 +579,7 @@ def run(s):
     else:
         train.check_settings(dict(config, fsdp=False))                         # of many processes here is one
         meta, data = load_data(config['dataset'], config['coarse'])
-    train.check_fits(config, meta)
+    check_fits(config, meta)
 
     # the set-up's own choices unless bench was told others; those of a checkpoint were for another machine
     chosen = {name: getattr(s, name) for name in ('device', 'dtype', 'attention')}

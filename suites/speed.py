@@ -7,28 +7,17 @@ training  tokens/s of a step: as nanoGPT makes it (float32, eager, fused attenti
           tensors, all logits), ours with the same task, config/remask_all.py, and that less one feature each;
           with --compile=True also ours with the same task, compiled
 peak      FLOP/s of a bare matrix product of these shapes, best of many: what mfu is a share of
-startup   the time to the end of --help and to the first training step, and the heavy imports on the way
-growth    time and peak memory of a step of config/remask_all.py for longer rows, more rows, words and layers
-head      the loss with logits only where they count, against logits everywhere, from the same hidden states
-compile   eager against torch.compile, only if --only=compile asks for it
 
---only=training,head takes some of the tables. What is compared takes turns, so that noise hits all of it.
+--only=training takes one of the tables. What is compared takes turns, so that noise hits all of it.
 --steps is the most rounds of a comparison; after SECONDS it ends with the round it is in. A time is a median,
 with its quartiles. keep_memory (plumbing/device.py) helps the baselines too, so ratios are rather too low.
 """
 
 import copy
-import functools
 import itertools
-import multiprocessing
 import os
-import re
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 
 import torch
@@ -43,10 +32,9 @@ from plumbing.text import decode, modelled, start_canvas
 from data.loader import load_data
 from model import GPT, GPTConfig
 from parts.cache import Cache
-from plumbing.rows import Ends, close_rows, places
+from plumbing.rows import Ends, close_rows
 from plumbing import optim
 from plumbing.run import is_finite
-from plumbing.files import atomically, make_folder
 from plumbing.device import configure_compute, freeze
 from parts.presets import best_rules, supports
 from plumbing.draw import draw, filtered
@@ -81,19 +69,6 @@ VARIANTS = {                 # what is changed in config/remask_all.py
 }
 BATCHES = (1, 256)  # sampling: samples at a time, fewer if all their logits would be more than MOST_LOGITS
 MOST_LOGITS = 2 ** 26
-FIRST = '--max_iters=1 --log_interval=1 --eval_rows=1 --eval_samples=0'.split()
-COMMANDS = {  # startup: arguments, and how the line begins that is waited for; None: the command's end
-    'sample.py --help': (['sample.py', '--help'], None),
-    'train.py --help': (['train.py', '--help'], None),
-    'train.py, first step': (['train.py', 'config/remask_all.py', *FIRST], 'step 1/1 '),
-}
-HEAVY = ('torch', 'numpy', 'torch._dynamo', 'matplotlib', 'datasets', 'tiktoken')
-CENTRE = dict(SMALL, block_size=64, batch_size=8, vocab_size=65)   # growth: where all axes meet
-GROWTH = dict(block_size=(64, 128, 256, 512, 1024), batch_size=(8, 32, 128),
-              vocab_size=(65, 1024, 8192, 50257), n_layer=(2, 4, 8, 12))
-TINY = dict(n_layer=1, n_embd=16, n_head=1, n_recur=1, block_size=8, batch_size=4, vocab_size=8)
-HEAD = SHAPES[3]
-COMPILE = SHAPES[1]
 
 
 def recipe(**changes):
@@ -166,7 +141,7 @@ def value(name, style='{}', scale=1):
 
 
 times_as_fast = value('ratio', '{:.2f}x')
-SHAPE, NAME, MEGABYTES = value('shape'), value('name'), value('memory', '{:.0f}', 2**-20)
+SHAPE, NAME = value('shape'), value('name')
 
 
 def table_of(rows, columns):
@@ -278,7 +253,7 @@ def step_flops(config):
 
 def peak_flops(s, shape, least=0.3):
     """(FLOP/s of (B*T, C) x (C, 4C), the best of many calls, the dtype in use): the machine, measured."""
-    model = network(s, recipe(**CENTRE))                                       # only for its dtype and device
+    model = network(s, recipe(**SHAPES[0]))                                    # only for its dtype and device
     dtype, device = model.compute_dtype, model.wte.weight.device
     rows, C = shape['batch_size'] * shape['block_size'], shape['n_embd']
     x = torch.randn(rows, C, device=device).to(dtype)
@@ -436,227 +411,15 @@ def sampling(s):
         'ms a batch (quartiles)': ms, 'against plain': times_as_fast,
         'against cached AR': value('against_cached_ar', '{:.2f}x')})
 
-# -----------------------------------------------------------------------------
-# start-up
-
-
-def until(command, mark):
-    """
-    Runs a Python command: (seconds to the line that begins with mark, or to its end; what it said by then).
-
-    Raises UserError if it fails, or never says it.
-    """
-    t0, seconds, said = time.perf_counter(), None, []
-    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with subprocess.Popen([sys.executable, *command], cwd=ROOT, **pipe) as child:
-        for line in child.stdout:
-            if seconds is None:
-                said.append(line)
-            if mark and line.startswith(mark):
-                seconds = time.perf_counter() - t0
-    if mark is None:
-        seconds = time.perf_counter() - t0
-    if child.returncode or seconds is None:
-        raise UserError(f"python {' '.join(command)} failed: {' | '.join(said[-3:])}")
-    return seconds, ''.join(said)
-
-
-def imports(text):
-    """What python -X importtime says of the modules in HEAVY: {name: seconds with all that they import}."""
-    found = re.findall(r'^import time:.*\| +(\d+) \| +(\S+)$', text, re.MULTILINE)
-    return {name: int(microseconds) / 1e6 for microseconds, name in found if name in HEAVY}
-
-
-def startup(s, most=5):
-    """Rows and text: how long the commands take to begin, and what they import until then."""
-    load_data(recipe()['dataset'])  # making it is not what is timed
-    times, heavy = {name: [] for name in COMMANDS}, {}
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(-1, min(s.steps, most)):
-            for name, (words, mark) in COMMANDS.items():
-                command = [*words, f'--out_dir={folder}'] if mark else words
-                if number < 0:  # slower, as it lists the imports
-                    heavy[name] = imports(until(['-X', 'importtime', *command], mark)[1])
-                else:
-                    times[name].append(until(command, mark)[0])
-    rows = [dict(table='startup', shape='', name=name, imports=heavy[name], **spread(found))
-            for name, found in times.items()]
-
-    def heavy_ones(row):
-        return ', '.join(f'{name} {seconds:.2f}' for name, seconds in row['imports'].items())
-    return rows, table_of(rows, {'command': NAME, 'ms (quartiles)': ms, 'heavy imports, s': heavy_ones})
-
-# -----------------------------------------------------------------------------
-# memory, growth, the head
-
-
-def high_water(device):
-    """The most bytes in use so far, of the GPU if the setting device means one, else of the process."""
-    if torch.cuda.is_available() and device != 'cpu':
-        return torch.cuda.max_memory_allocated()
-    if os.path.exists('/proc/self/status'):  # getrusage begins with the parent's mark
-        with open('/proc/self/status', encoding='utf-8') as file:
-            mark = re.search(r'VmHWM:\s+(\d+)', file.read())
-        if mark:
-            return 1024 * int(mark[1])
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-
-
-def memory_of(make, s, config):
-    """The bytes that two calls of the step make(s, config) take at most; for a fresh process."""
-    make(s, {**config, **TINY})()  # loads the libraries that a step needs
-    before = high_water(s.device)
-    step = make(s, config)
-    step()
-    step()
-    return high_water(s.device) - before
-
-
-def peak_memory(make, s, config):
-    """memory_of in a process of its own. Raises UserError where that fails."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as fresh:
-        try:
-            return fresh.submit(memory_of, make, s, config).result()
-        except RuntimeError as error:  # also if the process was killed
-            raise UserError(f'{label(config)}: no memory measured: {error}') from error
-
-
-def head_step(everywhere, s, config):
-    """Loss and gradients of plain unmasking from hidden states: logits everywhere, or where they count."""
-    model = network(s, config)
-    x0, meta, rng = random_batch(s, model, config)
-    input, target, weight = masked_batch(model, x0, meta, rng)
-    hidden = torch.randn(*x0.shape, config['n_embd'], device=x0.device)        # (B, T, C)
-    hidden = hidden.to(model.compute_dtype).requires_grad_()
-
-    def step():
-        if everywhere:
-            total = baseline_loss(model, input, target, weight, hidden)
-        else:
-            at = places(weight > 0)                                            # (N,)
-            here = hidden.flatten(0, 1).index_select(0, at)                    # (N, C)
-            total = train.loss(model, input, target, weight, at=at, hidden=here)[0] / len(x0)
-        total.backward()
-        hidden.grad = None
-        model.zero_grad(set_to_none=True)
-    return step
-
-
-HEADS = {'full head': functools.partial(head_step, True), 'sparse head': functools.partial(head_step, False)}
-
-
-def head(s):
-    """Rows and text: what logits where they are not needed would cost."""
-    config = recipe(**HEAD)
-    steps = {name: make(s, config) for name, make in HEADS.items()}
-    rows = with_ratios(compare('head', label(HEAD), steps, s.steps), 'full head')
-    for row in rows:
-        row['memory'] = peak_memory(HEADS[row['name']], s, config)
-    return rows, table_of(rows, {'shape': SHAPE, 'logits': NAME, 'ms (quartiles)': ms,
-                                 'against full': times_as_fast, 'peak memory, MB': MEGABYTES})
-
-
-def exponent(rows, axis):
-    """x in time ~ axis^x, by least squares from the rows of one axis of growth; None for a single row."""
-    logs = [torch.tensor([float(row[name]) for row in rows]).log().tolist() for name in (axis, 'seconds')]
-    return statistics.linear_regression(*logs).slope if len(rows) > 1 else None
-
-
-def growth(s):
-    """Rows and text: time and memory of a step along every axis; a plot in out_dir if matplotlib is there."""
-    rows = []
-    for axis, values in GROWTH.items():
-        configs = {size: recipe(**{**CENTRE, axis: size}) for size in values}
-        steps = {size: our_step(s, config) for size, config in configs.items()}
-        found = compare('growth', axis, steps, s.steps)
-        for row in found:
-            row[axis], config = row['name'], configs[row['name']]
-            row.update(name=label(config), memory=peak_memory(our_step, s, config))
-        for row in found:
-            row['exponent'] = exponent(found, axis)
-        rows += found
-    make_folder(s.out_dir)
-    path = os.path.join(s.out_dir, 'speed.png')
-    drawn = f'\nplot: {path}' if draw_growth(rows, path) else ''
-    table = table_of(rows, {
-        'along': SHAPE, 'value': lambda row: f"{row[row['shape']]:,}", 'ms (quartiles)': ms,
-        'peak memory, MB': MEGABYTES, 'time ~ value to the': value('exponent', '{:.2f}')})
-    return rows, f'a step of remask_all, elsewhere {label(CENTRE)}\n{table}{drawn}'
-
-
-def draw_growth(rows, path):
-    """Time and memory along every axis, if matplotlib is there; returns whether it is."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(3 * len(GROWTH), 5), layout='constrained')
-    panels = figure.subplots(2, len(GROWTH), squeeze=False)
-    lines = (('seconds', 'ms a step', 1e3), ('memory', 'peak memory, MB', 2**-20))
-    for axis, column in zip(GROWTH, panels.T):
-        points = [row for row in rows if row['shape'] == axis]
-        sizes = [row[axis] for row in points]
-        for panel, (name, unit, scale) in zip(column, lines):
-            panel.loglog(sizes, [scale * row[name] for row in points], marker='.')
-            panel.set(xlabel=axis, ylabel=unit)
-            panel.set_xticks(sizes, [f'{size:,}' for size in sizes])     # plain numbers, none between them
-            panel.tick_params(which='minor', bottom=False, labelbottom=False)
-            panel.yaxis.set_major_formatter('{x:g}')
-            panel.yaxis.set_minor_formatter('{x:g}')
-            panel.grid(alpha=0.3)
-    with atomically(path) as temporary:
-        figure.savefig(temporary, format='png', dpi=110)
-    return True
-
-# -----------------------------------------------------------------------------
-# torch.compile
-
-
-def through_curricula(step, config, num=6):
-    """
-    Makes num first steps, from start to end of the curricula. Raises UserError if they cannot be compiled.
-
-    Returns (seconds of the first, graphs compiled in it, graphs compiled later).
-    """
-    from torch._dynamo.utils import counters
-    counters.clear()
-    end = max(config['proofreading_warmup_iters'], config['masking_warmup_iters'])
-    seconds, graphs = [], []
-    for number in range(num):
-        try:
-            seconds.append(seconds_of(lambda: step(end * number // (num - 1))))
-        except RuntimeError as error:  # dynamo's errors are such, and inductor's
-            advice = 'torch.compile does not work here (does it find a C++ compiler?)'
-            raise UserError(f'{advice}: {error}') from error
-        graphs.append(counters['stats']['unique_graphs'])
-    return seconds[0], graphs[0], graphs[-1] - graphs[0]
-
-
-def compiled(s):
-    """Rows and text: eager against compiled, the first compiled step, and what is compiled anew later."""
-    config = recipe(**COMPILE)
-    steps = {'eager': our_step(s, config), 'compiled': our_step(s, config, compile=True)}
-    found = dict(eager=(None, 0, 0), compiled=through_curricula(steps['compiled'], config))
-    rows = with_ratios(compare('compile', label(COMPILE), steps, s.steps), 'eager')
-    for row in rows:
-        row['first'], row['graphs'], row['anew'] = found[row['name']]
-    return rows, table_of(rows, {
-        'shape': SHAPE, 'step': NAME, 'first step, s': value('first', '{:.1f}'), 'ms (quartiles)': ms,
-        'against eager': times_as_fast, 'graphs': value('graphs'), 'compiled anew': value('anew')})
-
 
 # first what may refuse its checkpoint
-TABLES = dict(sampling=sampling, training=training, peak=peak, startup=startup, growth=growth, head=head,
-              compile=compiled)
+TABLES = dict(sampling=sampling, training=training, peak=peak)
 
 
 def run(s):
     """The suite with bench's settings s: (rows of all tables, the tables as text)."""
     rows, texts = [], []
     for name, table in wanted(s, list(TABLES.items())):
-        if name == 'compile' and not s.only:
-            continue
         found, text = table(s)
         print(f'{name}: done', flush=True)
         rows += found

@@ -19,7 +19,7 @@ import configurator
 import train
 from data import loader
 from model import GPT, GPTConfig
-from plumbing.checks import check_sizes
+from plumbing.checks import check_fits, check_sizes
 from suites import arithmetic, checkpoints
 from suites.common import standard_error
 
@@ -469,7 +469,7 @@ def test_configs(path):
     meta = {**(ARITHMETIC if config['dataset'].startswith('arithmetic') else text), **meta}
     assert os.path.exists(os.path.join(ROOT, 'data', config['dataset'], 'prepare.py'))
     train.check_settings(config)
-    train.check_fits(config, meta)
+    check_fits(config, meta)
     check_sizes(
         GPTConfig(
             vocab_size=meta['vocab_size'],

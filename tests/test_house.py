@@ -2,7 +2,9 @@
 
 import ast
 import os
+import re
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -80,3 +82,11 @@ def test_no_function_is_longer_than_sixty_lines(path):
         if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60
     ]
     assert not long
+
+
+@pytest.mark.parametrize('script', ['train.py', 'sample.py'])
+def test_help_does_not_wait_for_torch(script):
+    command = [sys.executable, '-X', 'importtime', script, '--help']
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert '--init_from=' in result.stdout and '| configurator' in result.stderr
+    assert not re.search(r'\| +(torch|numpy)$', result.stderr, re.MULTILINE)

@@ -33,6 +33,7 @@ from parts.speculate import draft_loss
 from plumbing import distributed
 from plumbing import run as run_module
 from plumbing.checkpoint import checkpoint_name
+from plumbing.checks import check_fits
 from plumbing.evaluate import nelbo
 from plumbing.log import PARTS, draw_curves, start_log
 from plumbing.optim import lr_scale, make_optimizers, ramp
@@ -1658,14 +1659,14 @@ def test_check_settings_table():
 def test_check_fits():
     meta = dict(ARITHMETIC, train_tokens=100, val_tokens=100)
     stream = dict(meta, format='stream', block_size=None)
-    train.check_fits(default_config(), meta)
-    train.check_fits(default_config(block_size=99), stream)
+    check_fits(default_config(), meta)
+    check_fits(default_config(block_size=99), stream)
     for size, data, message in (
         (32, meta, 'set --block_size=64'), (100, stream, 'block_size=100 is longer than a split'),
         (50, dict(stream, val_tokens=50), 'longer than a split'),
         (50, dict(stream, train_tokens=50), 'longer than a split')):
         with pytest.raises(UserError, match=message):
-            train.check_fits(default_config(block_size=size), data)
+            check_fits(default_config(block_size=size), data)
 
 
 def test_a_share_of_rows_that_is_none_or_all_of_them():
