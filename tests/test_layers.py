@@ -154,9 +154,7 @@ def test_what_the_network_is_conditioned_on():
 @pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('rows, kept', [(200, 81), (81, 81), (20, 20)])
 def test_every_pair_of_tokens_has_an_embedding(causal, rows, kept):
-    """
-    Its own, where there are rows enough; nothing is next to the ends of a text, which is not what a mask is.
-    """
+    """Its own, where there are rows enough; next to the ends of a text is nothing, which is not a mask."""
     model = tiny_gpt(V=7, T=8, parts=f'bigrams:{rows}')
     bigrams = model.parts['bigrams']
     left_table, around = bigrams.left.weight, bigrams.around.weight
@@ -187,10 +185,7 @@ def test_every_pair_of_tokens_has_an_embedding(causal, rows, kept):
 @torch.no_grad()
 @pytest.mark.parametrize('causal', [False, True])
 def test_every_block_is_shown_the_embedding_and_the_first_values(monkeypatch, causal):
-    """
-    Two blocks, used twice: all but the very first application mix what they are given with what that one was
-    given.
-    """
+    """Two blocks, used twice: all but the very first application mix in what that one was given."""
     model = tiny_gpt(V=7, T=8, n_layer=2, n_recur=2, parts='shortcuts,level:4')
     x, mixed, original = torch.randint(8, (3, 8), generator=seeded()), [], Shortcuts.mixed
 

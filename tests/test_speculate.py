@@ -165,9 +165,7 @@ def test_forbidden_ids_are_not_written_where_a_text_goes_on():
 @torch.no_grad()
 @pytest.mark.parametrize('short_conv', [0, 1, 3])
 def test_a_cache_gives_the_causal_pass_at_any_windows(short_conv):
-    """
-    Rows at places of their own, tokens that are taken back, a window that stands out of the row, any dtype.
-    """
+    """Rows at places of their own, tokens that are taken back, a window that stands out of the row."""
     parts = 'shortcuts' + f',short_conv:{short_conv},bigrams:{20 * short_conv}' * (short_conv > 0)
     model, x = tiny_gpt(V=7, T=8, n_layer=2, parts=parts), torch.randint(7, (3, 12), generator=seeded())
     for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 0.2)):
@@ -302,9 +300,7 @@ def test_drafts_of_a_head_follow_the_causal_law(window, size, filters, head):
 
 
 def test_perfect_drafts_of_a_head_save_passes(window):
-    """
-    The first pass has no draft to look at and gives one token; every other one gives its window and one more.
-    """
+    """The first pass has no draft and gives one token; every other one gives its window and one more."""
     V, T = 2, 8
     oracle = HeadOracle(V, T, random_law(V, T, seed=4), 'perfect')
     for size in (1, 2, 3, 7, 8, 16):
@@ -352,9 +348,7 @@ def test_a_network_with_a_draft_head_follows_its_causal_law(window, size):
 
 
 def test_a_fresh_draft_head_leaves_the_state_as_it_is():
-    """
-    So its first guess is what the causal pass said about the token before; what it is fed has no say yet.
-    """
+    """So its first guess is what the causal pass said about the token before."""
     torch.manual_seed(0)
     drafter, state, ones = Drafter(16), torch.randn(5, 16), torch.ones(5, 16)
     assert torch.equal(drafter(state, torch.randn(5, 16)), state)
