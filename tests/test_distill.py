@@ -10,6 +10,7 @@ from test_commands import CPU, read_samples, refused
 import configurator
 from model import GPT
 from plumbing.rows import Ends
+from tools.common import learn
 
 TINY = ['--teacher_steps=3', '--max_iters=6', '--batch_size=4', '--log_interval=3', *CPU]
 
@@ -71,6 +72,15 @@ def test_the_student_learns_what_the_teacher_says(tmp_path, monkeypatch):
     first, second = (model.logits(model(holes), real_only=True).softmax(-1)[..., 7].mean().item()
                      for model in (before, after))
     assert second > 0.5 > 2 * first
+
+
+def test_the_loop_of_the_tools_prints_means_and_lets_the_rate_fall(capsys):
+    values, weight = iter([1.0, 2.0, 3.0, 4.0]), torch.nn.Parameter(torch.zeros(()))
+    learn(torch.optim.SGD([weight], lr=9.0), lambda: dict(a=0 * weight + next(values), b=weight.clone()),
+          dict(max_iters=4, log_interval=2, learning_rate=1.0))
+    lines = capsys.readouterr().out.splitlines()         # b is 0, -1, -1.75, -2.25
+    assert [line.split('  ')[:3] for line in lines] == [['step 2/4', 'a 1.500', 'b -0.500'],
+                                                        ['step 4/4', 'a 3.500', 'b -2.000']]
 
 
 def test_what_distillation_refuses(distilled, run, tmp_path):
