@@ -43,9 +43,8 @@ configuration.set_hypothesis_home_dir(os.path.join(tempfile.gettempdir(), 'hypot
 
 
 def test_killed_runs_end_as_if_nothing_had_happened(tmp_path):
-    rows, runs = faults.survive(
-        SimpleNamespace(out_dir=str(tmp_path), num_samples=5, seed=1), ['--max_iters=120']
-    )
+    rows, runs = faults.survive(SimpleNamespace(out_dir=str(tmp_path), num_samples=5, seed=1),
+                                ['--max_iters=120'])
     assert [row['disturbances'] for row in rows] == [2, 2, 1] and rows[1]['inside'] == 2
     assert all(row['corrupt'] == row['lost'] == 0 for row in rows)
     assert runs['finished'] == runs['identical'] >= 1 and runs['left_behind'] == 0
@@ -58,20 +57,15 @@ def test_the_suite_sees_what_is_lost_and_corrupt(tmp_path):
     assert faults.last_step(str(tmp_path), found) == 7 and found['corrupt'] == 1
     a = dict(x=[torch.tensor([1.0, 2.0])], y=None)
     assert faults.same(a, copy.deepcopy(a))
-    assert not any(
-        faults.same(a, b)
-        for b in (dict(x=[torch.tensor([1.0, 2.1])], y=None), dict(x=[], y=None), dict(a, z=1))
-    )
+    assert not any(faults.same(a, b) for b in (dict(x=[torch.tensor([1.0, 2.1])], y=None), dict(x=[], y=None),
+                                               dict(a, z=1)))
 
 
 def test_soak(tmp_path):
     rows = faults.soak(SimpleNamespace(out_dir=str(tmp_path)), 0, ['--eval_interval=20'])
     assert [row['name'] for row in rows] == ['soak: memory, MB', 'soak: open files', 'soak: disk, MB']
-    assert (
-        rows[1]['slope'] == 0
-        and abs(rows[2]['slope']) < 0.01
-        and all(row['rounds'] == 4 and row['first'] > 0 for row in rows)
-    )
+    assert (rows[1]['slope'] == 0 and abs(rows[2]['slope']) < 0.01
+            and all(row['rounds'] == 4 and row['first'] > 0 for row in rows))
 
 
 # -----------------------------------------------------------------------------
@@ -83,9 +77,8 @@ def another_run(folder):
     """Another process that trains into the folder."""
     words = ('import sys, time; from plumbing.files import lock; lock(sys.argv[1]); '
              'print("locked", flush=True); time.sleep(99)')
-    process = subprocess.Popen(
-        [sys.executable, '-c', words, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, '-c', words, str(folder)], cwd=ROOT, stdout=subprocess.PIPE,
+                               text=True)
     assert process.stdout.readline() == 'locked\n'
     try:
         yield process
@@ -108,10 +101,8 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
 
 
 def test_what_a_killed_run_left_half_written_goes(tmp_path):
-    torn = [
-        tmp_path / name
-        for name in ('ckpt_unmasking.pt.17.tmp', 'ckpt_unmasking_4.pt.17.tmp', 'log.jsonl.17.tmp')
-    ]
+    torn = [tmp_path / name for name in ('ckpt_unmasking.pt.17.tmp', 'ckpt_unmasking_4.pt.17.tmp',
+                                         'log.jsonl.17.tmp')]
     other = tmp_path / 'table.json.1.tmp'
     for path in (*torn, other):
         path.write_text('half')
@@ -158,10 +149,8 @@ def test_what_a_new_run_writes_over(tmp_path, capsys, monkeypatch):
     start(str(tmp_path), *PLAIN, '--max_iters=1')
     assert f'{path} will be written over: it is of the same network and dataset\n' in capsys.readouterr().out
     start(str(tmp_path), *PLAIN, '--max_iters=1', '--n_embd=32', '--overwrite')
-    assert (
-        read(str(tmp_path))['model_args']['n_embd'] == 32
-        and f'{path} will be written over\n' in capsys.readouterr().out
-    )
+    assert (read(str(tmp_path))['model_args']['n_embd'] == 32
+            and f'{path} will be written over\n' in capsys.readouterr().out)
     start(str(tmp_path / 'new'), *PLAIN, '--max_iters=1')
     assert 'written over' not in capsys.readouterr().out
     (tmp_path / 'ckpt_unmasking.pt').write_bytes(before[:999])
@@ -190,9 +179,8 @@ def test_a_checkpoint_on_a_full_disk(tmp_path, full_disk):
         save_checkpoint(path, dict(large=torch.zeros(10000)))
     if files_there():
         with pytest.raises(UserError, match='w.safetensors: cannot be written'):
-            files.export_safetensors(
-                str(tmp_path / 'w.safetensors'), tiny_gpt(n_embd=64), load_of(tiny_gpt(n_embd=64))
-            )
+            files.export_safetensors(str(tmp_path / 'w.safetensors'), tiny_gpt(n_embd=64),
+                                     load_of(tiny_gpt(n_embd=64)))
     assert open(path, 'rb').read() == before and os.listdir(tmp_path) == ['ckpt.pt']
 
 
@@ -219,17 +207,9 @@ def files_there():
 
 def load_of(model, **more):
     """A checkpoint of the network in arithmetic, as a dict."""
-    return dict(
-        dict(
-            model=model.state_dict(),
-            ema=None,
-            iter_num=7,
-            model_args=files.model_args(model.config),
-            config=default_config(),
-            meta=ARITHMETIC,
-        ),
-        **more,
-    )
+    return dict(dict(model=model.state_dict(), ema=None, iter_num=7,
+                     model_args=files.model_args(model.config), config=default_config(), meta=ARITHMETIC),
+                **more)
 
 
 def test_export(tmp_path, run):
@@ -249,32 +229,21 @@ def test_export(tmp_path, run):
         assert run('sample', f'--init_from={name}', f'--save={tmp_path}/s.jsonl', *words)[0] == 0
         texts.append((tmp_path / 's.jsonl').read_text())
     assert texts[0] == texts[1]
-    start(
-        str(tmp_path / 'b'),
-        '--training_type=unmasking',
-        f'--init_from={out}',
-        '--learning_rate=0',
-        '--muon_lr=0',
-        '--max_iters=1',
-        '--eval_samples=0',
-    )
+    start(str(tmp_path / 'b'), '--training_type=unmasking', f'--init_from={out}', '--learning_rate=0',
+          '--muon_lr=0', '--max_iters=1', '--eval_samples=0')
     assert_same(dict(read(str(tmp_path / 'b'))['model']), dict(model.state_dict()))
 
 
 def test_export_refuses(tmp_path, run, monkeypatch):
     pytest.importorskip('safetensors')
     path = write_checkpoint(tmp_path / 'ckpt_unmasking.pt')
-    for words, message in (
-        ('w.pt', "export expects the name of a .safetensors file, got 'w.pt'"),
-        ('no/w.safetensors', 'no folder'),
-    ):
+    for words, message in (('w.pt', "export expects the name of a .safetensors file, got 'w.pt'"),
+                           ('no/w.safetensors', 'no folder')):
         status, _, err = run('sample', f'--init_from={path}', f'--export={words}')
         assert status == 1 and message in err
     monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
-    for words in (
-        f'--export={tmp_path}/w.safetensors',
-        f'--init_from={write_checkpoint(tmp_path / "x.safetensors")}',
-    ):
+    for words in (f'--export={tmp_path}/w.safetensors',
+                  f'--init_from={write_checkpoint(tmp_path / "x.safetensors")}'):
         status, _, err = run('sample', f'--init_from={path}', words)
         assert status == 1 and 'pip install safetensors' in err and len(err.splitlines()) == 1
     assert sorted(os.listdir(tmp_path)) == ['ckpt_unmasking.pt', 'x.safetensors']
@@ -285,13 +254,8 @@ def test_export_refuses(tmp_path, run, monkeypatch):
 
 
 def cases(num):
-    return settings(
-        max_examples=num,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    return settings(max_examples=num, derandomize=True, database=None, deadline=None,
+                    suppress_health_check=list(HealthCheck))
 
 
 def refused(action, *culprits, may_pass=False):
@@ -324,10 +288,8 @@ def configure(words, monkeypatch=None):
 
 @pytest.fixture(autouse=True, scope='module')
 def settings_are_read_once():
-    before, configurator.settings = (
-        configurator.settings,
-        lambda path: KNOWN if path == TRAIN else before(path),
-    )
+    before, configurator.settings = (configurator.settings, lambda path: KNOWN if path == TRAIN
+                                     else before(path))
     yield
     configurator.settings = before
 
@@ -351,10 +313,8 @@ def test_settings_that_are_no_number(name, value):
 
 
 @cases(60)
-@given(
-    st.sampled_from(NUMBERS + BOOLS),
-    st.sampled_from(['nan', 'inf', '-inf', '1e999', '[1,', '(', "'", '1,2', '{}', '0x', '--', '']),
-)
+@given(st.sampled_from(NUMBERS + BOOLS),
+       st.sampled_from(['nan', 'inf', '-inf', '1e999', '[1,', '(', "'", '1,2', '{}', '0x', '--', '']))
 def test_settings_of_the_wrong_kind(name, value):
     refused(lambda: configure([f'--{name}={value}']), name)
 
@@ -425,10 +385,8 @@ CONFIG = open(os.path.join(ROOT, 'config', 'remask_all.py'), encoding='utf-8').r
 
 
 @cases(80)
-@given(
-    st.integers(0, len(CONFIG)),
-    st.text(st.characters(max_codepoint=0x2FF, exclude_characters='\0'), max_size=6),
-)
+@given(st.integers(0, len(CONFIG)), st.text(st.characters(max_codepoint=0x2FF, exclude_characters='\0'),
+                                            max_size=6))
 def test_torn_config_files(place, cut, tail):
     path = place / 'torn.py'
     path.write_text(CONFIG[:cut] + tail, encoding='utf-8')
@@ -458,11 +416,8 @@ def try_to_load(place, data, *culprits, name='ckpt.pt', may_pass=False):
 
 
 @cases(120)
-@given(
-    st.binary(max_size=200),
-    st.sampled_from([b'', b'PK\x03\x04', b'\x80\x02', b'\x80\x04', b'\x1f\x8b']),
-    st.sampled_from(['ckpt.pt', 'w.safetensors']),
-)
+@given(st.binary(max_size=200), st.sampled_from([b'', b'PK\x03\x04', b'\x80\x02', b'\x80\x04', b'\x1f\x8b']),
+       st.sampled_from(['ckpt.pt', 'w.safetensors']))
 def test_random_bytes(place, data, magic, name):
     assume(name == 'ckpt.pt' or files_there())
     try_to_load(place, magic + data, name=name)
@@ -495,9 +450,8 @@ def test_torn_exports(place, where, byte, cut):
         try_to_load(place, data[:at] + bytes([byte]) + data[at + 1 :], name='w.safetensors', may_pass=True)
 
 
-values = st.sampled_from(
-    [None, 'x', -1, 3.5, [], {}, (), b'x', 10**30, float('nan'), torch.zeros(2), [1, 'x']]
-)
+values = st.sampled_from([None, 'x', -1, 3.5, [], {}, (), b'x', 10**30, float('nan'), torch.zeros(2),
+                          [1, 'x']])
 LAYERS = sorted(SMALL['model'])
 
 
@@ -506,9 +460,8 @@ LAYERS = sorted(SMALL['model'])
 def test_a_part_of_a_checkpoint_is_something_else(place, key, value):
     assume(not (key == 'iter_num' and type(value) is int))
     try_to_load(place, as_bytes_now({**SMALL, key: value}))
-    try_to_load(
-        place, as_bytes_now({name: part for name, part in SMALL.items() if name != key}), f"has no '{key}'"
-    )
+    try_to_load(place, as_bytes_now({name: part for name, part in SMALL.items() if name != key}),
+                f"has no '{key}'")
 
 
 def as_bytes_now(content):
@@ -526,26 +479,17 @@ def test_model_args_that_make_no_network(place, name, value):
 
 
 @cases(150)
-@given(
-    st.sampled_from(LAYERS),
-    st.sampled_from(['shape', 'nan', 'inf', 'gone', 'int', 'none', 'renamed']),
-    st.booleans(),
-)
+@given(st.sampled_from(LAYERS), st.sampled_from(['shape', 'nan', 'inf', 'gone', 'int', 'none', 'renamed']),
+       st.booleans())
 def test_tensors_that_do_not_fit(place, name, how, ema):
     weights = dict(SMALL['model'])
     tensor = weights.pop(name)
     if how in ('nan', 'inf'):
         tensor = tensor.clone()
         tensor.view(-1)[-1] = float(how)
-    weights.update(
-        {
-            'shape': {name: tensor.new_zeros(*tensor.shape, 2)},
-            'gone': {},
-            'int': {name: tensor.long()},
-            'none': {name: None},
-            'renamed': {name + '_': tensor},
-        }.get(how, {name: tensor})
-    )
+    weights.update({'shape': {name: tensor.new_zeros(*tensor.shape, 2)}, 'gone': {},
+                    'int': {name: tensor.long()}, 'none': {name: None},
+                    'renamed': {name + '_': tensor}}.get(how, {name: tensor}))
     try_to_load(place, as_bytes_now({**SMALL, 'ema' if ema else 'model': weights}), name)
 
 
@@ -572,21 +516,14 @@ class Command:
 
 
 @cases(30)
-@given(
-    st.sampled_from([os.system, os.mkdir, open, eval, exec, subprocess.call, __import__]),
-    st.booleans(),
-    st.sampled_from(['config', 'meta', 'model', 'iter_num', 'extra']),
-)
+@given(st.sampled_from([os.system, os.mkdir, open, eval, exec, subprocess.call, __import__]), st.booleans(),
+       st.sampled_from(['config', 'meta', 'model', 'iter_num', 'extra']))
 def test_a_checkpoint_that_would_run_a_command(place, function, plain, key):
-    words = (
-        (f'{place}/ran', 'w')
-        if function is open
-        else (f'touch {place}/ran' if function is os.system else f'{place}/ran',)
-    )
+    words = ((f'{place}/ran', 'w') if function is open else (f'touch {place}/ran' if function is os.system
+                                                             else f'{place}/ran',))
     evil = Command(function, words)
-    try_to_load(
-        place, pickle.dumps(evil, protocol=2) if plain else as_bytes_now({**SMALL, key: evil}), 'refused'
-    )
+    try_to_load(place, pickle.dumps(evil, protocol=2) if plain else as_bytes_now({**SMALL, key: evil}),
+                'refused')
     assert not os.path.exists(place / 'ran')
 
 
@@ -609,16 +546,11 @@ def test_a_run_that_cannot_be_resumed(stopped, key, value, inside):
     assume(not (key == 'control' and inside and isinstance(value, float) and value == 3.5))
     if inside and isinstance(part, dict):
         value = {**part, sorted(part)[0]: value}
-    assume(
-        key != 'sums'
-        or not isinstance(value, dict)
-        or not all(isinstance(part, torch.Tensor) for part in value.values())
-    )
+    assume(key != 'sums' or not isinstance(value, dict) or not all(isinstance(part, torch.Tensor)
+                                                                   for part in value.values()))
     torch.save({**whole, key: value}, folder / 'ckpt_unmasking.pt')
-    refused(
-        lambda: start(str(folder), *PLAIN, '--init_from=resume', '--max_iters=2'),
-        folder / 'ckpt_unmasking.pt',
-    )
+    refused(lambda: start(str(folder), *PLAIN, '--init_from=resume', '--max_iters=2'),
+            folder / 'ckpt_unmasking.pt')
     assert os.listdir(folder) == ['ckpt_unmasking.pt']
 
 
@@ -630,18 +562,12 @@ texts = st.text('0123456789()+*=', max_size=20)
 
 
 @cases(80)
-@given(
-    texts,
-    junk.filter(lambda text: set(text) - set('0123456789()+*=_')),
-    texts,
-    st.sampled_from(['infill', 'repair', 'edit', 'score']),
-)
+@given(texts, junk.filter(lambda text: set(text) - set('0123456789()+*=_')), texts,
+       st.sampled_from(['infill', 'repair', 'edit', 'score']))
 def test_texts_of_other_characters(before, odd, after, task):
     text = before + odd + ('_' if task == 'infill' else '') + after
-    refused(
-        lambda: canvas.task_canvas(task, MODEL, ARITHMETIC, text, '_', '0:1'),
-        'is not in the vocabulary of arithmetic',
-    )
+    refused(lambda: canvas.task_canvas(task, MODEL, ARITHMETIC, text, '_', '0:1'),
+            'is not in the vocabulary of arithmetic')
 
 
 @cases(80)
@@ -650,11 +576,8 @@ def test_spans(text, mask):
     def edit():
         there, fixed = canvas.task_canvas('edit', MODEL, ARITHMETIC, text, None, mask)
         masked = [i - 1 for i in (there[0] == MODEL.mask_token_id).nonzero()[:, 0].tolist()]
-        assert (
-            masked == sorted(canvas.spans(mask, len(text)))
-            and masked
-            and fixed.sum() == there.numel() - len(masked)
-        )
+        assert (masked == sorted(canvas.spans(mask, len(text))) and masked
+                and fixed.sum() == there.numel() - len(masked))
 
     refused(edit, may_pass=True)
     if not text or len(text) > 14 or ':' not in mask:
