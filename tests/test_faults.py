@@ -259,10 +259,7 @@ def cases(num):
 
 
 def refused(action, *culprits, may_pass=False):
-    """
-    action() raises UserError, whose one line names the culprits, and nothing else. may_pass: or nothing at
-    all.
-    """
+    """action() raises UserError and nothing else, whose one line names the culprits. may_pass: or passes."""
     try:
         action()
     except UserError as error:
@@ -288,20 +285,20 @@ def configure(words, monkeypatch=None):
 
 @pytest.fixture(autouse=True, scope='module')
 def settings_are_read_once():
-    before, configurator.settings = (configurator.settings, lambda path: KNOWN if path == TRAIN
-                                     else before(path))
-    yield
-    configurator.settings = before
+    before = configurator.settings
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configurator, 'settings', lambda path: KNOWN if path == TRAIN else before(path))
+        yield
 
 
-@cases(150)
+@cases(75)
 @given(names, junk)
 def test_unknown_settings(name, value):
     assume(name not in (*KNOWN, 'h', 'help'))
     refused(lambda: configure([f'--{name}={value}']), f'unknown key --{name}')
 
 
-@cases(200)
+@cases(100)
 @given(st.sampled_from(NUMBERS), junk)
 def test_settings_that_are_no_number(name, value):
     try:
@@ -312,65 +309,31 @@ def test_settings_that_are_no_number(name, value):
     refused(lambda: configure([f'--{name}={value}']), name)
 
 
-@cases(60)
+@cases(30)
 @given(st.sampled_from(NUMBERS + BOOLS),
        st.sampled_from(['nan', 'inf', '-inf', '1e999', '[1,', '(', "'", '1,2', '{}', '0x', '--', '']))
 def test_settings_of_the_wrong_kind(name, value):
     refused(lambda: configure([f'--{name}={value}']), name)
 
 
+def each(names, strategy):
+    return dict.fromkeys(names.split(), strategy)
+
+
 RANGES = {
-    **dict.fromkeys(
-        (
-            'batch_size',
-            'block_size',
-            'max_iters',
-            'eval_interval',
-            'eval_rows',
-            'log_interval',
-            'max_bad_steps',
-            'gradient_accumulation_steps',
-        ),
-        st.integers(max_value=0),
-    ),
-    **dict.fromkeys(
-        (
-            'causal_ratio',
-            'remask_ratio',
-            'reward_correct_unmask',
-            'decay_share',
-            'ema_decay',
-            'sigma_min',
-            'sigma_max',
-            'target_mask_prob',
-            'prefix_ratio',
-        ),
-        st.floats(max_value=-1e-6, allow_infinity=False)
-        | st.floats(min_value=1.000001, allow_infinity=False),
-    ),
-    **dict.fromkeys(
-        ('learning_rate', 'muon_lr', 'weight_decay', 'bigram_decay', 'grad_clip'),
-        st.floats(max_value=-1e-9, allow_infinity=False),
-    ),
-    **dict.fromkeys(
-        ('warmup_iters', 'eval_samples', 'keep_every', 'seed', 'views'), st.integers(max_value=-1)
-    ),
-    **dict.fromkeys(
-        (
-            'training_type',
-            'remasking_loss_type',
-            'remask_target',
-            'optimizer',
-            'lr_schedule',
-            'corruption',
-            'noise_mix',
-        ),
-        junk,
-    ),
-}
+    **each('batch_size block_size max_iters eval_interval eval_rows log_interval max_bad_steps '
+           'gradient_accumulation_steps', st.integers(max_value=0)),
+    **each('causal_ratio remask_ratio reward_correct_unmask decay_share ema_decay sigma_min sigma_max '
+           'target_mask_prob prefix_ratio', st.floats(max_value=-1e-6, allow_infinity=False)
+           | st.floats(min_value=1.000001, allow_infinity=False)),
+    **each('learning_rate muon_lr weight_decay bigram_decay grad_clip',
+           st.floats(max_value=-1e-9, allow_infinity=False)),
+    **each('warmup_iters eval_samples keep_every seed views', st.integers(max_value=-1)),
+    **each('training_type remasking_loss_type remask_target optimizer lr_schedule corruption noise_mix',
+           junk)}
 
 
-@cases(150)
+@cases(75)
 @given(st.sampled_from(sorted(RANGES)).flatmap(lambda name: st.tuples(st.just(name), RANGES[name])))
 def test_settings_out_of_range(pair):
     refused(lambda: train.check_settings(default_config(**dict([pair]))), pair[0])
@@ -384,7 +347,7 @@ def place(tmp_path_factory):
 CONFIG = open(os.path.join(ROOT, 'config', 'remask_all.py'), encoding='utf-8').read()
 
 
-@cases(80)
+@cases(40)
 @given(st.integers(0, len(CONFIG)), st.text(st.characters(max_codepoint=0x2FF, exclude_characters='\0'),
                                             max_size=6))
 def test_torn_config_files(place, cut, tail):
@@ -397,14 +360,16 @@ def test_torn_config_files(place, cut, tail):
 # checkpoints
 
 SMALL = load_of(tiny_gpt(18, 8, n_recur=1))
+LAYERS = sorted(SMALL['model'])
 
 
-def as_bytes(content, cache={}):
-    if id(content) not in cache:
-        file = io.BytesIO()
-        torch.save(content, file)
-        cache[id(content)] = file.getvalue()
-    return cache[id(content)]
+def as_bytes(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+WHOLE = as_bytes(SMALL)
 
 
 def try_to_load(place, data, *culprits, name='ckpt.pt', may_pass=False):
@@ -415,7 +380,7 @@ def try_to_load(place, data, *culprits, name='ckpt.pt', may_pass=False):
     assert set(os.listdir(place)) == before and path.read_bytes() == data
 
 
-@cases(120)
+@cases(60)
 @given(st.binary(max_size=200), st.sampled_from([b'', b'PK\x03\x04', b'\x80\x02', b'\x80\x04', b'\x1f\x8b']),
        st.sampled_from(['ckpt.pt', 'w.safetensors']))
 def test_random_bytes(place, data, magic, name):
@@ -423,18 +388,19 @@ def test_random_bytes(place, data, magic, name):
     try_to_load(place, magic + data, name=name)
 
 
-@cases(120)
-@given(st.floats(0, 1, exclude_max=True), st.integers(0, 255), st.booleans())
-def test_torn_checkpoints(place, where, byte, cut):
-    data = as_bytes(SMALL)
-    at = int(where * len(data))
-    if cut:
-        try_to_load(place, data[:at])
-    else:  # one wrong byte can make another number
-        try_to_load(place, data[:at] + bytes([byte]) + data[at + 1 :], may_pass=True)
+def tear(place, data, at, byte, cut, name='ckpt.pt'):
+    """The file ends there, or has another byte there, which can make another number."""
+    rest = b'' if cut else bytes([byte]) + data[at + 1:]
+    try_to_load(place, data[:at] + rest, name=name, may_pass=not cut)
 
 
 @cases(60)
+@given(st.floats(0, 1, exclude_max=True), st.integers(0, 255), st.booleans())
+def test_torn_checkpoints(place, where, byte, cut):
+    tear(place, WHOLE, int(where * len(WHOLE)), byte, cut)
+
+
+@cases(30)
 @given(st.floats(0, 1, exclude_max=True), st.integers(0, 255), st.booleans())
 def test_torn_exports(place, where, byte, cut):
     if not files_there():
@@ -443,42 +409,32 @@ def test_torn_exports(place, where, byte, cut):
     if not path.exists():
         files.export_safetensors(str(path), tiny_gpt(18, 8, n_recur=1), SMALL)
     data = path.read_bytes()
-    at = int(where**3 * len(data))  # the header is what there is to harm
-    if cut:
-        try_to_load(place, data[:at], name='w.safetensors')
-    else:
-        try_to_load(place, data[:at] + bytes([byte]) + data[at + 1 :], name='w.safetensors', may_pass=True)
+    # the header is what there is to harm
+    tear(place, data, int(where ** 3 * len(data)), byte, cut, 'w.safetensors')
 
 
 values = st.sampled_from([None, 'x', -1, 3.5, [], {}, (), b'x', 10**30, float('nan'), torch.zeros(2),
                           [1, 'x']])
-LAYERS = sorted(SMALL['model'])
 
 
-@cases(60)
+@cases(30)
 @given(st.sampled_from(['model', 'model_args', 'config', 'meta', 'iter_num']), values)
 def test_a_part_of_a_checkpoint_is_something_else(place, key, value):
     assume(not (key == 'iter_num' and type(value) is int))
-    try_to_load(place, as_bytes_now({**SMALL, key: value}))
-    try_to_load(place, as_bytes_now({name: part for name, part in SMALL.items() if name != key}),
+    try_to_load(place, as_bytes({**SMALL, key: value}))
+    try_to_load(place, as_bytes({name: part for name, part in SMALL.items() if name != key}),
                 f"has no '{key}'")
 
 
-def as_bytes_now(content):
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
-
-
-@cases(80)
+@cases(40)
 @given(st.sampled_from(['block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'dropout']), values)
 def test_model_args_that_make_no_network(place, name, value):
     # so many would only take for ever
     assume(not (name == 'n_layer' and isinstance(value, int) and value > 1))
-    try_to_load(place, as_bytes_now({**SMALL, 'model_args': {**SMALL['model_args'], name: value}}))
+    try_to_load(place, as_bytes({**SMALL, 'model_args': {**SMALL['model_args'], name: value}}))
 
 
-@cases(150)
+@cases(75)
 @given(st.sampled_from(LAYERS), st.sampled_from(['shape', 'nan', 'inf', 'gone', 'int', 'none', 'renamed']),
        st.booleans())
 def test_tensors_that_do_not_fit(place, name, how, ema):
@@ -490,19 +446,19 @@ def test_tensors_that_do_not_fit(place, name, how, ema):
     weights.update({'shape': {name: tensor.new_zeros(*tensor.shape, 2)}, 'gone': {},
                     'int': {name: tensor.long()}, 'none': {name: None},
                     'renamed': {name + '_': tensor}}.get(how, {name: tensor}))
-    try_to_load(place, as_bytes_now({**SMALL, 'ema' if ema else 'model': weights}), name)
+    try_to_load(place, as_bytes({**SMALL, 'ema' if ema else 'model': weights}), name)
 
 
-@cases(60)
+@cases(30)
 @given(st.sampled_from(['vocab_size', 'itos', 'name', 'tokenizer', 'bos', 'eos', 'pad']), values)
 def test_another_vocabulary(place, name, value):
     meta = {key: part for key, part in ARITHMETIC.items() if key != name}
-    try_to_load(place, as_bytes_now({**SMALL, 'meta': meta}), f"its meta has no '{name}'")
+    try_to_load(place, as_bytes({**SMALL, 'meta': meta}), f"its meta has no '{name}'")
     if name == 'vocab_size' or (name, value if isinstance(value, str) else None) in (
         ('itos', 'x'),
         ('name', None),
     ):
-        try_to_load(place, as_bytes_now({**SMALL, 'meta': {**meta, name: value}}))
+        try_to_load(place, as_bytes({**SMALL, 'meta': {**meta, name: value}}))
 
 
 class Command:
@@ -519,10 +475,9 @@ class Command:
 @given(st.sampled_from([os.system, os.mkdir, open, eval, exec, subprocess.call, __import__]), st.booleans(),
        st.sampled_from(['config', 'meta', 'model', 'iter_num', 'extra']))
 def test_a_checkpoint_that_would_run_a_command(place, function, plain, key):
-    words = ((f'{place}/ran', 'w') if function is open else (f'touch {place}/ran' if function is os.system
-                                                             else f'{place}/ran',))
+    words = {open: (f'{place}/ran', 'w'), os.system: (f'touch {place}/ran',)}.get(function, (f'{place}/ran',))
     evil = Command(function, words)
-    try_to_load(place, pickle.dumps(evil, protocol=2) if plain else as_bytes_now({**SMALL, key: evil}),
+    try_to_load(place, pickle.dumps(evil, protocol=2) if plain else as_bytes({**SMALL, key: evil}),
                 'refused')
     assert not os.path.exists(place / 'ran')
 
@@ -546,8 +501,8 @@ def test_a_run_that_cannot_be_resumed(stopped, key, value, inside):
     assume(not (key == 'control' and inside and isinstance(value, float) and value == 3.5))
     if inside and isinstance(part, dict):
         value = {**part, sorted(part)[0]: value}
-    assume(key != 'sums' or not isinstance(value, dict) or not all(isinstance(part, torch.Tensor)
-                                                                   for part in value.values()))
+    tensors = isinstance(value, dict) and all(isinstance(part, torch.Tensor) for part in value.values())
+    assume(key != 'sums' or not tensors)
     torch.save({**whole, key: value}, folder / 'ckpt_unmasking.pt')
     refused(lambda: start(str(folder), *PLAIN, '--init_from=resume', '--max_iters=2'),
             folder / 'ckpt_unmasking.pt')
@@ -561,7 +516,7 @@ MODEL = tiny_gpt(18, 16, n_recur=1)
 texts = st.text('0123456789()+*=', max_size=20)
 
 
-@cases(80)
+@cases(40)
 @given(texts, junk.filter(lambda text: set(text) - set('0123456789()+*=_')), texts,
        st.sampled_from(['infill', 'repair', 'edit', 'score']))
 def test_texts_of_other_characters(before, odd, after, task):
@@ -570,7 +525,7 @@ def test_texts_of_other_characters(before, odd, after, task):
             'is not in the vocabulary of arithmetic')
 
 
-@cases(80)
+@cases(40)
 @given(texts, st.text('0123456789:, -x', max_size=8))
 def test_spans(text, mask):
     def edit():
@@ -584,7 +539,7 @@ def test_spans(text, mask):
         refused(edit)
 
 
-@cases(60)
+@cases(30)
 @given(texts, st.text('0123456789()+*=_?', max_size=2), st.booleans())
 def test_holes(text, hole, there):
     def infill():
