@@ -96,7 +96,20 @@ def load_script(name):
     return module
 
 
-cached_settings = functools.lru_cache(configurator.settings)
+read_settings = configurator.settings
+
+
+@functools.lru_cache(maxsize=None)
+def settings_as_of(path, changed):
+    return read_settings(path)
+
+
+def cached_settings(path):
+    """configurator.settings, but a file is read once for all tests, until it changes."""
+    return dict(settings_as_of(path, os.stat(path).st_mtime_ns))
+
+
+configurator.settings = cached_settings
 
 
 # where most tests start: a plain joint run, without the causal half and the draft head of train.py's defaults
