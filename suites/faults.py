@@ -225,7 +225,6 @@ def soak(s, minutes, words=()):
         command('train.py', *TINY, *words, here, '--max_iters=20', '--init_from=resume')
         seen.append(usage(folder))
 
-
     def slope(name):
         late = [use[name] for use in seen[len(seen) // 2:]]              # the first rounds fill caches
         return statistics.linear_regression(range(len(late)), late).slope
