@@ -35,7 +35,7 @@ out_dir = 'out'          # where 'ckpt' looks; universal, text, stages: runs and
 train_args = ''          # diagnose: words for train.py; universal, text, stages: for scripts that have them
 num_samples = 1000       # samples a row and seed; faults: kills
 num_seeds = 3            # seeds a row; tasks: draws of a string; stages: seeds of training
-steps = 64               # arithmetic, checkpoints, stages: passes; soak of faults: minutes; speed: rounds
+steps = 64               # arithmetic, checkpoints, stages: passes; speed: rounds
 budgets = (8, 16, 32, 64)  # samplers, tasks, text: passes
 remask_rate = 0.3        # checkpoints: of remask=wrong
 eval_rows = 1000         # checkpoints, universal: rows of the validation split

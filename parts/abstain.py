@@ -1,7 +1,4 @@
-"""
-[MASK] as an answer: what it costs where a network is not ready yet, and the controller that holds how often
-it is given.
-"""
+"""[MASK] as an answer: its cost where a network is not ready yet, and what holds how often it is given."""
 
 import math
 
@@ -13,11 +10,10 @@ from plumbing.rows import spread
 
 def abstaining_ce(logits, target, masked, price, mask_token_id):
     """
-    The cross-entropy of logits (N, V+2) where a masked position may abstain: -log(p(x0) + price * p(MASK)),
-    price in [0, 1).
+    The cross-entropy where a masked position may abstain: -log(p(x0) + price * p(MASK)), price in [0, 1).
 
-    Unsure is cheaper than wrong and dearer than right. Returns (N,) each: what every target (N,) costs, -log
-    p(x0) alone, and p(MASK).
+    Unsure is cheaper than wrong and dearer than right. logits (N, V+2), target (N,). Returns (N,) each: what
+    every target costs, -log p(x0) alone, and p(MASK).
     """
     logp = logits.log_softmax(-1)
     plain, keep = -logp.gather(1, target[:, None])[:, 0], logp[:, mask_token_id]
@@ -28,8 +24,7 @@ def abstaining_ce(logits, target, masked, price, mask_token_id):
 
 def steer(control, p_mask, target_mask_prob, rate, bias_limit):
     """
-    One step of the controller that holds the mean p(MASK) over masked inputs at target_mask_prob: the new
-    control.
+    One step of the controller that holds the mean p(MASK) of masked inputs at a target: the new control.
 
     control: dict(p_mask, the moving average of what is measured; bias, on the logit of [MASK]; price, of
     abstaining). p_mask: the (sum, count) of this step, of all processes together.
@@ -43,8 +38,7 @@ def steer(control, p_mask, target_mask_prob, rate, bias_limit):
     total, count = p_mask.tolist()
     if not count:
         return control
-    now = total / count
-    average = before = now
+    average = before = now = total / count
     if control['p_mask'] is not None:
         before = control['p_mask']
         average = 0.8 * before + 0.2 * now

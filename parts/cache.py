@@ -1,7 +1,4 @@
-"""
-The keys and values of the causal pass, kept for the next pass: what stands left of a position never changes
-them.
-"""
+"""Keys and values of the causal pass, kept for later: what is left of a position never changes them."""
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +14,7 @@ class Cache:
 
     def __init__(self, kept):
         self.kept = kept
+        self.at = None                                              # (B, W) of the latest pass
 
     @classmethod
     def empty(cls, model, B, S=0):
@@ -68,7 +66,6 @@ class Cache:
         heads = y.unflatten(-1, kept.shape[1::2]).transpose(1, 2)   # (B, nh, W, hs)
         states = kept.view(-1, kept.size(-1)).index_copy_(0, self.slots, heads.flatten(0, 2))
         for d, w in zip(offsets, weight):
-            # (B, W, C)
-            left = states[(self.slots - d).clamp(min=0)].view_as(heads).transpose(1, 2).flatten(2)
-            x = torch.addcmul(x, left * (self.at >= d)[..., None], w)
+            left = states[(self.slots - d).clamp(min=0)].view_as(heads)        # (B, nh, W, hs)
+            x = torch.addcmul(x, left.transpose(1, 2).flatten(2) * (self.at >= d)[..., None], w)
         return x

@@ -17,13 +17,7 @@ from plumbing.draw import draw
 
 
 class Critic(nn.Module):
-    """
-    The energy head: it reads one pass of the network over a text, the bidirectional one, or two, with the
-    causal one.
-
-    Every token gets a score, the logit of being wrong. The energy of a text is the log-sum-exp of the scores
-    of its tokens, since one wrong token is enough.
-    """
+    """The energy head: it reads the bidirectional pass of the network, with passes=2 the causal one too."""
 
     def __init__(self, C, passes, hidden=64):
         super().__init__()
@@ -59,16 +53,19 @@ def token_energy(model, ids, real):
 
 
 def energy(model, ids, real):
-    """The energy (B,) of whole texts, see token_energy: the logit of not being from the data."""
+    """
+    The energy (B,) of whole texts, see token_energy: the logit of not being from the data.
+
+    It is the log-sum-exp of the scores of the tokens, since one wrong token is enough.
+    """
     return token_energy(model, ids, real).logsumexp(-1)
 
 
 def text_of(x, ends):
     """
-    Whole canvases x (R, T) as texts: (ids (R, T), with padding behind the first end token, which positions
-    are text).
+    Whole canvases x (R, T) as texts: (ids (R, T), padded behind the first end token; which of them are text).
 
-    ends: the special ids of the dataset, see sample.Ends. A start symbol at the first position is no text.
+    ends: see plumbing.rows.Ends. A start symbol at the first position is no text.
     """
     is_end = (x == (-1 if ends.end is None else ends.end)).long()
     behind = is_end.cumsum(1) > is_end
@@ -84,26 +81,19 @@ def choose_by_energy(energies, generator, greedy=False):
 
 
 def guided(look):
-    """
-    What Look.propose returns for all masked positions, chosen among how.guide whole completions of each row.
-
-    One completion is chosen by its energy (importance sampling; Xu et al. 2024).
-    """
+    """What Look.propose returns, of how.guide whole completions of each row the one chosen by its energy."""
     run = look.run
-    proposals = [look.propose(look.masked) for _ in range(look.how.guide)]
-    texts = [text_of(torch.where(look.masked, ids, look.x), run.ends) for ids, _, _ in proposals]
+    ids, logp, all_logp = zip(*[look.propose(look.masked) for _ in range(look.how.guide)])   # (R, T) each
+    texts = [text_of(torch.where(look.masked, one, look.x), run.ends) for one in ids]
     energies = torch.stack([energy(run.model, *text) for text in texts], 1)                  # (R, guide)
     chosen = choose_by_energy(energies, run.generator, look.how.temperature == 0)            # (R,)
     rows = torch.arange(len(look.x), device=look.x.device)
-    ids = torch.stack([proposal[0] for proposal in proposals])[chosen, rows]                 # (R, T)
-    logp = torch.stack([proposal[1] for proposal in proposals])[chosen, rows]
-    return ids, logp, proposals[0][2]
+    return torch.stack(ids)[chosen, rows], torch.stack(logp)[chosen, rows], all_logp[0]
 
 
 def best_samples(samples, canvases, num):
     """
-    Of several candidates for each of num canvases the one of the lowest energy, of the length that was drawn
-    first.
+    Of several candidates for each of num canvases the one of the lowest energy, of the length drawn first.
 
     samples: dicts with an energy, the first num of them followed by as many candidates for the same canvases,
     again and again; canvases: their starting canvases, lists of ids. Each of the first num is replaced by the

@@ -43,8 +43,7 @@ class Part(nn.Module):
 
 class ShortConv(Part):
     """
-    A block first adds to each position its n neighbours to the left and, in the bidirectional mode, to the
-    right.
+    A block first adds to each position its n neighbours, in the causal mode those to the left.
 
     Each neighbour has one weight for each channel. Primer (So et al. 2021), Canon layers (Allen-Zhu 2025).
     """
@@ -66,11 +65,7 @@ class ShortConv(Part):
 
 
 class Shortcuts(Part):
-    """
-    Every block sees the embedding and the first block's values again, by weights that it learns.
-
-    The embedding as in modded-nanogpt, the values as Zhou et al. 2024 (value residual learning).
-    """
+    """Every block sees the embedding (modded-nanogpt) and the first values (Zhou et al. 2024) again."""
 
     def __init__(self, config):
         super().__init__()
@@ -78,10 +73,8 @@ class Shortcuts(Part):
         self.weight = nn.Parameter(torch.tensor([1.0, 0.0, 1.0, 0.0]))
 
     def mixed(self, x, p, name, own, other):
-        if name not in p.first:
-            p.first[name] = x
-            return x
-        return torch.addcmul(own * x, p.first[name], other)
+        first = p.first.setdefault(name, x)
+        return x if first is x else torch.addcmul(own * x, first, other)
 
     def before(self, x, p):
         return self.mixed(x, p, 'x', *self.weight[:2].to(x.dtype))
@@ -92,8 +85,7 @@ class Shortcuts(Part):
 
 class Graph(Part):
     """
-    Graph attention: every head learns how much less it looks at positions that are not neighbours, see
-    graph_edges.
+    Every head learns how much less it looks at positions that are not neighbours, see graph_edges.
 
     A penalty of 0 is full attention, a large one is the graph alone.
     """
@@ -158,11 +150,10 @@ class Mixer(Part):
 
 class Bigrams(Part):
     """
-    Embeddings of pairs of tokens, looked up instead of computed.
+    Embeddings of pairs of tokens, after modded-nanogpt's bigram hash embeddings (2026).
 
     One table is for a token and its left neighbour. In the bidirectional mode another is for the left and
-    right neighbours of a position, which says a lot about a mask. With fewer rows than pairs some pairs share
-    one. After modded-nanogpt's bigram hash embeddings (2026), which have the left neighbour.
+    right neighbours of a position. With fewer rows than pairs some pairs share one.
     """
 
     def __init__(self, config, rows=8192):
@@ -190,19 +181,15 @@ class Bigrams(Part):
 
 class Level(Part):
     """
-    The network is told the share of noise in its canvas: by default the share of [MASK]. The causal mode is
-    told nothing.
+    The bidirectional mode is told the share of noise in its canvas: by default the share of [MASK].
 
     told: level (B, 1) or (B, T). An MLP of that width reads it; width 0 is one linear layer.
     """
 
     def __init__(self, config, width=0):
         super().__init__()
-        if width:
-            layers = Linear(32, width), nn.GELU(), Linear(width, config.n_embd, zero=True)
-        else:
-            layers = (Linear(32, config.n_embd, zero=True),)
-        self.mlp = nn.Sequential(*layers)
+        first = [Linear(32, width), nn.GELU()] if width else []
+        self.mlp = nn.Sequential(*first, Linear(width or 32, config.n_embd, zero=True))
 
     def added(self, network, idx, p):
         if p.causal:
@@ -210,14 +197,13 @@ class Level(Part):
         level = p.told.get('level')
         if level is None:
             level = (idx == network.mask_token_id).float().mean(1, keepdim=True)
-        # (B, 1 or T, C)
-        return self.mlp((level[..., None] * math.pi * torch.arange(32, device=idx.device)).cos())
+        waves = (level[..., None] * math.pi * torch.arange(32, device=idx.device)).cos()
+        return self.mlp(waves)                                       # (B, 1 or T, C)
 
 
 class Previous(Part):
     """
-    The network is shown what it predicted in an earlier pass (Chen et al. 2022, Analog Bits). The causal mode
-    is not.
+    The bidirectional mode is shown what it predicted in an earlier pass (Chen et al. 2022, Analog Bits).
 
     told: previous (B, T), ids, the mask token where nothing was predicted.
     """
@@ -235,7 +221,7 @@ class Previous(Part):
         return self.proj(norm(network.wte(previous)))
 
 
-# name -> class; the order in which the parts act, and in which an optimiser knows their parameters
+# name -> class, in the order in which the parts act, and in which an optimiser knows their parameters
 IN_A_BLOCK = dict(graph=Graph, shortcuts=Shortcuts, short_conv=ShortConv)
 IN_THE_NETWORK = dict(previous=Previous, mu=Mixer, bigrams=Bigrams, level=Level)
 
@@ -244,13 +230,13 @@ def parse_parts(text):
     """'short_conv:2,shortcuts' -> {'short_conv': (2,), 'shortcuts': ()}. Raises UserError."""
     chosen = {}
     known = {**IN_A_BLOCK, **IN_THE_NETWORK}
-    for word in filter(None, (word.strip() for word in text.split(','))):
+    for word in filter(None, map(str.strip, text.split(','))):
         name, *numbers = word.split(':')
         # only the topk of a graph may be 0: then distances alone decide
         fits = all(number.isdecimal() for number in numbers) and all(map(int, numbers[:1]))
         if name not in known or name in chosen or not fits:
-            raise UserError(f"parts knows {', '.join(known)}, each once, "
-                            f"with numbers as in short_conv:2; got '{text}'")
+            raise UserError(f"parts knows {', '.join(known)}, each once, with numbers as in short_conv:2; "
+                            f"got '{text}'")
         chosen[name] = tuple(map(int, numbers))
     return chosen
 

@@ -1,13 +1,11 @@
-"""
-What the sampling loop remembers, and what one pass over the canvas tells its rules.
-"""
+"""What the sampling loop remembers, and what one pass over the canvas tells its rules."""
 
 import math
 
 import torch
 
 from parts.energy import guided
-from plumbing.draw import draw, filtered, fine
+from plumbing.draw import draw, filtered, fine, forbid
 from plumbing.rows import Ends, left_of, places, spread
 
 
@@ -116,10 +114,7 @@ class Look:
         run = self.run
         at = places(where)                                           # (N,)
         logits = run.model.logits(self.hidden.flatten(0, 1)[at], real_only=True)    # (N, V+2)
-        if run.ends.forbid:
-            forbidden = torch.zeros(logits.size(1), dtype=torch.bool, device=logits.device)
-            forbidden[list(run.ends.forbid)] = True
-            logits = logits.masked_fill(run.closed[run.rows].flatten()[at, None] & forbidden, float('-inf'))
+        logits = forbid(logits, run.ends.forbid, run.closed[run.rows].flatten()[at, None])
         ids = draw(filtered(logits, **self.how.filters()), run.generator)           # (N,)
         logp = logits.to(fine(logits.device)).log_softmax(-1)
         return spread(where, ids), spread(where, logp.gather(1, ids[:, None])[:, 0]), logp

@@ -1,6 +1,4 @@
-"""
-Wrong tokens that are more than single ones: fragments of other text, runs, and the mixed noise of a denoiser.
-"""
+"""Wrong tokens in fragments of other text, in runs, and as the mixed noise of a denoiser."""
 
 import torch
 
@@ -24,19 +22,17 @@ def one_run(real, count, rng):
 
 def other_text(x0, real, count, rng):
     """
-    A run of at most count (B,) real positions in every row, and a piece of another row to stand there.
+    A run of at most count (B,) real positions in every row, bool (B, T), and ids (B, T) of another row there.
 
-    Returns the run (B, T) bool and ids (B, T), of which those in the run matter. Where the other row is too
-    short for the piece, the run is shorter.
+    Where the other row is too short for the piece, the run is shorter.
     """
     B, T = x0.shape
     shift = int(torch.randint(1, max(2, B), (), generator=rng, device=x0.device))
-    source, source_real = x0.roll(shift, 0), real.roll(shift, 0)
-    piece = one_run(source_real, count.minimum(real.sum(1)), rng)
+    piece = one_run(real.roll(shift, 0), count.minimum(real.sum(1)), rng)
     run = one_run(real, piece.sum(1), rng)
     offset = piece.long().argmax(1) - run.long().argmax(1)          # (B,)
     at = torch.arange(T, device=x0.device) + offset[:, None]        # (B, T)
-    return run, source.gather(1, at.clamp(0, T - 1))
+    return run, x0.roll(shift, 0).gather(1, at.clamp(0, T - 1))
 
 
 def noise_level(num, sigma_min, sigma_max, rng):

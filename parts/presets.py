@@ -1,6 +1,4 @@
-"""
-Named samplers, and which rules a checkpoint gets by what it was trained for.
-"""
+"""Named samplers, and which rules a checkpoint gets by what it was trained for."""
 
 import difflib
 from typing import NamedTuple
@@ -25,12 +23,6 @@ def supports(config):
                      detects=kind in ('joint', 'remasking', 'denoising'))
 
 
-def saw_noise(config):
-    """Whether a checkpoint learned to mend mixed noise."""
-    kind = config['training_type']
-    return kind == 'denoising' or (kind == 'joint' and 'noise' in config['corruption'])
-
-
 PRESETS = dict(
     ancestral=dict(commit='random', remask='none'),
     maskgit=dict(commit='confidence', schedule='cosine', remask='none'),       # Chang et al. 2022
@@ -43,53 +35,56 @@ PRESETS = dict(
     universal=dict(ar_prefix=3, commit='confidence', schedule='cosine', steps=20, remask='none'),
 )
 
-# repair changes as little as it can: what is doubted more than that, each position once, the surest token
-# first
+# repair changes as little as it can: what is doubted more than that, each place once, the surest token first
 TASKS = dict(generate={}, infill={}, edit={}, score={},
              repair=dict(commit='threshold', remask='wrong', remask_threshold=0.8, temperature=0.0))
 
-# a network that has seen noise mends a text in one pass: it writes the likeliest token wherever it would
-# rather replace one
+# a network that has seen noise mends a text in one pass: it writes every token that it would rather see there
 REWRITE = dict(commit='random', remask='wrong', remask_threshold=0.5, rewrite=True, steps=1, temperature=0.0)
 
 
-def unknown(what, name, known):
-    """The UserError for a name that is not known."""
-    near = difflib.get_close_matches(name, known, 1)
-    hint = f'did you mean {near[0]}' if near else 'there are ' + ', '.join(known)
-    return UserError(f"unknown {what} '{name}'; {hint}?")
+def refuse(*conflicts):
+    """Raises UserError for the first of several (whether it is wrong, message)."""
+    for wrong, message in conflicts:
+        if wrong:
+            raise UserError(message)
+
+
+def nearest(name, known):
+    """'did you mean NAME?', or '' if no known name is like that one."""
+    return ''.join(f'did you mean {near}?' for near in difflib.get_close_matches(name, known, 1))
 
 
 def choose_rules(config, *, preset=None, task='generate', inside=False, judge=False, **chosen):
     """
-    The rules for a checkpoint: what was chosen (not None), else the preset's, else the task's, else the best
-    it supports.
+    The rules for a checkpoint: what was chosen (not None), else the preset's, the task's, or the best it can.
 
     config: the training settings of the checkpoint; inside: whether a hole has text right of it; judge:
     whether a second checkpoint finds the wrong tokens; chosen: fields of sample.How. Raises UserError for
     what does not fit.
     """
     if preset is not None and preset not in PRESETS:
-        raise unknown('preset', preset, PRESETS)
+        hint = nearest(preset, PRESETS) or 'there are ' + ', '.join(PRESETS)
+        raise UserError(f"unknown preset '{preset}'; {hint}")
     chosen = {name: value for name, value in chosen.items() if value is not None}
     usual = TASKS[task]
-    rewrites = chosen.get('rewrite', True) and not {'commit', 'remask', 'guide'} & set(chosen)
-    if task == 'repair' and preset is None and saw_noise(config) and not judge and rewrites:
+    kind = config['training_type']
+    saw_noise = kind == 'denoising' or (kind == 'joint' and 'noise' in config['corruption'])
+    free = preset is None and not judge and not {'commit', 'remask', 'guide'} & set(chosen)
+    if task == 'repair' and saw_noise and free and chosen.get('rewrite', True):
         usual = REWRITE
     rules = {**usual, **PRESETS.get(preset, {}), **chosen}
     if 'remask_schedule' in chosen and 'remask_threshold' not in chosen:
         rules.pop('remask_threshold', None)
 
-    if task == 'repair' and rules['remask'] not in ('wrong', 'random', 'critic'):
-        raise UserError(f"repair finds what to change by re-masking: "
-                        f"use --remask=wrong, random or critic, not {rules['remask']}")
-    for name in ('guide', 'best_of'):
-        if name in rules:
-            check_energy_head(config, name)
-    if rules.get('remask_rate', 0) > 1 and rules.get('remask') != 'p2':
-        raise UserError(f"remask_rate is a probability, in 0..1 (only p2's is not), "
-                        f"got {rules['remask_rate']}")
-
+    remask, rate = rules.get('remask'), rules.get('remask_rate', 0)
+    refuse(
+        (task == 'repair' and remask not in ('wrong', 'random', 'critic'),
+         f'repair finds what to change by re-masking: use --remask=wrong, random or critic, not {remask}'),
+        *[(name in rules and not config.get('energy_head'), NO_HEAD.format(name))
+          for name in ('guide', 'best_of')],
+        (rate > 1 and remask != 'p2',
+         f"remask_rate is a probability, in 0..1 (only p2's is not), got {rate}"))
     inside = inside or 'guide' in rules  # the causal pass has no steps to guide
     named = {name: rules.get(name) for name in ('commit', 'remask', 'ar_prefix')}
     return {**rules, **best_rules(config, inside, judge=judge, **named)}
@@ -101,128 +96,109 @@ def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=
 
     Raises UserError if a chosen rule needs something that the checkpoint was not trained for.
     """
-    kind = config['training_type']
-    can = supports(config)
     if judge and remask not in (None, 'wrong'):
         raise UserError(f'--remask_from judges tokens for --remask=wrong, not for --remask={remask}')
     if judge:
         remask = 'wrong'
-    if kind == 'causal':
-        check_causal(config, commit, remask, ar_prefix, lengths_given)
-    check_trained(config, commit, remask, ar_prefix, judge)
+    check_trained(config, lengths_given, commit, remask, ar_prefix, judge)
 
+    only_causal = config['training_type'] == 'causal'
+    can = supports(config)
     if remask is None:
-        other_rules = commit is not None or ar_prefix
-        speculative = can.causal and kind != 'causal' and not lengths_given and not other_rules
+        other_rules = only_causal or lengths_given or commit is not None or ar_prefix
         # whoever saw wrong tokens only calls every token wrong
-        doubts = judge or (can.detects and config['remasking_loss_type'] == 'all_positions')
-        remask = 'causal' if speculative else 'wrong' if doubts else 'none'
+        doubts = can.detects and config['remasking_loss_type'] == 'all_positions'
+        remask = 'causal' if can.causal and not other_rules else 'wrong' if doubts else 'none'
     if ar_prefix is None:
-        ar_prefix = config['block_size'] if kind == 'causal' else 0
+        ar_prefix = config['block_size'] if only_causal else 0
     return dict(commit=commit or 'random', remask=remask, ar_prefix=ar_prefix)
 
 
-def check_trained(config, commit, remask, ar_prefix, judge):
-    """Raises UserError if a rule needs something that the checkpoint was not trained for."""
-    can = supports(config)
-    if config['training_type'] == 'remasking':
-        raise UserError('this is a remasking checkpoint: it judges tokens but cannot write; '
-                        'give it as --remask_from, and an unmasking or joint one as --init_from')
-    if not can.causal and (remask == 'causal' or ar_prefix):
-        raise UserError('this checkpoint has no trained causal mode: train with --causal_ratio=0.33, '
-                        'or sample with --ar_prefix=0 and --remask=none, random or wrong')
-    if commit == 'abstain' and not config.get('allow_abstain'):
-        raise UserError('commit=abstain needs a checkpoint trained with --allow_abstain=True')
-    if remask == 'critic':
-        check_energy_head(config, 'remask=critic')
-    if remask in ('wrong', 'p2') and not (can.detects or judge):
-        hint = ', or give a remasking one as --remask_from=PATH' if remask == 'wrong' else ''
-        raise UserError('this checkpoint was not trained to find wrong tokens: '
-                        'train with training_type joint' + hint)
+NO_HEAD = ('{} needs a checkpoint with an energy head: give this one a head with '
+           'python tools/energy.py --init_from=CHECKPOINT and sample from what that writes')
 
 
-def check_causal(config, commit, remask, ar_prefix, lengths_given):
-    """Raises UserError for rules that a network with nothing but a causal mode cannot follow."""
-    if commit or remask not in (None, 'none'):
-        raise UserError('this causal checkpoint cannot fill a hole: it samples left to right '
-                        '(no --commit, --remask, --remask_from)')
-    if lengths_given or (ar_prefix is not None and ar_prefix < config['block_size']):
-        raise UserError('this causal checkpoint writes from left to right to the end: it can neither fill a '
-                        'hole with text right of it, nor be given a length, nor leave anything to other '
-                        'rules (no --ar_prefix)')
-
-
-def check_energy_head(config, name):
-    """Raises UserError if the checkpoint has no energy head, which the setting called name needs."""
-    if not config.get('energy_head'):
-        raise UserError(f'{name} needs a checkpoint with an energy head: give this one a head with '
-                        'python tools/energy.py --init_from=CHECKPOINT and sample from what that writes')
+def check_trained(config, lengths_given, commit, remask, ar_prefix, judge):
+    """Raises UserError if a rule needs something that the checkpoint was not trained for, see best_rules."""
+    can, kind = supports(config), config['training_type']
+    leaves_off = ar_prefix is not None and ar_prefix < config['block_size']
+    hint = ', or give a remasking one as --remask_from=PATH' if remask == 'wrong' else ''
+    refuse(
+        (kind == 'causal' and (commit or remask not in (None, 'none')),
+         'this causal checkpoint cannot fill a hole: it samples left to right '
+         '(no --commit, --remask, --remask_from)'),
+        (kind == 'causal' and (lengths_given or leaves_off),
+         'this causal checkpoint writes from left to right to the end: it can neither fill a hole with text '
+         'right of it, nor be given a length, nor leave anything to other rules (no --ar_prefix)'),
+        (kind == 'remasking',
+         'this is a remasking checkpoint: it judges tokens but cannot write; '
+         'give it as --remask_from, and an unmasking or joint one as --init_from'),
+        (not can.causal and (remask == 'causal' or ar_prefix),
+         'this checkpoint has no trained causal mode: train with --causal_ratio=0.33, '
+         'or sample with --ar_prefix=0 and --remask=none, random or wrong'),
+        (commit == 'abstain' and not config.get('allow_abstain'),
+         'commit=abstain needs a checkpoint trained with --allow_abstain=True'),
+        (remask == 'critic' and not config.get('energy_head'), NO_HEAD.format('remask=critic')),
+        (remask in ('wrong', 'p2') and not (can.detects or judge),
+         f'this checkpoint was not trained to find wrong tokens: train with training_type joint{hint}'))
 
 
 # -----------------------------------------------------------------------------
 # what is checked before anything is loaded, and before the loop begins
 
-# the settings of sample.py with a range: name -> (lowest, highest), None: no limit
-RANGES = dict(
-    num_samples=(1, None), batch_size=(1, None), steps=(1, None), length=(1, None), top_k=(1, None),
-    top_p=(0, 1), temperature=(0, None), ar_prefix=(0, None), choice_temperature=(0, None),
-    remask_rate=(0, None), remask_random_ratio=(0, 1), remask_patience=(0, None), remask_threshold=(0, None),
-    commit_threshold=(0, None), block_length=(1, None), guide=(1, None), best_of=(1, None),
-    correct_share=(0, 1), merge_weight=(0, 1))
+# the lowest and highest number (None: no limit) of settings of sample.py
+RANGES = {(1, None): 'num_samples batch_size steps length top_k block_length guide best_of',
+          (0, None): 'temperature ar_prefix choice_temperature remask_rate remask_patience remask_threshold '
+                     'commit_threshold',
+          (0, 1): 'top_p remask_random_ratio correct_share merge_weight'}
 
 
 def check_sampling(settings, how):
     """Raises UserError for settings of sample.py that make no sense: its own, and those of its How."""
     settings = {**vars(settings), **vars(how)}
-    for name, (low, high) in RANGES.items():
-        value = settings[name]
-        if value is not None and (value < low or (high is not None and value > high)):
-            wanted = f'at least {low}' if high is None else f'in {low}..{high}'
-            raise UserError(f'{name} must be {wanted}, got {value}')
-    if not 0 <= settings['seed'] < 2 ** 63:
-        raise UserError(f"seed must be in 0..2^63 - 1, got {settings['seed']}")
-    if how.top_p == 0:
-        raise UserError('top_p=0 leaves no token to draw')
-    if how.commit_threshold == 0:
-        raise UserError('commit_threshold must be above 0')
-    schedule = how.remask_schedule
-    if schedule and (len(schedule) != 2 or not all(0 <= share <= 1 for share in schedule)):
-        raise UserError(f'remask_schedule expects two shares in 0..1, for example 0.3,0.05; got {schedule}')
-    if schedule and how.remask_threshold is not None:
-        raise UserError('remask_schedule and remask_threshold both say how much is re-masked: '
-                        'give one of them')
-    check_task(settings)
-
-    export = settings['export']
-    if export and not export.endswith('.safetensors'):
-        raise UserError(f"export expects the name of a .safetensors file, got '{export}'")
+    for (low, high), names in RANGES.items():
+        wanted = f'at least {low}' if high is None else f'in {low}..{high}'
+        for name in names.split():
+            value = settings[name]
+            if value is not None and (value < low or (high is not None and value > high)):
+                raise UserError(f'{name} must be {wanted}, got {value}')
+    seed, shares, export = settings['seed'], how.remask_schedule, settings['export']
+    refuse(
+        (not 0 <= seed < 2 ** 63, f'seed must be in 0..2^63 - 1, got {seed}'),
+        (how.top_p == 0, 'top_p=0 leaves no token to draw'),
+        (how.commit_threshold == 0, 'commit_threshold must be above 0'),
+        (shares and (len(shares) != 2 or not all(0 <= share <= 1 for share in shares)),
+         f'remask_schedule expects two shares in 0..1, for example 0.3,0.05; got {shares}'),
+        (shares and how.remask_threshold is not None,
+         'remask_schedule and remask_threshold both say how much is re-masked: give one of them'),
+        *conflicts_of_task(settings),
+        (export and not export.endswith('.safetensors'),
+         f"export expects the name of a .safetensors file, got '{export}'"))
     if export:
         import_safetensors()
     for name in ('save', 'html', 'export'):
         check_folder(settings[name])
 
 
-def check_task(settings):
-    """Raises UserError for a task of sample.py that does not exist, or settings that are for another one."""
+def conflicts_of_task(settings):
+    """[(whether it is wrong, message)], of a task of sample.py, and of settings that are for another one."""
     task, text, file, mask = (settings[name] for name in ('task', 'text', 'file', 'mask'))
-    if task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS, 1)
-        hint = f', did you mean {near[0]}?' if near else ''
-        raise UserError(f"task expects one of {', '.join(TASKS)}; got '{task}'{hint}")
-    if task == 'generate' and (text is not None or file or mask):
-        raise UserError('text, file and mask are for --task=infill, repair, edit or score; '
-                        'generate takes --prompt')
-    if task == 'score' and (settings['animate'] or settings['html']):
-        raise UserError('score writes nothing, so there is nothing to watch: '
-                        '--animate and --html are for the other tasks')
-    if task != 'generate' and (settings['prompt'] or settings['length']):
-        raise UserError(f'prompt and length are for --task=generate; {task} takes --text or --file')
-    if task != 'generate' and (text is None) == (file is None):
-        both = ', not both' if file else ''
-        raise UserError(f'--task={task} needs a text: --text="..." or --file=FILE, one text a line{both}')
-    if (task == 'edit') != (mask is not None):
-        no_mask = '' if task == 'edit' else f'; {task} takes no mask'
-        raise UserError(f'--mask=3:5 says what --task=edit writes anew{no_mask}')
+    hint = ', '.join(filter(None, (f"got '{task}'", nearest(task, TASKS))))
+    generates = task == 'generate'
+    both = ', not both' if file else ''
+    no_mask = '' if task == 'edit' else f'; {task} takes no mask'
+    return [
+        (task not in TASKS, f"task expects one of {', '.join(TASKS)}; {hint}"),
+        (generates and (text is not None or file or mask),
+         'text, file and mask are for --task=infill, repair, edit or score; generate takes --prompt'),
+        (task == 'score' and (settings['animate'] or settings['html']),
+         'score writes nothing, so there is nothing to watch: --animate and --html are for the other tasks'),
+        (not generates and (settings['prompt'] or settings['length']),
+         f'prompt and length are for --task=generate; {task} takes --text or --file'),
+        (not generates and (text is None) == (file is None),
+         f'--task={task} needs a text: --text="..." or --file=FILE, one text a line{both}'),
+        ((task == 'edit') != (mask is not None),
+         f'--mask=3:5 says what --task=edit writes anew{no_mask}')]
 
 
 def check_rules(how, canvas, fixed, mask, judge, commits, remasks):
@@ -233,21 +209,21 @@ def check_rules(how, canvas, fixed, mask, judge, commits, remasks):
         if getattr(how, name) not in names:
             raise UserError(f"{name} expects one of {', '.join(names)}; got '{getattr(how, name)}'")
     masked = canvas == mask
-    if (masked & fixed).any():
-        raise UserError('a fixed position holds a mask: it would never be filled')
     if how.remask == 'causal':
         check_suffix(masked)
-        if how.guide:
-            raise UserError('guide chooses among whole completions, which causal sampling does not have: '
-                            'use --remask=none, wrong or critic')
-    correcting = [name for name in remasks if name not in ('remdm', 'p2')]
-    if how.remask not in correcting and not (how.remask_threshold is None and how.remask_schedule is None):
-        raise UserError(f"remask_threshold and remask_schedule are for --remask={', '.join(correcting)}, "
-                        f'not for {how.remask}')
+    doubts_some = how.remask_threshold is not None or how.remask_schedule is not None
     rewrites = how.commit == 'random' and how.remask in ('random', 'wrong', 'confidence')
-    if how.rewrite and (not rewrites or judge or how.guide):
-        raise UserError('rewrite goes with --commit=random and --remask=wrong, random or confidence, '
-                        'without a second network or guide')
+    refuse(
+        ((masked & fixed).any(), 'a fixed position holds a mask: it would never be filled'),
+        (how.guide and how.remask == 'causal',
+         'guide chooses among whole completions, which causal sampling does not have: '
+         'use --remask=none, wrong or critic'),
+        (doubts_some and not how.corrects(),
+         'remask_threshold and remask_schedule are for rules that doubt tokens, such as --remask=wrong, '
+         f'not for {how.remask}'),
+        (how.rewrite and (not rewrites or judge or how.guide),
+         'rewrite goes with --commit=random and --remask=wrong, random or confidence, '
+         'without a second network or guide'))
     check_not_greedy(how, masked)
 
 

@@ -1,9 +1,8 @@
 """
-Speculative sampling (Leviathan et al. 2023): the causal pass checks several drafted tokens at once.
+Left-to-right sampling, plain and speculative (Leviathan et al. 2023): a causal pass checks several tokens.
 
-Every token is distributed as left-to-right sampling would draw it, in far fewer passes. Drafts come from a
-small head that was trained for it, or from the network's bidirectional pass. Plain left-to-right sampling
-stands here too.
+Every token is distributed as plain left-to-right sampling would draw it, in far fewer passes. Drafts come
+from a small head that was trained for it, or from the network's bidirectional pass.
 """
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import Linear, norm
-from plumbing.draw import draw, filtered, fine
+from plumbing.draw import draw, filtered, fine, forbid
 from parts.cache import Cache
 from parts.presets import check_suffix
 from plumbing.kernels import squared_relu
@@ -23,11 +22,9 @@ WINDOW = 5   # tokens drafted a round; docs/log.md has measured 1 to 63
 
 class Drafter(nn.Module):
     """
-    A recurrent head that guesses, far cheaper than a pass, what the causal pass will say next (Zhang et al.
-    2024, ReDrafter).
+    A recurrent head that guesses what the causal pass will say next (Zhang et al. 2024, ReDrafter).
 
-    Its first state is the causal hidden state of a position. Fed the token that was written there, the state
-    becomes the one of the next position, and so on. Sampling does not depend on the guesses being right.
+    Its first state is the causal hidden state of a position; fed the token there, it becomes the next one.
     """
 
     def __init__(self, C):
@@ -46,19 +43,59 @@ def next_state(model, state, ids):
     return model.drafter(state, model.wte(ids).detach().to(state.dtype))
 
 
-def causal_pass(model, x, at, cache=None, first=True):
-    """
-    Hidden states (R, W, C) of the causal pass over x (R, T) at the positions at (R, W), a window for each
-    row.
+def picked(x, at):
+    """Of x (R, S, C) the places at (R, W) of each row, a place beyond the last one being that: (R, W, C)."""
+    return x.take_along_dim(at.clamp(max=x.size(1) - 1)[..., None], 1)
 
-    cache: with room for the windows; None: everything left of them is computed again. first: it is still
-    empty. Later it knows what is left of the windows, and nothing else is computed.
+
+def causal_pass(model, x, at, cache=None):
     """
-    if cache is not None and not first:
+    Hidden states (R, W, C) of the causal pass over x (R, T) at positions at (R, W), a window for each row.
+
+    cache: with room for the windows. If it is empty, or None, everything left of them is computed as well.
+    """
+    if cache is not None and cache.at is not None:
         return model(x, causal=True, cache=cache, at=at)
     width = min(model.config.block_size, int(at.max()) + 1)
-    hidden = model(x[:, :width], causal=True, cache=cache)                     # (R, width, C)
-    return hidden.gather(1, at.clamp(max=width - 1)[..., None].expand(-1, -1, hidden.size(2)))
+    return picked(model(x[:, :width], causal=True, cache=cache), at)
+
+
+class Unfinished:
+    """
+    The rows of a canvas (B, T) that have masks left, which are a suffix of each, and what is known of them.
+
+    rows (R,): their numbers; a row without masks leaves, also the cache (None if the network cannot use one).
+    """
+
+    def __init__(self, model, canvas, ends, trace):
+        self.canvas = canvas.clone()
+        self.mask = model.mask_token_id
+        self.ends = ends
+        self.rows = (canvas == self.mask).any(1).nonzero()[:, 0]
+        self.nfe = torch.zeros(len(canvas), dtype=torch.long, device=canvas.device)
+        self.history = [canvas.clone()] if trace else None
+        self.cache = Cache.empty(model, len(self.rows))
+
+    def look(self, window):
+        """x (R, T) and the first mask of each row (R, 1); the cache gets room for a window there."""
+        x = self.canvas[self.rows]
+        hole = (x == self.mask).long().argmax(1, keepdim=True)
+        if self.cache is not None:
+            self.cache.make_room(int(hole.max()) + window)
+        return x, hole
+
+    def put(self, x, passes):
+        """Keeps x (R, T), which took passes, an int or (R,). Returns which of the R rows go on."""
+        masked = self.canvas[self.rows] == self.mask
+        self.canvas[self.rows] = close_rows(x, masked, self.mask, self.ends)
+        self.nfe[self.rows] += passes
+        if self.history:
+            self.history.append(self.canvas.clone())
+        going = (self.canvas[self.rows] == self.mask).any(1).nonzero()[:, 0]
+        if self.cache is not None:
+            self.cache.keep_rows(going)
+        self.rows = self.rows[going]
+        return going
 
 
 @torch.no_grad()
@@ -68,41 +105,22 @@ def write(model, canvas, fixed, filters, ends, *, generator=None, trace=False):
 
     filters: temperature, top_k, top_p; ends: see plumbing.rows.Ends. Returns what sample.denoise returns.
     """
-    canvas = canvas.clone()
-    mask = model.mask_token_id
-    rows = (canvas == mask).any(1).nonzero()[:, 0]
-    nfe = torch.zeros(len(canvas), dtype=torch.long, device=canvas.device)
-    history = [canvas.clone()]
-    cache = Cache.empty(model, len(rows))
+    run = Unfinished(model, canvas, ends, trace)
+    window = min(WINDOW, canvas.size(1))
 
     # no draft yet, ids (R, W) and their laws (R, W, V+2); a head has no state yet to draft from
-    window = min(WINDOW, canvas.size(1))
-    size = (len(rows), window if model.drafter is None else 0)
+    size = (len(run.rows), window if model.drafter is None else 0)
     drafted = torch.zeros(size, dtype=torch.long, device=canvas.device)
-    q = torch.zeros(*size, mask + 2, device=canvas.device)
-
-    first = True
-    while len(rows):
-        x = canvas[rows]                                                       # (R, T)
-        masked = x == mask
-        if cache is not None:
-            cache.make_room(int(masked.long().argmax(1).max()) + 1 + drafted.size(1))
-        x, drafted, q, passes = one_round(
-            model, x, masked, drafted, q, window, filters, generator, cache, first)
-        canvas[rows] = close_rows(x, masked, mask, ends)
-        nfe[rows] += passes
-        if trace:
-            history.append(canvas.clone())
-
-        going = (canvas[rows] == mask).any(1).nonzero()[:, 0]
-        if cache is not None:
-            cache.keep_rows(going)
-        rows, drafted, q = rows[going], drafted[going], q[going]
-        first = False
-    return canvas, nfe, history if trace else None
+    q = torch.zeros(*size, run.mask + 2, device=canvas.device)
+    while len(run.rows):
+        x, hole = run.look(drafted.size(1) + 1)
+        x, drafted, q, passes = one_round(model, x, hole, drafted, q, window, filters, generator, run.cache)
+        going = run.put(x, passes)
+        drafted, q = drafted[going], q[going]
+    return run.canvas, run.nfe, run.history
 
 
-def one_round(model, x, masked, drafted, q, window, filters, generator, cache=None, first=True):
+def one_round(model, x, hole, drafted, q, window, filters, generator, cache=None):
     """
     One round: a verdict on the draft of each row's next tokens, and the next draft.
 
@@ -112,38 +130,36 @@ def one_round(model, x, masked, drafted, q, window, filters, generator, cache=No
     positive part of p - q; if none is rejected, one more comes from p. So a row gains at least one token, and
     every token is distributed by p.
 
-    x (R, T), whose masks are a suffix -> x (R, T), the next drafted and q, of window tokens, the passes (R,)
-    that it took. cache, first: see causal_pass; what the cache knows of rejected tokens is written over in
-    the next round.
+    x (R, T), all masks from hole (R, 1) on -> x (R, T), the next drafted and q, of window tokens, the passes
+    (R,) that it took. What the cache knows of rejected tokens is written over in the next round.
     """
     T = x.size(1)
     W = drafted.size(1)
+    at = hole + torch.arange(W + 1, device=x.device)                                         # (R, W+1)
     none = q.sum((1, 2)) == 0
     passes = torch.ones_like(none, dtype=torch.long)
+
+    # without a head a draft by a bidirectional pass
     if model.drafter is None and none.any():
-        drafted[none], new = bidirectional_draft(model, x[none], masked[none], W, filters, generator)
-        q[none] = new.to(q.dtype)
+        law = filtered(model.logits(picked(model(x[none]), at[none, :W]), real_only=True), **filters)
+        drafted[none] = draw(law, generator)
+        q[none] = law.to(q.dtype)
         passes += none
 
-    # what the causal pass says about each drafted token and the one behind them; x gets room for windows that
-    # stand out
-    # (R, W+1) from the first hole
-    at = masked.long().argmax(1)[:, None] + torch.arange(W + 1, device=x.device)
+    # what the causal pass says about each drafted token and the one behind; windows may stand out of x
     x = F.pad(x, (0, W + 1), value=model.mask_token_id)
-    hidden = causal_pass(model, x.scatter(1, at[:, :W], drafted), at, cache, first)          # (R, W+1, C)
+    hidden = causal_pass(model, x.scatter(1, at[:, :W], drafted), at, cache)                 # (R, W+1, C)
     p = filtered(model.logits(hidden, real_only=True), **filters)                            # (R, W+1, V+2)
 
     # how many are accepted from the left
     p_drafted = p[:, :W].gather(2, drafted[..., None])[..., 0]                               # (R, W)
     q_drafted = q.gather(2, drafted[..., None])[..., 0]
     noise = torch.rand(q_drafted.shape, generator=generator, device=x.device)
-    accepted = noise * q_drafted < p_drafted * (q_drafted > 0)  # where there is no draft, none
-    count = accepted.long().cumprod(1).sum(1, keepdim=True)                                  # (R, 1)
+    count = (noise * q_drafted < p_drafted).long().cumprod(1).sum(1, keepdim=True)           # (R, 1)
 
     # one more token, from what p has and q lacks; if none was rejected q is 0 there
-    here = count[..., None].expand(-1, -1, p.size(2))
-    wanted = p.gather(1, here)[:, 0]                                                         # (R, V+2)
-    rest = (wanted - F.pad(q, (0, 0, 0, 1)).gather(1, here)[:, 0]).clamp(min=0)
+    wanted = picked(p, count)[:, 0]                                                          # (R, V+2)
+    rest = (wanted - picked(F.pad(q, (0, 0, 0, 1)), count)[:, 0]).clamp(min=0)
     rest = torch.where(rest.sum(-1, keepdim=True) > 1e-9, rest, wanted)  # p = q up to rounding
     redrawn = draw(rest, generator)                                                          # (R,)
 
@@ -155,17 +171,15 @@ def one_round(model, x, masked, drafted, q, window, filters, generator, cache=No
 
 def next_draft(model, hidden, p, count, redrawn, window, filters, generator):
     """
-    The draft of the window tokens behind the redrawn (R,) one: ids (R, window), and their laws q (R, window,
-    V+2).
+    The draft of the window tokens behind the redrawn (R,) one: ids (R, window), their laws (R, window, V+2).
 
     hidden (R, W+1, C) and p (R, W+1, V+2): what the causal pass said; count (R, 1): how many tokens it
-    accepted. With a draft head the state in which the causal pass was before the redrawn token is fed one
-    token after the other. Without one, what the pass said about the tokens behind, though in the light of a
-    rejected one, is a draft for free (as in Jacobi decoding); past the window, where it said nothing, any
-    token is as good as another.
+    accepted. A draft head is fed one token after the other, from the state before the redrawn one. Without
+    it, what the pass said about the tokens behind, though in the light of a rejected one, is a draft for free
+    (as in Jacobi decoding); past its end any token is as good as another.
     """
     if model.drafter is not None:
-        state = hidden.gather(1, count[..., None].expand(-1, -1, hidden.size(2)))[:, 0]      # (R, C)
+        state = picked(hidden, count)[:, 0]                                                  # (R, C)
         drafted = [redrawn]
         q = []
         for _ in range(window):
@@ -177,66 +191,31 @@ def next_draft(model, hidden, p, count, redrawn, window, filters, generator):
     V = p.size(2) - 2
     any_token = F.pad(torch.full((V,), 1 / V, dtype=p.dtype, device=p.device), (0, 2))
     behind = count + 1 + torch.arange(window, device=p.device)                               # (R, window)
-    # past the window: 0
-    q = F.pad(p, (0, 0, 0, window)).gather(1, behind[..., None].expand(-1, -1, p.size(2)))
+    q = picked(F.pad(p, (0, 0, 0, window)), behind)                                          # 0 past the end
     q = torch.where(q.sum(-1, keepdim=True) == 0, any_token, q)
     return draw(q, generator), torch.where((count < window)[..., None], q, 0)  # all accepted: no draft
 
 
-def bidirectional_draft(model, x, masked, window, filters, generator):
-    """A draft by a bidirectional pass over x (R, T): ids (R, W), and their laws (R, W, V+2)."""
-    at = masked.long().argmax(1)[:, None] + torch.arange(window, device=x.device)            # (R, W)
-    hidden = model(x)
-    # (R, W, C)
-    hidden = hidden.gather(1, at.clamp(max=x.size(1) - 1)[..., None].expand(-1, -1, hidden.size(2)))
-    q = filtered(model.logits(hidden, real_only=True), **filters)
-    return draw(q, generator), q
-
-
 @torch.no_grad()
-def left_to_right(model, canvas, fixed, steps, filters, ends, *, closed=None, generator=None, trace=False):
+def left_to_right(model, canvas, closed, steps, filters, ends, *, generator=None, trace=False):
     """
-    Writes at most steps tokens into the holes of each row of canvas (B, T), from the left: autoregressive
-    sampling.
+    Writes at most steps tokens into the holes of each row of canvas (B, T), from the left: autoregressively.
 
-    closed (B, T): where none of ends.forbid is drawn; None: left of what is fixed. Returns what
-    sample.denoise returns; where steps were too few the canvas still has masks.
+    closed (B, T): where none of ends.forbid is drawn. Returns what sample.denoise returns; where steps were
+    too few the canvas still has masks.
     """
-    canvas = canvas.clone()
-    mask = model.mask_token_id
-    closed = left_of(fixed) if closed is None else closed
-    rows = (canvas == mask).any(1).nonzero()[:, 0]
-    nfe = torch.zeros(len(canvas), dtype=torch.long, device=canvas.device)
-    history = [canvas.clone()]
-    cache = Cache.empty(model, len(rows))
-
-    for step in range(steps):
-        if not len(rows):
+    run = Unfinished(model, canvas, ends, trace)
+    for _ in range(steps):
+        if not len(run.rows):
             break
-        x = canvas[rows]                                                       # (R, T)
-        masked = x == mask
-        hole = masked.long().argmax(1, keepdim=True)                           # (R, 1)
-        if cache is not None:
-            cache.make_room(int(hole.max()) + 1)
-        hidden = causal_pass(model, x, hole, cache, step == 0)[:, 0]           # (R, C)
-        logits = model.logits(hidden, real_only=True)                          # (R, V+2)
-        if ends.forbid:
-            forbidden = torch.zeros_like(logits, dtype=torch.bool)
-            forbidden[:, list(ends.forbid)] = True
-            logits = logits.masked_fill(closed[rows].gather(1, hole) & forbidden, float('-inf'))
-        # a seed keeps its samples
+        x, hole = run.look(1)
+        logits = model.logits(causal_pass(model, x, hole, run.cache)[:, 0], real_only=True)    # (R, V+2)
+        logits = forbid(logits, ends.forbid, closed[run.rows].gather(1, hole))
+        # not needed, but a seed keeps its samples
         torch.rand(x.shape, generator=generator, device=x.device, dtype=fine(x.device))
-        x = x.scatter(1, hole, draw(filtered(logits, **filters), generator)[:, None])
-        canvas[rows] = close_rows(x, masked, mask, ends)
-        nfe[rows] += 1
-        if trace:
-            history.append(canvas.clone())
-
-        going = (canvas[rows] == mask).any(1).nonzero()[:, 0]
-        if cache is not None:
-            cache.keep_rows(going)
-        rows = rows[going]
-    return canvas, nfe, history if trace else None
+        ids = draw(filtered(logits, **filters), generator)                                     # (R,)
+        run.put(x.scatter(1, hole, ids[:, None]), 1)
+    return run.canvas, run.nfe, run.history
 
 
 def write_prefix(model, x, fixed, ar_prefix, *, ends, generator, trace, **rules):
@@ -248,9 +227,9 @@ def write_prefix(model, x, fixed, ar_prefix, *, ends, generator, trace, **rules)
     width = min(x.size(1), int(masked.long().argmax(1).max()) + ar_prefix)
     check_suffix(masked[:, :width])
     filters = {name: rules[name] for name in ('temperature', 'top_k', 'top_p') if name in rules}
-    closed = left_of(fixed)[:, :width]                                         # the end may be beyond width
-    head, nfe, steps = left_to_right(model, x[:, :width], fixed[:, :width], ar_prefix, filters, ends,
-                                     closed=closed, generator=generator, trace=trace)
+    closed = left_of(fixed)[:, :width]
+    head, nfe, steps = left_to_right(model, x[:, :width], closed, ar_prefix, filters, ends,
+                                     generator=generator, trace=trace)
     steps = [torch.cat((step, x[:, width:]), 1) for step in steps or []][:-1]
     x = torch.cat((head, x[:, width:]), 1)
     return close_rows(x, masked, mask, ends), nfe, steps

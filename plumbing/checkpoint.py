@@ -19,6 +19,8 @@ from plumbing.oldnames import modernised
 
 # what a network and what a run is made of: fields of model.GPTConfig, settings of train.py
 SIZES = dict(block_size=64, n_layer=2, n_head=4, n_embd=128, n_recur=2, parts='', draft_head=False)
+# the numbers of a part where none are given, as in parts/layers.py: graph is graph:8:4
+NUMBERS = dict(graph=(8, 4), short_conv=(2,), mu=(4,), bigrams=(8192,), level=(0,))
 # what sampling asks a checkpoint for: settings of train.py, entries of the dataset's meta.json
 NEEDED = ('training_type', 'causal_ratio', 'remasking_loss_type', 'corruption', 'block_size')
 NEEDED_META = ('name', 'vocab_size', 'tokenizer', 'itos', 'bos', 'eos', 'pad')
@@ -214,8 +216,11 @@ def check_same_model(path, model_args, other_path, other_args, names=None):
 
 
 def comparable(name, value):
-    """The value of a field for comparisons: the order of parts does not matter."""
-    return set(filter(None, value.split(','))) if name == 'parts' else value
+    """The value of a field for comparisons: parts in any order, with all of their numbers."""
+    if name != 'parts':
+        return value
+    words = [word.strip().split(':') for word in value.split(',') if word.strip()]
+    return {(part, *map(str, [*numbers, *NUMBERS.get(part, ())[len(numbers):]])) for part, *numbers in words}
 
 
 def identity(checkpoint):

@@ -45,6 +45,15 @@ def filtered(logits, temperature=1.0, top_k=None, top_p=None):
     return probs
 
 
+def forbid(logits, ids, where):
+    """logits (N, V+2), with -inf for these ids in the rows where (N, 1) bool says so."""
+    if not ids:
+        return logits
+    forbidden = torch.zeros(logits.size(-1), dtype=torch.bool, device=logits.device)
+    forbidden[list(ids)] = True
+    return logits.masked_fill(where & forbidden, float('-inf'))
+
+
 def draw(probs, generator=None):
     """One token for each row: probs (..., V+2) -> ids (...)."""
     flat = probs.reshape(-1, probs.size(-1))

@@ -1,23 +1,19 @@
 """
 Does training survive? Runs are killed again and again, resumed, and compared with one that nobody touched.
 
-    python bench.py --suite=faults --num_samples=40         SIGKILL, anywhere or inside a write, and SIGTERM
-    python bench.py --suite=faults --only=soak --steps=10   train, sample, resume for 10 minutes: what grows?
+    python bench.py --suite=faults --num_samples=40    SIGKILL, anywhere or inside a write, and SIGTERM
 
 Every checkpoint that a kill leaves must load, and none may be older than the one before the kill. In the end
 weights, optimisers and random numbers must be, bit by bit, those of the undisturbed run.
 """
 
-import contextlib
 import glob
-import io
 import multiprocessing
 import os
 import random
 import runpy
 import shutil
 import signal
-import statistics
 import sys
 import time
 
@@ -181,68 +177,9 @@ def complete(folder, other):
     steps = [last_step(where, {'corrupt': 0}) for where in (folder, other)]
     return newest(folder) is not None and steps[0] == steps[1]
 
-# -----------------------------------------------------------------------------
-# soak
-
-
-def command(script, *words):
-    """A script in this process, as from the command line, but silent. Raises UserError if it fails."""
-    said, argv = io.StringIO(), sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        sys.argv = [script, *words]
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            runpy.run_path(os.path.join(ROOT, script), run_name='__main__')
-    except SystemExit as stop:
-        words = said.getvalue().strip() or str(stop)
-        raise UserError(f'{script} failed: {words.splitlines()[-1]}') from stop
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def usage(folder):
-    """What this process and the folder take now: dict of memory (RSS) and disk in MB, open files."""
-    with open('/proc/self/statm', encoding='utf-8') as file:
-        memory = int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 1e6
-    paths = glob.glob(os.path.join(glob.escape(folder), '**'), recursive=True)
-    disk = sum(map(os.path.getsize, paths)) / 1e6
-    return {'memory, MB': memory, 'open files': len(os.listdir('/proc/self/fd')), 'disk, MB': disk}
-
-
-def soak(s, minutes, words=()):
-    """Trains, samples and resumes here for these minutes: rows of what the process uses, and how it grows."""
-    if not os.path.exists('/proc/self/statm'):
-        raise UserError('the soak reads /proc, which only Linux has')
-    folder = os.path.join(s.out_dir, 'faults', 'soak')
-    shutil.rmtree(folder, ignore_errors=True)
-    here, seen, end = f'--out_dir={folder}', [], time.perf_counter() + 60 * minutes
-    while time.perf_counter() < end or len(seen) < 4:
-        command('train.py', *TINY, *words, here, '--max_iters=10')
-        save = f'--save={folder}/samples.jsonl'
-        command('sample.py', here, '--steps=4', '--num_samples=4', save, '--device=cpu')
-        command('train.py', *TINY, *words, here, '--max_iters=20', '--init_from=resume')
-        seen.append(usage(folder))
-
-
-    def slope(name):
-        late = [use[name] for use in seen[len(seen) // 2:]]              # the first rounds fill caches
-        return statistics.linear_regression(range(len(late)), late).slope
-    return [dict(name=f'soak: {name}', rounds=len(seen), first=first, last=seen[-1][name], slope=slope(name))
-            for name, first in seen[0].items()]
-
 
 def run(s):
     """The suite with bench's settings s: (rows, table)."""
-    if s.only and s.only not in 'soak':
-        raise UserError(f"faults has no '{s.only}': --only=soak, with --steps=MINUTES, or no --only")
-    if s.only:
-        rows = soak(s, s.steps)
-        lines = [[row['name'], str(row['rounds']), *[f'{row[key]:.3f}' for key in ('first', 'last', 'slope')]]
-                 for row in rows]
-        head = ['of the process', 'rounds', 'after the first', 'after the last', 'growth a round']
-        return rows, markdown(head, lines)
     rows, runs = survive(s)
     lines = [list(map(str, row.values())) for row in rows]
     head = ['disturbance', 'how often', 'inside a write', 'corrupt checkpoints', 'lost checkpoints']

@@ -56,11 +56,9 @@ SAMPLERS = {
     'remask=none at temperature 0.9': dict(PLAIN, remask='none', temperature=0.9),
     'remask=wrong at temperature 1.05': dict(PLAIN, remask='wrong', temperature=1.05),
 }
-INFILL = {
-    'remask=none': dict(commit='random', remask='none'),
-    'remask=wrong': dict(commit='random', remask='wrong'),
-    'commit=confidence': dict(commit='confidence', remask='none'),
-}
+INFILL = {'remask=none': dict(commit='random', remask='none'),
+          'remask=wrong': dict(commit='random', remask='wrong'),
+          'commit=confidence': dict(commit='confidence', remask='none')}
 DRAWS = 8                        # likelihood: masks a window
 GAP = 16                         # infill: how many tokens are hidden
 NOISE_SHARE = 0.1                # repair: the share of the tokens that are replaced

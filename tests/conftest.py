@@ -2,8 +2,10 @@
 The scripts lie in the root of the repository and import one another from there; what several tests share.
 """
 
+import contextlib
 import functools
 import importlib.util
+import io
 import os
 import runpy
 import signal
@@ -94,6 +96,15 @@ def load_script(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def run_main(name, *words):
+    """The main() of a script, in this process, with words of a command line: what it prints."""
+    script = load_script(name)
+    configurator.configure(vars(script), words)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        script.main()
+    return printed.getvalue()
 
 
 read_settings = configurator.settings

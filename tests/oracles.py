@@ -154,8 +154,7 @@ class Oracle:
 
 class Independent(Oracle):
     """
-    An oracle of independent tokens, for canvases that are too long to enumerate: table (T, V) their
-    marginals.
+    An oracle of independent tokens, for canvases too long to enumerate: table (T, V) their marginals.
 
     wrong: its answer for p(WRONG), by position (T,), or by position and token (T, V). A visible token is
     certain otherwise.
@@ -215,9 +214,7 @@ def visible_canvas(model, B):
 
 
 def starting_canvas(V, T, causal, B=8, seed=0):
-    """
-    (canvas, fixed): fixed tokens, visible ones that are not fixed, and masks; for causal rules a prefix only.
-    """
+    """(canvas, fixed): fixed tokens, visible ones that are not fixed, masks; causal: a prefix only."""
     generator = seeded(seed)
     canvas = torch.randint(V, (B, T), generator=generator)
     width = torch.arange(B)[:, None] % T
@@ -244,9 +241,7 @@ def committed(trace, mask):
 
 
 def remasked_share(oracle, B=4000, judge=None, fixed=None, **rules):
-    """
-    A complete, untrusted canvas, one step: the share of the rows in which each position was re-masked (T,).
-    """
+    """A complete, untrusted canvas, one step: the share of rows in which each position is re-masked (T,)."""
     canvas = torch.zeros(B, oracle.T, dtype=torch.long)
     fixed = torch.zeros_like(canvas).bool() if fixed is None else fixed
     out, _, trace = traced(oracle, canvas, fixed, steps=2, remask_model=judge, **rules)

@@ -1,32 +1,29 @@
 """Distillation: the student is a checkpoint like any other, and what cannot teach is refused."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, load_script, write_checkpoint
+from conftest import load_script, run_main, write_checkpoint
 from test_commands import CPU, read_samples, refused
 
 import configurator
 from model import GPT
 from plumbing.rows import Ends
+from tools.common import learn
 
 TINY = ['--teacher_steps=3', '--max_iters=6', '--batch_size=4', '--log_interval=3', *CPU]
 
 
 @pytest.fixture(scope='module')
 def distilled(tmp_path_factory):
-    """A student, made by a process of its own: (the checkpoint of the teacher, its own, what was printed)."""
+    """A student: (the checkpoint of the teacher, its own, what was printed)."""
     out = tmp_path_factory.mktemp('distilled')
     path = write_checkpoint(str(out / 'a' / 'ckpt_joint.pt'), training_type='joint', causal_ratio=0.5)
     before = open(path, 'rb').read()
-    words = ['tools/distill.py', f'--init_from={path}', f'--out_dir={out}', *TINY]
-    run = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    text = run_main('tools/distill', f'--init_from={path}', f'--out_dir={out}', *TINY)
     assert open(path, 'rb').read() == before
-    return path, str(out / 'ckpt_distilled.pt'), run.stdout
+    return path, str(out / 'ckpt_distilled.pt'), text
 
 
 def test_a_student_is_a_checkpoint_that_samples(distilled, run, tmp_path):
@@ -77,11 +74,20 @@ def test_the_student_learns_what_the_teacher_says(tmp_path, monkeypatch):
     assert second > 0.5 > 2 * first
 
 
+def test_the_loop_of_the_tools_prints_means_and_lets_the_rate_fall(capsys):
+    values, weight = iter([1.0, 2.0, 3.0, 4.0]), torch.nn.Parameter(torch.zeros(()))
+    learn(torch.optim.SGD([weight], lr=9.0), lambda: dict(a=0 * weight + next(values), b=weight.clone()),
+          dict(max_iters=4, log_interval=2, learning_rate=1.0))
+    lines = capsys.readouterr().out.splitlines()         # b is 0, -1, -1.75, -2.25
+    assert [line.split('  ')[:3] for line in lines] == [['step 2/4', 'a 1.500', 'b -0.500'],
+                                                        ['step 4/4', 'a 3.500', 'b -2.000']]
+
+
 def test_what_distillation_refuses(distilled, run, tmp_path):
     teacher, path, _ = distilled
     before = open(path, 'rb').read()
     refused(run('distill', f'--init_from={path}', f'--out_dir={os.path.dirname(path)}', *TINY),
-            'distill', path, 'its own teacher')
+            'distill', path, 'would overwrite the checkpoint it is made from')
     assert open(path, 'rb').read() == before
     for kind in ('causal', 'remasking'):
         mute = write_checkpoint(str(tmp_path / 'mute.pt'), training_type=kind)

@@ -11,20 +11,9 @@ import sys
 import pytest
 from conftest import ROOT
 
-TINY = [
-    '--n_layer=1',
-    '--n_head=2',
-    '--n_embd=16',
-    '--n_recur=1',
-    '--batch_size=16',
-    '--max_iters=8',
-    '--eval_interval=8',
-    '--eval_rows=16',
-    '--eval_samples=2',
-    '--proofreading_warmup_iters=0',
-    '--device=cpu',
-    '--dtype=float32',
-]
+TINY = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--n_recur=1', '--batch_size=16', '--max_iters=8',
+        '--eval_interval=8', '--eval_rows=16', '--eval_samples=2', '--proofreading_warmup_iters=0',
+        '--device=cpu', '--dtype=float32']
 
 
 def blocks():
@@ -61,17 +50,18 @@ def insert(path, name, code):
 def extended(tmp_path_factory):
     """A copy of the repository with everything that the page adds."""
     root = tmp_path_factory.mktemp('extended') / 'nanoremask'
-    shutil.copytree(
-        ROOT, root, ignore=shutil.ignore_patterns('.*', 'out*', '*.bin', 'meta.json', 'tests', '__pycache__')
-    )
+    shutil.copytree(ROOT, root,
+                    ignore=shutil.ignore_patterns('.*', 'out*', '*.bin', 'meta.json', 'tests', '__pycache__'))
     for path, name, code in blocks():
         insert(os.path.join(root, path), name, code)
     return root
 
 
-def run(root, *words):
-    """A command in the copy: its output. It must succeed."""
-    done = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True, timeout=120)
+def run(root, *commands):
+    """Commands in the copy, one process for all: their output. They must succeed."""
+    code = ('import runpy, sys\nsys.path.insert(0, "")\n'
+            f'for sys.argv in {commands!r}: runpy.run_path(sys.argv[0], run_name="__main__")')
+    done = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -83,28 +73,13 @@ def test_the_page_adds_one_thing_of_each_kind():
 
 
 def test_what_the_page_adds_trains_and_samples(extended):
-    out = run(
-        extended,
-        'train.py',
-        'config/remask_all.py',
-        '--dataset=sorting',
-        '--block_size=24',
-        '--parts=gain',
-        '--corruption=own:0.5,next_id:0.5',
-        *TINY,
-    )
-    assert re.search(r'0?\d+% of 2 samples are well formed', out)
-
     save = os.path.join(extended, 'samples.jsonl')
-    out = run(
-        extended,
-        'sample.py',
-        '--commit=structure',
-        '--remask=lonely',
-        '--steps=6',
-        '--num_samples=3',
-        f'--save={save}',
-    )
+    out = run(extended,
+              ['train.py', 'config/remask_all.py', '--dataset=sorting', '--block_size=24', '--parts=gain',
+               '--corruption=own:0.5,next_id:0.5', *TINY],
+              ['sample.py', '--commit=structure', '--remask=lonely', '--steps=6', '--num_samples=3',
+               f'--save={save}'])
+    assert re.search(r'0?\d+% of 2 samples are well formed', out)
     assert 'commit=structure' in out and 'remask=lonely' in out and ('✓' in out or '✗' in out)
     with open(save, encoding='utf-8') as file:
         samples = [json.loads(line) for line in file]

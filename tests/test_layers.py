@@ -8,18 +8,11 @@ from conftest import fresh_gpt, seeded, tiny_gpt
 from configurator import UserError
 from model import GPT, GPTConfig, Pass, norm
 from parts.layers import IN_A_BLOCK, IN_THE_NETWORK, Part, ShortConv, Shortcuts, build, parse_parts
+from plumbing.checkpoint import NUMBERS, check_same_model, comparable
 
 # every part with numbers that are not its own, and how many parameters it has at 16 channels and 5 tokens
-SIZES = {
-    'graph:2:1': 2,
-    'shortcuts': 4,
-    'short_conv:3': 6 * 16,
-    'previous': 16 * 16,
-    'mu:4': 4 * 12 + 4 * 4,
-    'bigrams:10': 2 * 10 * 16,
-    'level': 32 * 16,
-    'level:8': 32 * 8 + 8 * 16,
-}
+SIZES = {'graph:2:1': 2, 'shortcuts': 4, 'short_conv:3': 6 * 16, 'previous': 16 * 16, 'mu:4': 4 * 12 + 4 * 4,
+         'bigrams:10': 2 * 10 * 16, 'level': 32 * 16, 'level:8': 32 * 8 + 8 * 16}
 
 
 def passing(**more):
@@ -37,9 +30,8 @@ def test_every_part_is_listed_here():
 
 @torch.no_grad()
 @pytest.mark.parametrize('plain', [True, False])
-@pytest.mark.parametrize(
-    'parts', [*SIZES, ','.join(dict((name.split(':')[0], name) for name in SIZES).values())]
-)
+@pytest.mark.parametrize('parts',
+                         [*SIZES, ','.join(dict((name.split(':')[0], name) for name in SIZES).values())])
 def test_every_part_starts_as_the_identity(parts, plain):
     """A fresh part changes no number of a network that is trained, in either mode, packed or not."""
     without, fitted = tiny_gpt(V=5, T=8), fresh_gpt(5, 8, parts=parts)
@@ -72,9 +64,8 @@ def test_a_part_need_not_use_any_joint():
 
 def test_parts_by_name():
     assert parse_parts('') == parse_parts(' , ') == {}
-    assert parse_parts('short_conv:2, shortcuts,graph:8:4') == dict(
-        short_conv=(2,), shortcuts=(), graph=(8, 4)
-    )
+    assert parse_parts('short_conv:2, shortcuts,graph:8:4') == dict(short_conv=(2,), shortcuts=(),
+                                                                    graph=(8, 4))
     model = fresh_gpt(parts='level:4,short_conv,bigrams:9,previous,graph:1')
     assert [*model.parts] == ['previous', 'bigrams', 'level']  # in the order of the tables
     assert [*model.blocks[0].parts] == ['graph', 'short_conv']
@@ -83,26 +74,32 @@ def test_parts_by_name():
     assert not fresh_gpt().parts and not fresh_gpt().blocks[0].parts
 
 
-@pytest.mark.parametrize(
-    'parts, message',
-    [
-        ('short_cnov', "parts knows graph, shortcuts, .*level, each once, .*got 'short_cnov'"),
-        ('shortcuts,shortcuts', "each once, with numbers as in short_conv:2; got 'shortcuts,shortcuts'"),
-        ('short_conv:0', 'with numbers as in short_conv:2'),
-        ('short_conv:00', 'with numbers as in short_conv:2'),
-        ('graph:0:4', 'with numbers as in short_conv:2'),
-        ('short_conv:-1', 'with numbers'),
-        ('level:x', 'with numbers'),
-        ('level:', 'with numbers'),
-        ('level:1.5', 'with numbers'),
-        ('level:²', 'with numbers'),
-        ('level=8', 'parts knows'),
-        ('shortcuts:1', "parts='shortcuts:1' gives a part more numbers than it takes"),
-        ('level:1:2', 'more numbers than it takes'),
-        ('mu:5', 'mu:5 must divide n_embd=16 into blocks of at least two channels'),
-        ('mu:16', 'at least two channels'),
-    ],
-)
+def test_parts_are_compared_with_all_of_their_numbers():
+    for name, part in {**IN_A_BLOCK, **IN_THE_NETWORK}.items():
+        assert (part.__init__.__defaults__ or ()) == NUMBERS.get(name, ())
+    for same in ('graph:8, level:0', 'level,graph:8:4', ' level , graph'):
+        check_same_model('a', dict(parts='graph,level'), 'b', dict(parts=same))
+    for other in ('graph', 'graph:8:0,level', 'graph:4,level', 'graph,level:8', 'graph,level,mu'):
+        assert comparable('parts', other) != comparable('parts', 'graph,level')
+    assert comparable('parts', 'mu,graph:8:4') > comparable('parts', 'graph:8') > comparable('parts', ' , ')
+
+
+@pytest.mark.parametrize('parts, message', [
+    ('short_cnov', "parts knows graph, shortcuts, .*level, each once, .*got 'short_cnov'"),
+    ('shortcuts,shortcuts', "each once, with numbers as in short_conv:2; got 'shortcuts,shortcuts'"),
+    ('short_conv:0', 'with numbers as in short_conv:2'),
+    ('short_conv:00', 'with numbers as in short_conv:2'),
+    ('graph:0:4', 'with numbers as in short_conv:2'),
+    ('short_conv:-1', 'with numbers'),
+    ('level:x', 'with numbers'),
+    ('level:', 'with numbers'),
+    ('level:1.5', 'with numbers'),
+    ('level:²', 'with numbers'),
+    ('level=8', 'parts knows'),
+    ('shortcuts:1', "parts='shortcuts:1' gives a part more numbers than it takes"),
+    ('level:1:2', 'more numbers than it takes'),
+    ('mu:5', 'mu:5 must divide n_embd=16 into blocks of at least two channels'),
+    ('mu:16', 'at least two channels')])
 def test_parts_that_are_none(parts, message):
     with pytest.raises(UserError, match=message):
         fresh_gpt(parts=parts)
@@ -157,9 +154,7 @@ def test_what_the_network_is_conditioned_on():
 @pytest.mark.parametrize('causal', [False, True])
 @pytest.mark.parametrize('rows, kept', [(200, 81), (81, 81), (20, 20)])
 def test_every_pair_of_tokens_has_an_embedding(causal, rows, kept):
-    """
-    Its own, where there are rows enough; nothing is next to the ends of a text, which is not what a mask is.
-    """
+    """Its own, where there are rows enough; next to the ends of a text is nothing, which is not a mask."""
     model = tiny_gpt(V=7, T=8, parts=f'bigrams:{rows}')
     bigrams = model.parts['bigrams']
     left_table, around = bigrams.left.weight, bigrams.around.weight
@@ -190,10 +185,7 @@ def test_every_pair_of_tokens_has_an_embedding(causal, rows, kept):
 @torch.no_grad()
 @pytest.mark.parametrize('causal', [False, True])
 def test_every_block_is_shown_the_embedding_and_the_first_values(monkeypatch, causal):
-    """
-    Two blocks, used twice: all but the very first application mix what they are given with what that one was
-    given.
-    """
+    """Two blocks, used twice: all but the very first application mix in what that one was given."""
     model = tiny_gpt(V=7, T=8, n_layer=2, n_recur=2, parts='shortcuts,level:4')
     x, mixed, original = torch.randint(8, (3, 8), generator=seeded()), [], Shortcuts.mixed
 
@@ -242,9 +234,8 @@ def test_the_short_convolution_has_one_weight_for_each_channel_and_neighbour(T, 
 
 
 @pytest.mark.parametrize('causal', [False, True])
-@pytest.mark.parametrize(
-    'segment', [None, torch.tensor([[0, 0, 0, 1, 1], [4, 7, 7, 7, 2]])], ids=['whole', 'packed']
-)
+@pytest.mark.parametrize('segment', [None, torch.tensor([[0, 0, 0, 1, 1], [4, 7, 7, 7, 2]])],
+                         ids=['whole', 'packed'])
 @pytest.mark.parametrize('C', [3, 32])
 def test_the_gradients_of_the_short_convolution(C, segment, causal):
     conv, x = short_conv(C, 2).double(), torch.randn(2, 5, C, generator=seeded()).double().requires_grad_()
@@ -256,28 +247,14 @@ def test_the_gradients_of_the_short_convolution(C, segment, causal):
         conv._parameters['weight'] = weight
         return conv.before(x, p)
 
-    assert torch.autograd.gradcheck(convolved, (x, weight))
+    assert torch.autograd.gradcheck(convolved, (x, weight), fast_mode=True)
 
 
 def test_parts_make_no_network_of_another_kind():
     """The names of what they learn, by which a checkpoint knows them."""
     model = GPT(GPTConfig(n_layer=1, parts='graph,shortcuts,short_conv,previous,mu,bigrams:9,level:8'))
-    names = [name for name, _ in model.named_parameters() if 'parts.' in name]
-    assert names == [
-        *(
-            f'blocks.0.parts.{part}'
-            for part in ('graph.off_graph_penalty', 'shortcuts.weight', 'short_conv.weight')
-        ),
-        *(
-            f'parts.{part}.weight'
-            for part in (
-                'previous.proj',
-                'mu.qkv',
-                'mu.proj',
-                'bigrams.left',
-                'bigrams.around',
-                'level.mlp.0',
-                'level.mlp.2',
-            )
-        ),
-    ]
+    block = ('graph.off_graph_penalty', 'shortcuts.weight', 'short_conv.weight')
+    whole = ('previous.proj', 'mu.qkv', 'mu.proj', 'bigrams.left', 'bigrams.around', 'level.mlp.0',
+             'level.mlp.2')
+    assert [name for name, _ in model.named_parameters() if 'parts.' in name] == [
+        *(f'blocks.0.parts.{part}' for part in block), *(f'parts.{part}.weight' for part in whole)]

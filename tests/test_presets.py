@@ -18,27 +18,23 @@ ALL = dict(commit='random', remask='none', ar_prefix=64)  # what a causal checkp
 # the best rules
 
 
-@pytest.mark.parametrize(
-    'kind, ratio, chosen, expected',
-    [
-        ('unmasking', 0.0, {}, {}),
-        ('unmasking', 0.3, {}, dict(remask='causal')),
-        ('unmasking', 0.3, dict(lengths_given=True), {}),
-        ('unmasking', 0.3, dict(commit='confidence'), dict(commit='confidence')),
-        ('unmasking', 0.3, dict(ar_prefix=8), dict(ar_prefix=8)),
-        ('unmasking', 0.3, dict(remask='random'), dict(remask='random')),
-        ('unmasking', 0.3, dict(judge=True), dict(remask='wrong')),
-        ('joint', 0.0, {}, dict(remask='wrong')),
-        ('joint', 0.3, {}, dict(remask='causal')),
-        ('joint', 0.3, dict(lengths_given=True), dict(remask='wrong')),
-        ('joint', 0.3, dict(ar_prefix=8), dict(remask='wrong', ar_prefix=8)),
-        ('joint', 0.3, dict(remask='none'), {}),
-        ('causal', 0.0, {}, ALL),
-        ('causal', 0.0, dict(remask='none'), ALL),
-        ('causal', 0.5, {}, ALL),
-        ('causal', 0.0, dict(ar_prefix=64), ALL),
-    ],
-)
+@pytest.mark.parametrize('kind, ratio, chosen, expected', [
+    ('unmasking', 0.0, {}, {}),
+    ('unmasking', 0.3, {}, dict(remask='causal')),
+    ('unmasking', 0.3, dict(lengths_given=True), {}),
+    ('unmasking', 0.3, dict(commit='confidence'), dict(commit='confidence')),
+    ('unmasking', 0.3, dict(ar_prefix=8), dict(ar_prefix=8)),
+    ('unmasking', 0.3, dict(remask='random'), dict(remask='random')),
+    ('unmasking', 0.3, dict(judge=True), dict(remask='wrong')),
+    ('joint', 0.0, {}, dict(remask='wrong')),
+    ('joint', 0.3, {}, dict(remask='causal')),
+    ('joint', 0.3, dict(lengths_given=True), dict(remask='wrong')),
+    ('joint', 0.3, dict(ar_prefix=8), dict(remask='wrong', ar_prefix=8)),
+    ('joint', 0.3, dict(remask='none'), {}),
+    ('causal', 0.0, {}, ALL),
+    ('causal', 0.0, dict(remask='none'), ALL),
+    ('causal', 0.5, {}, ALL),
+    ('causal', 0.0, dict(ar_prefix=64), ALL)])
 def test_best_rules(kind, ratio, chosen, expected):
     plain = dict(commit='random', remask='none', ar_prefix=0)
     config = default_config(training_type=kind, causal_ratio=ratio)
@@ -46,30 +42,22 @@ def test_best_rules(kind, ratio, chosen, expected):
 
 
 def test_best_rules_of_other_checkpoints():
-    """
-    Whatever the target was, it learned to tell right from wrong; if it saw wrong tokens only, it calls each
-    one wrong.
-    """
+    """Whatever the target was, it tells right from wrong; if it saw wrong tokens only, it calls all wrong."""
     for kind, target in (('joint', 'original'), ('denoising', 'original'), ('joint', 'wrong')):
         config = default_config(training_type=kind, remask_target=target)
         assert best_rules(config) == dict(commit='random', remask='wrong', ar_prefix=0)
         config['remasking_loss_type'] = 'corrupted_only'
-        assert (
-            best_rules(config)['remask'] == 'none' and best_rules(config, remask='wrong')['remask'] == 'wrong'
-        )
+        assert best_rules(config)['remask'] == 'none'
+        assert best_rules(config, remask='wrong')['remask'] == 'wrong'
         assert best_rules(config, judge=True)['remask'] == 'wrong'
 
 
-@pytest.mark.parametrize(
-    'kind, writes, detects',
-    [
-        ('unmasking', True, False),
-        ('joint', True, True),
-        ('denoising', True, True),
-        ('remasking', False, True),
-        ('causal', False, False),
-    ],
-)
+@pytest.mark.parametrize('kind, writes, detects', [
+    ('unmasking', True, False),
+    ('joint', True, True),
+    ('denoising', True, True),
+    ('remasking', False, True),
+    ('causal', False, False)])
 def test_supports(kind, writes, detects):
     for ratio in (0.0, 0.3):
         for target in ('wrong', 'original'):
@@ -89,24 +77,20 @@ def test_best_rules_of_a_checkpoint_that_abstains():
                 best_rules(other, commit='abstain')
 
 
-@pytest.mark.parametrize(
-    'kind, ratio, chosen, message',
-    [
-        ('remasking', 0.0, {}, 'it judges tokens but cannot write'),
-        ('remasking', 0.5, {}, 'it judges tokens but cannot write'),
-        ('unmasking', 0.0, dict(remask='causal'), 'no trained causal mode'),
-        ('joint', 0.0, dict(ar_prefix=4), 'no trained causal mode'),
-        ('causal', 0.0, dict(commit='confidence'), 'samples left to right'),
-        ('causal', 0.0, dict(remask='wrong'), 'samples left to right'),
-        ('causal', 0.0, dict(remask='causal'), 'samples left to right'),
-        ('causal', 0.0, dict(judge=True), 'samples left to right'),
-        # the rest would be of a mode that it never learned
-        ('causal', 0.0, dict(ar_prefix=5), 'from left to right to the end'),
-        ('causal', 0.0, dict(lengths_given=True), 'nor be given a length'),
-        ('unmasking', 0.0, dict(remask='wrong'), 'not trained to find wrong tokens'),
-        ('joint', 0.0, dict(judge=True, remask='random'), 'not for --remask=random'),
-    ],
-)
+@pytest.mark.parametrize('kind, ratio, chosen, message', [
+    ('remasking', 0.0, {}, 'it judges tokens but cannot write'),
+    ('remasking', 0.5, {}, 'it judges tokens but cannot write'),
+    ('unmasking', 0.0, dict(remask='causal'), 'no trained causal mode'),
+    ('joint', 0.0, dict(ar_prefix=4), 'no trained causal mode'),
+    ('causal', 0.0, dict(commit='confidence'), 'samples left to right'),
+    ('causal', 0.0, dict(remask='wrong'), 'samples left to right'),
+    ('causal', 0.0, dict(remask='causal'), 'samples left to right'),
+    ('causal', 0.0, dict(judge=True), 'samples left to right'),
+    # the rest would be of a mode that it never learned
+    ('causal', 0.0, dict(ar_prefix=5), 'from left to right to the end'),
+    ('causal', 0.0, dict(lengths_given=True), 'nor be given a length'),
+    ('unmasking', 0.0, dict(remask='wrong'), 'not trained to find wrong tokens'),
+    ('joint', 0.0, dict(judge=True, remask='random'), 'not for --remask=random')])
 def test_best_rules_refuses(kind, ratio, chosen, message):
     with pytest.raises(UserError, match=message):
         best_rules(default_config(training_type=kind, causal_ratio=ratio), **chosen)
@@ -117,18 +101,12 @@ def test_best_rules_refuses(kind, ratio, chosen, message):
 
 
 def test_who_has_seen_noise_repairs_by_rewriting():
-    for noisy in (
-        default_config(training_type='denoising'),
-        default_config(training_type='joint', corruption='own:0.5,noise:0.5'),
-    ):
+    for noisy in (default_config(training_type='denoising'),
+                  default_config(training_type='joint', corruption='own:0.5,noise:0.5')):
         assert choose_rules(noisy, task='repair', inside=True) == {**REWRITE, 'ar_prefix': 0}
         assert choose_rules(noisy, task='repair', inside=True, temperature=0.7)['temperature'] == 0.7
-        for more in (
-            dict(rewrite=False),
-            dict(remask='random'),
-            dict(commit='confidence'),
-            dict(preset='intelligent'),
-        ):
+        for more in (dict(rewrite=False), dict(remask='random'), dict(commit='confidence'),
+                     dict(preset='intelligent')):
             assert choose_rules(noisy, task='repair', inside=True, **more)['remask_threshold'] == 0.8
     unmasking = default_config(training_type='unmasking', corruption='noise')
     assert 'rewrite' not in choose_rules(unmasking, inside=True)
@@ -144,12 +122,10 @@ def test_what_was_chosen_wins_over_the_preset_and_that_over_the_task_and_that_ov
     assert choose_rules(joint, inside=True)['remask'] == 'wrong'
     repair = choose_rules(joint, task='repair', inside=True)
     assert repair == {**TASKS['repair'], 'ar_prefix': 0} and repair['remask_threshold'] == 0.8
-    both = choose_rules(
-        joint, task='repair', preset='intelligent', remask='random', temperature=0.5, remask_rate=None
-    )
+    both = choose_rules(joint, task='repair', preset='intelligent', remask='random', temperature=0.5,
+                        remask_rate=None)
     assert (
-        dict(commit='random', remask='random', temperature=0.5, remask_threshold=0.8).items() <= both.items()
-    )
+        dict(commit='random', remask='random', temperature=0.5, remask_threshold=0.8).items() <= both.items())
     shares = choose_rules(joint, task='repair', remask_schedule=(0.3, 0.1))
     assert 'remask_threshold' not in shares and shares['remask_schedule'] == (0.3, 0.1)
     for name, rules in PRESETS.items():
@@ -163,29 +139,25 @@ def test_what_was_chosen_wins_over_the_preset_and_that_over_the_task_and_that_ov
     assert choose_rules(plain, judge=True) == dict(commit='random', remask='wrong', ar_prefix=0)
 
 
-@pytest.mark.parametrize(
-    'kind, how, message',
-    [
-        ('joint', dict(preset='remdn'), "unknown preset 'remdn'; did you mean remdm?"),
-        ('joint', dict(preset='zzz'), "unknown preset 'zzz'; there are ancestral, maskgit, .*universal"),
-        (
-            'joint',
-            dict(task='repair', remask='none'),
-            'repair finds what to change by re-masking: use --remask=wrong, random or critic, not none',
-        ),
-        ('joint', dict(task='repair', preset='ancestral'), 'not none'),
-        ('joint', dict(task='repair', remask='p2'), 'not p2'),
-        ('joint', dict(task='repair', preset='remdm'), 'not remdm'),
-        ('joint', dict(remask='wrong', remask_rate=1.5), 'remask_rate is a probability'),
-        ('unmasking', dict(task='repair'), 'not trained to find wrong tokens'),
-        ('unmasking', dict(preset='intelligent'), 'not trained to find wrong tokens'),
-        ('unmasking', dict(preset='speculative'), 'causal mode'),
-        ('unmasking', dict(preset='universal'), 'no trained causal mode'),
-        ('causal', dict(task='repair'), 'samples left to right'),
-        ('remasking', dict(task='infill'), 'it judges tokens but cannot write'),
-        ('joint', dict(preset='remdm', judge=True), 'not for --remask=remdm'),
-    ],
-)
+@pytest.mark.parametrize('kind, how, message', [
+    ('joint', dict(preset='remdn'), "unknown preset 'remdn'; did you mean remdm?"),
+    ('joint', dict(preset='zzz'), "unknown preset 'zzz'; there are ancestral, maskgit, .*universal"),
+    (
+        'joint',
+        dict(task='repair', remask='none'),
+        'repair finds what to change by re-masking: use --remask=wrong, random or critic, not none',
+    ),
+    ('joint', dict(task='repair', preset='ancestral'), 'not none'),
+    ('joint', dict(task='repair', remask='p2'), 'not p2'),
+    ('joint', dict(task='repair', preset='remdm'), 'not remdm'),
+    ('joint', dict(remask='wrong', remask_rate=1.5), 'remask_rate is a probability'),
+    ('unmasking', dict(task='repair'), 'not trained to find wrong tokens'),
+    ('unmasking', dict(preset='intelligent'), 'not trained to find wrong tokens'),
+    ('unmasking', dict(preset='speculative'), 'causal mode'),
+    ('unmasking', dict(preset='universal'), 'no trained causal mode'),
+    ('causal', dict(task='repair'), 'samples left to right'),
+    ('remasking', dict(task='infill'), 'it judges tokens but cannot write'),
+    ('joint', dict(preset='remdm', judge=True), 'not for --remask=remdm')])
 def test_rules_that_cannot_be_chosen(kind, how, message):
     with pytest.raises(UserError, match=message):
         choose_rules(default_config(training_type=kind), **how)
@@ -207,77 +179,50 @@ def test_every_preset_and_task_names_rules_that_there_are():
 
 def settings(**changes):
     """(the settings of sample.py, its How) with changes."""
-    names = (
-        'task',
-        'prompt',
-        'text',
-        'file',
-        'mask',
-        'num_samples',
-        'seed',
-        'animate',
-        'html',
-        'save',
-        'export',
-        'merge_weight',
-        'length',
-        'batch_size',
-    )
+    names = ('task', 'prompt', 'text', 'file', 'mask', 'num_samples', 'seed', 'animate', 'html', 'save',
+             'export', 'merge_weight', 'length', 'batch_size')
     own = {name: getattr(sample, name) for name in names}
     how = {name: value for name, value in changes.items() if name not in own}
     return SimpleNamespace(**{**own, **{name: changes[name] for name in own if name in changes}}), How(**how)
 
 
-@pytest.mark.parametrize(
-    'changes',
-    [
-        {},
-        dict(steps=1, top_p=1, temperature=0, ar_prefix=0),
-        dict(remask_schedule=(0.0, 1.0)),
-        dict(task='repair', text='x'),
-        dict(task='edit', file='x', mask='1:2'),
-        dict(seed=2**63 - 1),
-        dict(remask_rate=3.0),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize('changes',
+                         [{}, dict(steps=1, top_p=1, temperature=0, ar_prefix=0),
+                          dict(remask_schedule=(0.0, 1.0)), dict(task='repair', text='x'),
+                          dict(task='edit', file='x', mask='1:2'), dict(seed=2**63 - 1),
+                          dict(remask_rate=3.0)], ids=str)
 def test_settings_that_make_sense(changes):
     check_sampling(*settings(**changes))
 
 
-@pytest.mark.parametrize(
-    'changes, message',
-    [
-        (dict(num_samples=0), 'num_samples must be at least 1, got 0'),
-        (dict(steps=0), 'steps must be at least 1'),
-        (dict(top_p=1.5), 'top_p must be in 0..1, got 1.5'),
-        (dict(top_p=0), 'top_p=0 leaves no token'),
-        (dict(temperature=-1), 'temperature must be at least 0'),
-        (dict(top_k=0), 'top_k must be at least 1'),
-        (dict(correct_share=2), 'correct_share must be in 0..1'),
-        (dict(merge_weight=-0.1), 'merge_weight must be'),
-        (dict(block_length=0), 'block_length must be at least 1'),
-        (dict(guide=0), 'guide must be at least 1'),
-        (dict(commit_threshold=0), 'commit_threshold must be above 0'),
-        (dict(seed=-1), 'seed must be in'),
-        (dict(seed=2**63), 'seed must be in'),
-        (dict(remask_random_ratio=1.1), 'remask_random_ratio must be in'),
-        (dict(remask_schedule=(0.3, 2)), 'two shares in 0..1'),
-        (dict(remask_schedule=(0.3,)), 'two shares in 0..1'),
-        (dict(remask_schedule=(0.3, 0.1), remask_threshold=0.5), 'give one of them'),
-        (dict(task='infil', text='x'), "task expects one of generate, .*got 'infil', did you mean infill?"),
-        (dict(text='x'), 'generate takes --prompt'),
-        (dict(task='repair'), '--task=repair needs a text'),
-        (dict(task='infill', text='x', file='x'), 'not both'),
-        (dict(task='edit', text='x'), 'writes anew'),
-        (dict(task='infill', text='x', mask='0:1'), 'infill takes no mask'),
-        (dict(task='repair', text='x', prompt='('), 'prompt and length are for --task=generate'),
-        (dict(task='score', text='x', animate=True), 'nothing to watch'),
-        (dict(export='weights.pt'), 'export expects the name of a .safetensors file'),
-        (dict(save='/nowhere/at/all/x.jsonl'), 'there is no folder'),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize('changes, message', [
+    (dict(num_samples=0), 'num_samples must be at least 1, got 0'),
+    (dict(steps=0), 'steps must be at least 1'),
+    (dict(top_p=1.5), 'top_p must be in 0..1, got 1.5'),
+    (dict(top_p=0), 'top_p=0 leaves no token'),
+    (dict(temperature=-1), 'temperature must be at least 0'),
+    (dict(top_k=0), 'top_k must be at least 1'),
+    (dict(correct_share=2), 'correct_share must be in 0..1'),
+    (dict(merge_weight=-0.1), 'merge_weight must be'),
+    (dict(block_length=0), 'block_length must be at least 1'),
+    (dict(guide=0), 'guide must be at least 1'),
+    (dict(commit_threshold=0), 'commit_threshold must be above 0'),
+    (dict(seed=-1), 'seed must be in'),
+    (dict(seed=2**63), 'seed must be in'),
+    (dict(remask_random_ratio=1.1), 'remask_random_ratio must be in'),
+    (dict(remask_schedule=(0.3, 2)), 'two shares in 0..1'),
+    (dict(remask_schedule=(0.3,)), 'two shares in 0..1'),
+    (dict(remask_schedule=(0.3, 0.1), remask_threshold=0.5), 'give one of them'),
+    (dict(task='infil', text='x'), "task expects one of generate, .*got 'infil', did you mean infill?"),
+    (dict(text='x'), 'generate takes --prompt'),
+    (dict(task='repair'), '--task=repair needs a text'),
+    (dict(task='infill', text='x', file='x'), 'not both'),
+    (dict(task='edit', text='x'), 'writes anew'),
+    (dict(task='infill', text='x', mask='0:1'), 'infill takes no mask'),
+    (dict(task='repair', text='x', prompt='('), 'prompt and length are for --task=generate'),
+    (dict(task='score', text='x', animate=True), 'nothing to watch'),
+    (dict(export='weights.pt'), 'export expects the name of a .safetensors file'),
+    (dict(save='/nowhere/at/all/x.jsonl'), 'there is no folder')], ids=str)
 def test_settings_that_make_no_sense(changes, message):
     with pytest.raises(UserError, match=message):
         check_sampling(*settings(**changes))
@@ -307,21 +252,15 @@ def test_rules_that_do_not_fit_are_refused():
 def test_thresholds_and_schedules_of_rules_that_have_none_are_refused(remask):
     model = uniform(4)
     for how in (dict(remask_threshold=0.5), dict(remask_schedule=(0.3, 0.1))):
-        with pytest.raises(
-            UserError, match=f'remask_threshold and remask_schedule are for .*, not for {remask}'
-        ):
+        with pytest.raises(UserError,
+                           match=f'remask_threshold and remask_schedule are for .*, not for {remask}'):
             traced(model, empty(model, 2)[0], remask=remask, **how)
 
 
 def test_rewriting_needs_rules_that_do_not_look_at_candidates():
     model, x = tiny_gpt(5, 9), torch.full((1, 9), 5)
-    for more in (
-        dict(commit='confidence'),
-        dict(remask='none'),
-        dict(remask='p2'),
-        dict(guide=2),
-        dict(remask_model=model),
-    ):
+    for more in (dict(commit='confidence'), dict(remask='none'), dict(remask='p2'), dict(guide=2),
+                 dict(remask_model=model)):
         with pytest.raises(UserError, match='rewrite goes with'):
             generate_diffusion(model, x, x < 0, **{**REWRITE, 'remask_threshold': None, **more})
 
@@ -341,9 +280,8 @@ def test_greedy_rules_need_something_to_go_by(commit):
             if commit in ('random', 'priority'):  # their order is not the network's
                 traced(model, canvas, commit=commit, **greedy)
             else:
-                with pytest.raises(
-                    UserError, match=f'commit={commit} without noise writes one sample again and'
-                ):
+                with pytest.raises(UserError,
+                                   match=f'commit={commit} without noise writes one sample again and'):
                     traced(model, canvas, commit=commit, **greedy)
         out, _, _ = traced(model, empty(model, 3, [1, 1])[0], commit=commit, **greedy)
         alone, _, _ = traced(model, empty(model, 1)[0], commit=commit, **greedy)

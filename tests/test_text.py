@@ -20,8 +20,7 @@ from suites import runs, text
 
 T, V = 12, 4
 META = dict(name='words', format='stream', block_size=None, vocab_size=V, tokenizer='char',
-            itos=['a', 'b', "'", ' '], bos=None,
-            eos=None, pad=None)
+            itos=['a', 'b', "'", ' '], bos=None, eos=None, pad=None)
 UNEVEN = torch.tensor([0.35, 0.3, 0.1, 0.25])
 
 
@@ -50,8 +49,7 @@ def words(tmp_path, monkeypatch):
 
 
 TEXT = ['--dataset=words', f'--block_size={T}', '--training_type=unmasking', '--max_iters=2',
-        '--eval_interval=2',
-        '--eval_rows=4']
+        '--eval_interval=2', '--eval_rows=4']
 
 
 def test_samples_of_text_are_compared_with_the_data(words, tmp_path, capsys):

@@ -179,8 +179,7 @@ def test_every_kind_of_row(s, trainings):
     rows, text = universal.run(s)
     assert [row['table'] for row in rows] == ['generation'] * (len(rows) - 4) + ['repair'] + ['detection'] * 3
     names = {row['name'].split(':')[0] for row in rows}
-    assert names >= {'noise conditioning', 'skeleton alone', 'skeleton then digits',
-                                                           'energy'}
+    assert names >= {'noise conditioning', 'skeleton alone', 'skeleton then digits', 'energy'}
     for row in rows[:-4]:
         assert row['n'] == 3 and 0 < row['nfe'] <= 200 and 0 <= row['valid'] <= 1, row['name']
     found = {row['name']: row for row in rows}

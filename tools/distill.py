@@ -20,22 +20,22 @@ configurator.help_first(globals())           # --help must not wait for torch
 # ruff: noqa: E402 (so the imports come after it)
 
 import copy
-import time
 
 import torch
 
 from configurator import UserError
 from corruption import Task, ask
-from plumbing.rows import Ends
 from data.loader import data_of, random_rows
 from model import GPT
-from plumbing.checkpoint import find_checkpoint, save_checkpoint
-from plumbing.files import make_folder
+from parts.presets import PRESETS, choose_rules
+from plumbing.checkpoint import save_checkpoint
 from plumbing.device import configure_compute
+from plumbing.files import make_folder
 from plumbing.optim import make_optimizers
+from plumbing.rows import Ends
 from plumbing.text import load_task, modelled
-from parts.presets import PRESETS, choose_rules, supports
 from sample import generate, generate_diffusion
+from tools.common import learn, load_writer
 from train import loss
 
 # -----------------------------------------------------------------------------
@@ -60,41 +60,30 @@ def lesson(teacher, x0, meta, rules, noise):
     free, real = modelled(x0, meta)
     tokens = teacher.mask_token_id, teacher.wrong_token_id, meta['pad']
     input, _, weight = ask(x0, free, real, Task(training_type='unmasking'), tokens, noise)
-    forbid = tuple(i for i in (meta['bos'],) if i is not None)
+    forbid = () if meta['bos'] is None else (meta['bos'],)
     ends = Ends(meta['eos'], meta['pad'], forbid)
     fixed = input != teacher.mask_token_id
     target, _, _ = generate_diffusion(teacher, input, fixed, ends=ends, generator=noise, **rules)
     return input, target, weight
 
 
-def learn(student, average, teacher, rows, meta, rules):
+def study(student, average, teacher, rows, meta, rules):
     """Trains the student, and the average of its weights, on rows of the training split."""
     optimizer, = make_optimizers(student, 'adamw', learning_rate, 0.0, 0.0, (0.9, 0.95))
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.Generator(next(student.parameters()).device).manual_seed(seed + 1)
-    mean, t0 = 0.0, time.perf_counter()
-    for step in range(max_iters):
-        x0 = random_rows(rows, batch_size, teacher.config.block_size, generator).to(noise.device)
-        total, _ = loss(student, *lesson(teacher, x0, meta, rules, noise))
-        if not torch.isfinite(total):
-            raise UserError(f'the loss is no longer finite at step {step}: lower --learning_rate')
-        (total / batch_size).backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group['lr'] = learning_rate * (1 - step / max_iters)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - ema_decay)
+    weights = list(student.parameters())
 
-        mean += total.item() / batch_size
-        if (step + 1) % log_interval == 0:
-            speed = (step + 1) / (time.perf_counter() - t0)
-            left = int((max_iters - step - 1) / speed)
-            print(f'step {step + 1}/{max_iters}  loss {mean / log_interval:.3f}  {speed:.1f} it/s  '
-                  f'{left // 60}:{left % 60:02d} left')
-            mean = 0.0
+    def losses():
+        x0 = random_rows(rows, batch_size, teacher.config.block_size, generator).to(noise.device)
+        return dict(loss=loss(student, *lesson(teacher, x0, meta, rules, noise))[0] / batch_size)
+
+    @torch.no_grad()
+    def follow():
+        torch._foreach_lerp_(list(average.parameters()), weights, 1 - ema_decay)
+
+    learn(optimizer, losses, globals(), weights, follow)
 
 
 def main():
@@ -102,13 +91,8 @@ def main():
         if globals()[name] < 1:
             raise UserError(f'{name} must be at least 1, got {globals()[name]}')
     goal = os.path.join(out_dir, 'ckpt_distilled.pt')
-    path = find_checkpoint(init_from, out_dir)
-    if os.path.realpath(path) == os.path.realpath(goal):
-        raise UserError(f'{goal} would overwrite its own teacher: name another one as --init_from')
-    teacher, checkpoint = GPT.load(path)
+    path, teacher, checkpoint = load_writer(GPT.load, init_from, out_dir, goal)
     meta, config = checkpoint['meta'], checkpoint['config']
-    if not supports(config)[0]:
-        raise UserError(f"{path} cannot unmask (training_type={config['training_type']}), so it cannot teach")
     rules = choose_rules(config, preset=teacher_preset, inside=True, steps=teacher_steps)
     if teacher_preset not in PRESETS or rules['remask'] == 'causal' or rules.pop('ar_prefix'):
         raise UserError(f"the teacher fills holes in any place, which the preset '{teacher_preset}' cannot")
@@ -118,7 +102,7 @@ def main():
     print(f'{path} teaches: {words}\n{choices}')
     make_folder(out_dir)
     student, average = copy.deepcopy(teacher).train(), copy.deepcopy(teacher)
-    learn(student, average, teacher, data['train'], meta, rules)
+    study(student, average, teacher, data['train'], meta, rules)
 
     config = {**config, 'training_type': 'unmasking', 'causal_ratio': 0.0, 'energy_head': 0}
     save_checkpoint(goal, dict(model_args=checkpoint['model_args'], meta=meta, model=student.state_dict(),

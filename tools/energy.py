@@ -29,20 +29,21 @@ import torch.nn.functional as F
 
 from configurator import UserError
 from corruption import own_errors
-from parts.noise import NOISE, mixed_noise, noise_level
-from plumbing.checkpoint import find_checkpoint, save_checkpoint
-from plumbing.checks import parse_mixture
 from data.loader import data_of, random_rows, spread_rows
 from model import GPT, GPTConfig
-from plumbing.files import make_folder
+from parts.energy import energy, text_of, token_energy
+from parts.noise import NOISE, mixed_noise, noise_level
+from parts.presets import choose_rules, supports
+from plumbing.checkpoint import save_checkpoint
+from plumbing.checks import parse_mixture
 from plumbing.device import configure_compute
+from plumbing.draw import draw, filtered
 from plumbing.evaluate import roc_auc
+from plumbing.files import make_folder
 from plumbing.rows import Ends, places
 from plumbing.text import load_task, modelled, rows_of
-from parts.energy import energy, text_of, token_energy
-from parts.presets import choose_rules, supports
-from plumbing.draw import draw, filtered
 from sample import generate
+from tools.common import learn, load_writer
 
 # -----------------------------------------------------------------------------
 init_from = 'ckpt'       # 'ckpt': the newest checkpoint under out_dir; or the path of one
@@ -66,9 +67,6 @@ MIXES = [parse_mixture('noise_mix', mix, NOISE)
          for mix in ('mask:0.5,replace:0.2,swap:0.15,delete:0.075,insert:0.075',
                      'replace:0.4,swap:0.3,delete:0.15,insert:0.15')]
 
-# -----------------------------------------------------------------------------
-# what is not from the data
-
 
 @torch.no_grad()
 def complete(model, x, generator=None):
@@ -86,11 +84,6 @@ def noised(model, x0, meta, mix, sigma_min, sigma_max, generator):
     return complete(model, mixed_noise(x0, real, sigma, mix, model.mask_token_id, meta['pad'], generator))
 
 
-def guessed(model, x0, meta, generator):
-    """Rows x0 (B, T) with own guesses in them, some made before and some after the others: ids (B, T)."""
-    return complete(model, own_errors(model, x0, *modelled(x0, meta), generator), generator)
-
-
 def draw_samples(model, meta, config, num):
     """num samples by the network's usual samplers, in a random order: ids (num, T), a list of their texts."""
     hows = [dict(remask='none', steps=steps) for steps in (16, 32, 64)]
@@ -101,8 +94,6 @@ def draw_samples(model, meta, config, num):
     samples = []
     for i, how in enumerate(hows):
         share = num * (i + 1) // len(hows) - num * i // len(hows)
-        if not share:
-            continue
         t0, rules = time.perf_counter(), choose_rules(config, commit='random', **how)
         samples += generate(model, meta, share, seed=seed + i, progress=True, **rules)
         words = ', '.join(f'{name}={value}' for name, value in how.items())
@@ -110,15 +101,6 @@ def draw_samples(model, meta, config, num):
     ids = rows_of(samples, meta, model.config.block_size)
     order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))
     return ids[order], [samples[i]['text'] for i in order.tolist()]
-
-
-# -----------------------------------------------------------------------------
-# learning to tell, and how well it is told
-
-
-def as_texts(ids, meta):
-    """ids (B, T) -> (ids, real) as parts.energy takes them, see text_of."""
-    return text_of(ids, Ends.of(meta))
 
 
 def make_batch(model, x0, meta, pool, generator):
@@ -135,8 +117,9 @@ def make_batch(model, x0, meta, pool, generator):
     noisy = [noised(model, part, meta, mix, 0.1, 0.6, generator)
              for part, mix in zip(noise.tensor_split(2), MIXES)]
     drawn = pool[torch.randint(len(pool), (len(own),), generator=generator, device=x0.device)]
-    rows = torch.cat((clean, *noisy, guessed(model, guesses, meta, generator), drawn))
-    ids, real = as_texts(rows, meta)
+    wrong_guesses = own_errors(model, guesses, *modelled(guesses, meta), generator)     # some before others
+    rows = torch.cat((clean, *noisy, complete(model, wrong_guesses, generator), drawn))
+    ids, real = text_of(rows, Ends.of(meta))
     wrong, row = ids != x0, torch.arange(len(x0), device=x0.device)
     first_guess, first_sample = len(clean) + len(noise), len(x0) - len(own)
     known = (row >= first_guess) & (row < first_sample)
@@ -144,34 +127,22 @@ def make_batch(model, x0, meta, pool, generator):
 
 
 def losses(model, ids, real, label, wrong, known):
-    """What make_batch returned -> two cross-entropies (2,): of the energies, and of the scores of tokens."""
+    """What make_batch returned -> two cross-entropies: of the energies, and of the scores of tokens."""
     score, at = token_energy(model, ids, real), real & known[:, None]           # (B, T)
-    return torch.stack((F.binary_cross_entropy_with_logits(score.logsumexp(-1), label.float()),
-                        F.binary_cross_entropy_with_logits(score[at], wrong[at].float())))
+    return dict(energy=F.binary_cross_entropy_with_logits(score.logsumexp(-1), label.float()),
+                tokens=F.binary_cross_entropy_with_logits(score[at], wrong[at].float()))
 
 
-def learn(model, meta, rows, pool, noise):
+def train_critic(model, meta, rows, pool, noise):
     """Trains the critic on rows of a split against noise, guesses and the samples of the pool (N, T)."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.critic.parameters(), lr=learning_rate, weight_decay=0.0)
-    means, t0 = torch.zeros(2), time.perf_counter()
-    for step in range(max_iters):
-        x0 = random_rows(rows, batch_size, model.config.block_size, generator).to(noise.device)
-        parts = losses(model, *make_batch(model, x0, meta, pool, noise))
-        if not torch.isfinite(parts.sum()):
-            raise UserError(f'the loss is no longer finite at step {step}: lower --learning_rate')
-        optimizer.zero_grad(set_to_none=True)
-        parts.sum().backward()
-        optimizer.param_groups[0]['lr'] = learning_rate * (1 - step / max_iters)
-        optimizer.step()
 
-        means += parts.detach().cpu() / log_interval
-        if (step + 1) % log_interval == 0:
-            speed = (step + 1) / (time.perf_counter() - t0)
-            left = int((max_iters - step - 1) / speed)
-            print(f'step {step + 1}/{max_iters}  energy {means[0]:.3f}  tokens {means[1]:.3f}  '
-                  f'{speed:.1f} it/s  {left // 60}:{left % 60:02d} left', flush=True)
-            means.zero_()
+    def next_losses():
+        x0 = random_rows(rows, batch_size, model.config.block_size, generator).to(noise.device)
+        return losses(model, *make_batch(model, x0, meta, pool, noise))
+
+    learn(optimizer, next_losses, globals())
 
 
 @torch.no_grad()
@@ -183,7 +154,7 @@ def measure(model, meta, x0, own, texts, generator):
     malformed, and those that are well formed and have a wrong value.
     """
     def energies(ids):
-        return torch.cat([energy(model, *as_texts(part, meta)) for part in ids.split(256)]).cpu()
+        return torch.cat([energy(model, *text_of(part, Ends.of(meta))) for part in ids.split(256)]).cpu()
 
     clean, sampled, task = energies(x0), energies(own), load_task(meta['name'])
     noisy = noised(model, x0, meta, MIXES[0], 0.2, 0.6, generator)
@@ -198,29 +169,19 @@ def measure(model, meta, x0, own, texts, generator):
             for name, other in against.items() if len(other)}
 
 
-# -----------------------------------------------------------------------------
-# the run
-
-
-def load_trunk(path):
-    """(the network of a checkpoint, averaged and frozen, with a fresh critic that learns; the checkpoint)."""
-    trunk, checkpoint = GPT.load(path)
-    if not supports(checkpoint['config'])[0]:
-        raise UserError(f"{path} cannot unmask (training_type={checkpoint['config']['training_type']}), "
-                        f'so it has no samples of its own to learn from')
+def headed(trunk, model_args):
+    """A trained network, frozen, with a fresh critic that learns."""
     torch.manual_seed(seed)
-    checkpoint['model_args'] = {**checkpoint['model_args'], 'energy_head': passes}
-    model = GPT(GPTConfig(**checkpoint['model_args'])).eval().requires_grad_(False)
+    model = GPT(GPTConfig(**model_args)).eval().requires_grad_(False)
     model.load_state_dict(with_critic(trunk.state_dict(), model))
     model.critic.requires_grad_(True)
-    return model, checkpoint
+    return model
 
 
 def with_critic(weights, model):
     """The state dict weights with the critic of the model in the place of its own, if it had one."""
-    trunk = {name: weight for name, weight in weights.items() if not name.startswith('critic.')}
-    critic = {name: weight for name, weight in model.state_dict().items() if name.startswith('critic.')}
-    return {**trunk, **critic}
+    own = {f'critic.{name}': weight for name, weight in model.critic.state_dict().items()}
+    return {**{name: weight for name, weight in weights.items() if not name.startswith('critic.')}, **own}
 
 
 def main():
@@ -230,15 +191,13 @@ def main():
             raise UserError(f'{name} must be at least {low}, got {globals()[name]}')
     if passes not in (1, 2):
         raise UserError(f'passes expects 1 or 2, got {passes}')
-    path, goal = find_checkpoint(init_from, out_dir), save or os.path.join(out_dir, 'ckpt_energy.pt')
-    if os.path.realpath(path) == os.path.realpath(goal):
-        raise UserError(f'{goal} would overwrite the checkpoint it is made from: name another one as '
-                        f'--init_from, or as --save')
-    model, checkpoint = load_trunk(path)
+    goal = save or os.path.join(out_dir, 'ckpt_energy.pt')
+    path, trunk, checkpoint = load_writer(GPT.load, init_from, out_dir, goal)
     meta, config = checkpoint['meta'], checkpoint['config']
+    checkpoint['model_args']['energy_head'] = passes
     _, data = data_of(meta, config)
     make_folder(os.path.dirname(goal) or '.')
-    model, choices = configure_compute(model, device, dtype, attention)
+    model, choices = configure_compute(headed(trunk, checkpoint['model_args']), device, dtype, attention)
     parameters = sum(p.numel() for p in model.critic.parameters())
     print(f"{path}: {config['training_type']} on {meta['name']}, iteration {checkpoint['iter_num']}\n"
           f'{choices}\n{parameters:,} parameters of the energy head')
@@ -247,18 +206,16 @@ def main():
     place = next(model.parameters()).device
     pool, held_out = pool.to(place), own_samples // 8
     noise = torch.Generator(place).manual_seed(seed + 1)
-    learn(model, meta, data['train'], pool[held_out:], noise)
+    train_critic(model, meta, data['train'], pool[held_out:], noise)
 
     val = spread_rows(data['val'], eval_rows, model.config.block_size).to(place)
     result = measure(model, meta, val, pool[:held_out], texts[:held_out], noise)
     against = ', '.join(f'{name} {auc:.3f}' for name, auc in result.items())
     print(f'energy of held-out rows, ROC-AUC against {against}')
-    keep = {name: checkpoint[name] for name in ('iter_num', 'model_args', 'meta')}
-    for name in ('model', 'ema'):
-        keep[name] = checkpoint.get(name) and with_critic(checkpoint[name], model)
+    keep = {name: checkpoint.get(name) for name in ('iter_num', 'model_args', 'meta', 'result')}
+    heads = {name: checkpoint.get(name) and with_critic(checkpoint[name], model) for name in ('model', 'ema')}
     energy = dict(settings=configurator.current(globals()), result=result)
-    config = dict(config, energy_head=passes)
-    save_checkpoint(goal, dict(keep, config=config, result=checkpoint.get('result'), energy=energy))
+    save_checkpoint(goal, dict(**keep, **heads, config=dict(config, energy_head=passes), energy=energy))
     print(f'saved {goal}; sample with it: python sample.py --init_from={goal} --best_of=4')
 
 
