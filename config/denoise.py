@@ -5,7 +5,6 @@
 training_type = 'denoising'
 causal_ratio = 0.25
 draft_head = False
-sigma_min, sigma_max = 0.1, 0.9
 
 max_iters = 2000
 eval_interval = 500

@@ -6,7 +6,6 @@ causal_ratio = 0.2
 proofreading_warmup_iters = masking_warmup_iters = 500
 
 dataset = 'shakespeare'
-block_size = 64
 batch_size = 16
 n_layer = 4
 n_head = 2

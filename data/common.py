@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 
@@ -230,11 +231,9 @@ def dataset_writer(out_dir, meta):
                 file.flush()
                 os.fsync(file.fileno())
         # an older meta.json goes before the first .bin changes: it must not describe a mixture of old and new
-        if os.path.exists(path['meta.json']):
-            os.remove(path['meta.json'])
+        Path(path['meta.json']).unlink(missing_ok=True)
         for name in names:
             os.replace(tmp[name], path[name])
     finally:
         for name in names:
-            if os.path.exists(tmp[name]):
-                os.remove(tmp[name])
+            Path(tmp[name]).unlink(missing_ok=True)
