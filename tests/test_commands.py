@@ -316,7 +316,7 @@ def test_configs(path):
     ('--max_iter=3', 'unknown key --max_iter .. did you mean --max_iters?'),
     ('config/remask_al.py', 'config/remask_al.py: no such config file'),
     ('--dataset=arithmetics', 'data/arithmetics/prepare.py .. did you mean arithmetic?'),
-    ('--init_from=resume', 'ckpt_joint_all_positions.pt .. no such checkpoint'),
+    ('--init_from=resume', 'ckpt_joint_all_positions.pt .. there is no checkpoint to resume from'),
     ('--init_from=nowhere.pt', 'nowhere.pt .. no such checkpoint'),
     ('--block_size=32', '64 .. set --block_size=64'),
     ('--n_embd=18 --n_head=4', 'n_embd must be a multiple .. n_embd=18'),
