@@ -7,6 +7,7 @@ import contextlib
 import copy
 import glob
 import json
+import math
 import os
 import shlex
 import signal
@@ -179,10 +180,10 @@ class Run:
         if self.due:
             self.write({'step': self.step, **result})
         if self.step > self.first:
+            if self.writes and (self.due or self.stopping):
+                self.attempt(self.keep_best, result)
             state = dict(make_checkpoint(self, result), seconds=self.paused - self.began)
             with distributed.together():
-                if self.writes and self.due:
-                    self.attempt(self.keep_best, result)
                 if self.writes and (self.due or self.stopping):
                     self.attempt(save_checkpoint, self.newest, state, last=self.stopping)
                     curves = os.path.join(self.folder, 'curves.png')
@@ -196,11 +197,9 @@ class Run:
 
     def keep_best(self, result):
         """Before a worse checkpoint replaces the one of the lowest validation loss, that becomes _best.pt."""
-        value = result.get('nelbo', result.get('causal_nll'))
-        if value is None:
-            return
+        value = result.get('nelbo', result.get('causal_nll', math.inf))
         best, path = self.best, best_of(self.newest)
-        if best is None or value < best['value']:
+        if best is None or value <= best['value']:
             self.best = dict(value=value, step=self.step, last=True)
             if os.path.exists(path):
                 os.remove(path)

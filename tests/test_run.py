@@ -1,0 +1,101 @@
+"""A training run as a whole: what ends it, what it keeps, and what it says when it goes on."""
+
+import os
+import signal
+
+import pytest
+import torch
+from test_train import MIXED, PLAIN, newest, read, start
+
+from configurator import UserError
+from plumbing import run as run_module
+from plumbing.log import draw_curves
+from plumbing.run import SIGNALS
+
+
+@pytest.mark.parametrize('words', [['--proofreading_warmup_iters=0'], ['--corruption=random']])
+def test_a_run_that_diverges_is_told_so(tmp_path, words):
+    """Own guesses are drawn before there is a loss: not even they may fail where the logits are NaN."""
+    with pytest.raises(UserError, match='no longer finite at step .*: lower --learning_rate'):
+        start(str(tmp_path), *MIXED, *words, '--learning_rate=1e30', '--muon_lr=1e30', '--max_iters=40',
+              '--eval_interval=1000', '--warmup_iters=0')
+
+
+@pytest.mark.parametrize('name', SIGNALS)
+def test_what_ends_a_run_lets_it_save_first(tmp_path, capsys, name):
+    def patch(module):
+        rows, once = module.random_rows, [getattr(signal, name)]
+
+        def random_rows(*args):
+            if once:
+                os.kill(os.getpid(), once.pop())
+            return rows(*args)
+        module.random_rows = random_rows
+
+    handlers = {getattr(signal, other): signal.getsignal(getattr(signal, other)) for other in SIGNALS}
+    try:
+        start(str(tmp_path), *PLAIN, '--max_iters=5', '--eval_interval=100', patch=patch)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    out = capsys.readouterr().out
+    assert read(str(tmp_path))['iter_num'] == 1
+    assert 'finishing the step' in out and '--init_from=resume' in out
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    """nohup has a closed terminal ignored, and so it stays."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        start(str(tmp_path), *PLAIN, '--max_iters=1')
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize('values, kept', [
+    ((5, 4, 3), None), ((5, 3, 4), 2), ((3, 4, 5), 1), ((3, 4, 2), None), ((4, float('nan'), 5), 1)])
+def test_the_checkpoint_of_the_lowest_validation_loss_is_kept(tmp_path, capsys, monkeypatch, values, kept):
+    found = iter((9, *values))
+
+    def patch(module):
+        module.evaluate = lambda *args, **more: dict(nelbo=next(found), nelbo_se=None)
+    start(str(tmp_path), *PLAIN, '--max_iters=3', '--eval_interval=1', patch=patch)
+    best, = [*tmp_path.glob('*_best.pt')] or [None]
+    assert (best is None) == (kept is None)
+    if best:
+        assert torch.load(best, weights_only=True)['iter_num'] == kept
+        assert f'the lowest validation loss was at step {kept}: {best}' in capsys.readouterr().out
+        os.remove(best)
+    assert read(str(tmp_path))['iter_num'] == 3
+
+
+def test_a_run_that_goes_on_says_what_is_other_than_before(tmp_path, capsys):
+    start(str(tmp_path), *PLAIN, '--max_iters=2')
+    capsys.readouterr()
+    start(str(tmp_path), *PLAIN, '--max_iters=2', '--init_from=resume', '--eval_only')
+    assert 'settings that are not' not in capsys.readouterr().out
+    start(str(tmp_path), *PLAIN, '--max_iters=3', '--init_from=resume', '--batch_size=2', '--seed=5')
+    out = capsys.readouterr().out
+    assert 'settings that are not those of the checkpoint: ' in out
+    assert 'max_iters 2 -> 3' in out and 'batch_size 4 -> 2' in out and 'seed 1337 -> 5' in out
+
+
+def test_resuming_what_is_not_there_names_what_is(tmp_path):
+    with pytest.raises(UserError, match='no checkpoint to resume from; start the run without'):
+        start(str(tmp_path), *PLAIN, '--init_from=resume')
+    start(str(tmp_path), *PLAIN, '--max_iters=1')
+    with pytest.raises(UserError, match=f'there is {newest(str(tmp_path))}: give its --training_type'):
+        start(str(tmp_path), *PLAIN, '--init_from=resume', '--training_type=joint', '--corruption=random')
+
+
+def test_curves_that_cannot_be_drawn_end_nothing(tmp_path, capsys, monkeypatch):
+    def broken(log, path):
+        raise AttributeError('an old numpy')
+    monkeypatch.setattr('plumbing.log.curves', broken)
+    with pytest.raises(UserError, match='curves.png: not drawn: an old numpy'):
+        draw_curves('log.jsonl', 'curves.png')
+    monkeypatch.setattr(run_module, 'draw_curves', draw_curves)
+    start(str(tmp_path), *PLAIN, '--max_iters=1')
+    assert 'not drawn: an old numpy; the run goes on' in capsys.readouterr().out
+    assert read(str(tmp_path))['iter_num'] == 1
