@@ -16,6 +16,7 @@ from data.loader import other_data, read_meta
 from plumbing import distributed
 from plumbing.files import atomically
 from plumbing.oldnames import modernised
+from plumbing.vocabulary import other_characters
 
 # what a network and what a run is made of: fields of model.GPTConfig, settings of train.py
 SIZES = dict(block_size=64, n_layer=2, n_head=4, n_embd=128, n_recur=2, parts='', draft_head=False)
@@ -365,8 +366,8 @@ def load_start(load, path, config, args, meta):
     What a run starts from: (weights, checkpoint), the averaged weights unless it resumes.
 
     args: the model_args of this run. Unless it resumes, it may have parts and a draft head that the
-    checkpoint lacks: they start as identities, so it begins where the checkpoint stands. Raises UserError,
-    naming the field in which the two differ otherwise.
+    checkpoint lacks: they start as identities, so it begins where the checkpoint stands. Nor need a text in
+    characters have the same ones. Raises UserError, naming the field in which the two differ otherwise.
     """
     resume = config['init_from'] == 'resume'
     source, checkpoint = load(path, ema=not resume)
@@ -378,6 +379,8 @@ def load_start(load, path, config, args, meta):
             grows.append('parts')
         if now['draft_head'] and not before['draft_head']:
             grows.append('draft_head')
+        if other_characters(checkpoint['meta'], meta):              # see by_character
+            grows += ['itos', 'vocab_size']
     check_same_model(path, before, 'this run', now, [name for name in now if name not in grows])
     if resume:
         check_resume(path, config, checkpoint, meta)

@@ -28,6 +28,7 @@ from plumbing.device import configure_compute
 from plumbing.files import append_line, copy_file, lock, make_folder, sweep
 from plumbing.log import draw_curves, start_log
 from plumbing.optim import make_optimizers
+from plumbing.vocabulary import by_character, other_characters
 
 
 # what ends a run: Ctrl-C, kill, a closed terminal, and what Slurm sends before the time is up
@@ -318,7 +319,10 @@ def load_network(network, sizes, config, meta, place, newest):
             else:
                 path = find_checkpoint(config['init_from'], config['out_dir'])
             weights, checkpoint = load_start(network.load, path, config, model_args(model.config), meta)
-            model.load_state_dict({**model.state_dict(), **weights})    # what it did not have yet stays
+            own = model.state_dict()
+            if other_characters(checkpoint['meta'], meta):
+                weights = by_character(weights, checkpoint['meta'], meta, own)
+            model.load_state_dict({**own, **weights})               # what it did not have yet stays
         how = config['dtype'], config['attention'], config['compile']
         model, choices = configure_compute(model, place, *how)
     return model, choices, path, checkpoint
