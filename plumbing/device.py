@@ -81,9 +81,26 @@ def configure_compute(model, device, dtype='auto', attention='auto', compile=Fal
     elif kind == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
     if compile:
-        model.compile()  # in place: parameter names stay what they are
+        compile_passes(model)
         words.append('compiled')
     return model, ', '.join(words)
+
+
+def compile_passes(model):
+    """
+    torch.compile for a network, in place: parameter names stay what they are. Passes with a cache stay eager.
+
+    Each of those has another shape, so compiling them takes longer than all that it could save.
+    """
+    model.compile()
+    compiled = model._compiled_call_impl
+
+    def call(*args, cache=None, **more):
+        if cache is None:
+            return compiled(*args, **more)
+        return model._call_impl(*args, cache=cache, **more)
+
+    model._compiled_call_impl = call
 
 
 def freeze(model):

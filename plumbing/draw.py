@@ -23,10 +23,12 @@ def filtered(logits, temperature=1.0, top_k=None, top_p=None):
     """
     logits (N, V+2), [MASK] and [WRONG] at -inf already -> probabilities (N, V+2) to draw from.
 
-    Raises NotFinite if the logits of a row are not finite, or leave no word open.
+    Raises NotFinite on a CPU if the logits of a row are not finite, or leave no word open.
     """
     most = logits.amax(-1, keepdim=True)
-    if not most.isfinite().all():
+    if logits.device.type != 'cpu':                                     # it would have to be waited for
+        logits = logits.nan_to_num(nan=0.0, neginf=float('-inf'))
+    elif not most.isfinite().all():
         raise NotFinite('the network is no longer finite: take an older checkpoint, or set --dtype=float32')
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)

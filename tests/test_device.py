@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import train
 from corruption import own_errors
+from parts.cache import Cache
 from parts.presets import PRESETS, choose_rules, supports
-from plumbing import distributed, optim
+from plumbing import device, distributed, optim
 from plumbing.evaluate import evaluate
 from plumbing.rows import Ends
 from plumbing.run import is_finite
@@ -255,3 +256,21 @@ def test_other_tasks_stay_on_their_device(away):
         plain_ancestral(model, blank, torch.Generator(AWAY)),
         cached_ar(model, blank, torch.Generator(AWAY), Ends(16, 17))):
         assert x.device == AWAY and not bool((x == 18).any())
+
+
+@torch.no_grad()
+def test_passes_with_a_cache_are_not_compiled(monkeypatch):
+    """Each has another shape, so compiling them never ends."""
+    calls, model = [], tiny_gpt(5, 8, n_layer=2)
+
+    def fake(module):
+        def call(*args, **more):
+            calls.append(more)
+            return module._call_impl(*args, **more)
+        module._compiled_call_impl = call
+    monkeypatch.setattr(torch.nn.Module, 'compile', fake)
+    device.compile_passes(model)
+    ids = torch.randint(5, (3, 8))
+    whole = model(ids, causal=True)
+    cached = model(ids, causal=True, cache=Cache.empty(model, 3, 8))
+    assert len(calls) == 1 and torch.allclose(whole, cached, atol=1e-5)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import ARITHMETIC, chi_square, seeded
 
 from plumbing import rows
-from plumbing.draw import draw, filtered
+from plumbing.draw import LARGE, NotFinite, draw, filtered
 from plumbing.rows import Ends, close_rows, first_of, left_of, places, random_subset, spread, stratified_k
 
 # -----------------------------------------------------------------------------
@@ -170,3 +170,22 @@ def test_close_rows():
         [E, 1, P, 3, P],
     ]
     assert close_rows(x, everywhere, M, Ends()) is x
+
+
+@pytest.mark.parametrize('words', [7, LARGE + 9])
+@pytest.mark.parametrize('temperature', [0, 1.0])
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), float('-inf')])
+def test_nothing_is_drawn_from_logits_that_are_not_finite(words, temperature, value):
+    logits = torch.zeros(3, words)
+    logits[1] = value
+    with pytest.raises(NotFinite, match='no longer finite'):
+        filtered(logits, temperature=temperature)
+
+
+@pytest.mark.parametrize('temperature', [1e-45, 1e-30, 1e30, 1e308])
+def test_temperatures_at_the_ends_of_their_range(temperature):
+    logits = torch.tensor([[1.0, 3.0, float('-inf')], [-2.0, -2.0, 5.0]])
+    probs = filtered(logits, temperature=temperature)
+    likeliest = torch.tensor([[0, 1.0, 0], [0, 0, 1]])
+    uniform = torch.tensor([[0.5, 0.5, 0], [1 / 3, 1 / 3, 1 / 3]])
+    torch.testing.assert_close(probs, likeliest if temperature < 1 else uniform)
