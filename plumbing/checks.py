@@ -16,7 +16,7 @@ CHOICES = dict(training_type=('unmasking', 'remasking', 'joint', 'denoising', 'c
 RANGES = {
     'must be at least 1': (lambda x: x >= 1, (
         'batch_size', 'block_size', 'max_iters', 'eval_interval', 'eval_rows', 'log_interval',
-        'gradient_accumulation_steps', 'max_bad_steps')),
+        'gradient_accumulation_steps', 'max_bad_steps', 'teacher_steps')),
     'must be in 0..1': (lambda x: 0 <= x <= 1, (
         'causal_ratio', 'remask_ratio', 'reward_correct_unmask', 'decay_share', 'ema_decay', 'sigma_min',
         'sigma_max', 'target_mask_prob', 'prefix_ratio')),
@@ -35,13 +35,18 @@ def check_settings(config):
     for name, known in CHOICES.items():
         if config[name] not in known:
             raise UserError(f"{name} expects one of {', '.join(known)}; got '{config[name]}'")
-    for what, (fits, names) in RANGES.items():
-        for name in names:
-            if not fits(config[name]):
-                raise UserError(f'{name} {what}, got {config[name]}')
+    check_ranges(config)
     for wrong, message in (*conflicts_of_rows(config), *conflicts_of_tasks(config)):
         if wrong:
             raise UserError(message)
+
+
+def check_ranges(config):
+    """Raises UserError for a number that is out of its range; config may lack some of them."""
+    for what, (fits, names) in RANGES.items():
+        for name in names:
+            if name in config and not fits(config[name]):
+                raise UserError(f'{name} {what}, got {config[name]}')
 
 
 def conflicts_of_rows(config):

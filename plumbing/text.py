@@ -154,14 +154,25 @@ def task_canvas(task, model, meta, text, hole=None, mask=None):
 
 @functools.lru_cache
 def load_task(dataset):
-    """The module data/<dataset>/task.py, which knows right from wrong there, or None."""
+    """
+    The module data/<dataset>/task.py, which knows right from wrong there, or None.
+
+    Raises UserError if it cannot be used.
+    """
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     path = os.path.join(root, 'data', dataset, 'task.py')
     if not os.path.exists(path):
         return None
     spec = importlib.util.spec_from_file_location(f'{dataset}_task', path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:                           # it is the user's code
+        raise UserError(f'{path}: {type(error).__name__}: {error}') from error
+    missing = [name for name in ('score', 'verdict') if not callable(getattr(module, name, None))]
+    if missing:
+        raise UserError(f'{path} has no function {missing[0]}: training calls score(texts), verdict(text), '
+                        'see data/arithmetic/task.py')
     return module
 
 

@@ -9,6 +9,7 @@ from test_train import MIXED, PLAIN, newest, read, start
 
 from configurator import UserError
 from plumbing import run as run_module
+from plumbing import text
 from plumbing.log import draw_curves
 from plumbing.run import SIGNALS
 
@@ -99,3 +100,16 @@ def test_curves_that_cannot_be_drawn_end_nothing(tmp_path, capsys, monkeypatch):
     start(str(tmp_path), *PLAIN, '--max_iters=1')
     assert 'not drawn: an old numpy; the run goes on' in capsys.readouterr().out
     assert read(str(tmp_path))['iter_num'] == 1
+
+
+@pytest.mark.parametrize('source, message', [
+    ('def score(texts): pass', 'has no function verdict'), ('1 / 0', 'task.py: ZeroDivisionError'),
+    ('def score(', 'task.py: SyntaxError'), ('verdict = 3\nscore = len', 'has no function verdict')])
+def test_a_task_that_lacks_what_training_calls(tmp_path, monkeypatch, source, message):
+    monkeypatch.setattr(text, '__file__', str(tmp_path / 'plumbing' / 'text.py'))
+    (tmp_path / 'data' / 'mine').mkdir(parents=True)
+    (tmp_path / 'data' / 'mine' / 'task.py').write_text(source)
+    text.load_task.cache_clear()
+    with pytest.raises(UserError, match=message):
+        text.load_task('mine')
+    text.load_task.cache_clear()

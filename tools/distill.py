@@ -29,6 +29,7 @@ from data.loader import data_of, random_rows
 from model import GPT
 from parts.presets import PRESETS, choose_rules
 from plumbing.checkpoint import save_checkpoint
+from plumbing.checks import check_ranges
 from plumbing.device import configure_compute
 from plumbing.files import make_folder
 from plumbing.optim import make_optimizers
@@ -87,9 +88,7 @@ def study(student, average, teacher, rows, meta, rules):
 
 
 def main():
-    for name in ('teacher_steps', 'max_iters', 'batch_size', 'log_interval'):
-        if globals()[name] < 1:
-            raise UserError(f'{name} must be at least 1, got {globals()[name]}')
+    check_ranges(configurator.current(globals()))
     goal = os.path.join(out_dir, 'ckpt_distilled.pt')
     path, teacher, checkpoint = load_writer(GPT.load, init_from, out_dir, goal)
     meta, config = checkpoint['meta'], checkpoint['config']

@@ -35,7 +35,7 @@ from parts.energy import energy, text_of, token_energy
 from parts.noise import NOISE, mixed_noise, noise_level
 from parts.presets import choose_rules, supports
 from plumbing.checkpoint import save_checkpoint
-from plumbing.checks import parse_mixture
+from plumbing.checks import check_ranges, parse_mixture
 from plumbing.device import configure_compute
 from plumbing.draw import draw, filtered
 from plumbing.evaluate import roc_auc
@@ -185,8 +185,8 @@ def with_critic(weights, model):
 
 
 def main():
-    lowest = dict(max_iters=1, log_interval=1, eval_rows=1, own_samples=8, batch_size=12, seed=0)
-    for name, low in lowest.items():
+    check_ranges(configurator.current(globals()))
+    for name, low in dict(own_samples=8, batch_size=12).items():
         if globals()[name] < low:
             raise UserError(f'{name} must be at least {low}, got {globals()[name]}')
     if passes not in (1, 2):
