@@ -14,7 +14,7 @@ from plumbing import distributed
 from plumbing.checks import parse_mixture
 from plumbing.draw import NotFinite, draw, filtered
 from plumbing.pieces import at_once
-from plumbing.rows import given_prefix, places, random_subset, split, stratified_k
+from plumbing.rows import given_prefix, places, random_subset, some_rows, split, stratified_k
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Task:
     noise_mix: tuple = None
     prefix_ratio: float = 0.0
     prefix_length: int = 16
+    full_ratio: float = 0.0
 
     @property
     def doubt(self):
@@ -57,7 +58,8 @@ def ask(x0, free, real, task, tokens, generator, guess=None):
 
         unmasking   k of the n free tokens of a row are hidden, k uniform on 1..n; each weighs 1/k (the NELBO)
         remasking   wrong tokens stand at k places, nothing is hidden
-        joint       in a share remask_ratio of the rows wrong tokens stand at 1..k of the k places
+        joint       in a share remask_ratio of the rows wrong tokens stand at 1..k of the k places, in a share
+                    full_ratio of these rows at all k, so that no mask is left
         denoising   joint, with mixed noise for the wrong tokens
 
     x0 (B, T) clean ids; free (B, T) bool, what may be hidden; real (B, T) bool, what is not padding; tokens:
@@ -81,15 +83,16 @@ def ask(x0, free, real, task, tokens, generator, guess=None):
     proofread, noisy = torch.zeros_like(free), None
     proofread[:num] = True
     if num:
-        count = k if task.training_type == 'remasking' else stratified_k(k, generator)
+        count, full = k, torch.ones_like(proofread[:, :1])          # (B,), (B, 1): whether no mask is left
+        if task.training_type != 'remasking':
+            full = some_rows(full, task.full_ratio, generator)
+            count = torch.where(full[:, 0], k, stratified_k(k, generator))
         chosen = random_subset(holes & proofread, count, generator)
         batch = SimpleNamespace(x0=x0, real=real, free=free, masked=masked, count=count, task=task, mask=mask,
                                 pad=pad, rng=generator, guess=guess)
         for name, rows in split(mixture, proofread, generator):
             where, ids = CORRUPTIONS[name](batch, chosen & rows)
-            if task.training_type == 'remasking':
-                input = torch.where(rows, x0, input)
-            input = torch.where(where & rows, ids, input)
+            input = torch.where(where & rows, ids, torch.where(rows & full, x0, input))
             noisy = rows if name == 'noise' else noisy
     elif task.training_type == 'joint' and 'own' in dict(mixture) and guess:
         guess(input, proofread)                                     # nowhere, but see own_guesses
@@ -148,9 +151,10 @@ def own_guesses(model, generator):
     return guess
 
 
-def own_errors(model, x0, free, real, generator):
-    """Rows x0 (B, T) with some of the network's own guesses in them and some [MASK]: ids (B, T)."""
+def own_errors(model, x0, free, real, generator, full=False):
+    """Rows x0 (B, T) with some own guesses of the network in them and some [MASK], full: none: ids (B, T)."""
     tokens = model.mask_token_id, model.wrong_token_id, None
     guess = own_guesses(model, generator)
-    input, _, _ = ask(x0, free, real, Task(remask_ratio=1.0), tokens, generator, guess)
+    task = Task(remask_ratio=1.0, full_ratio=float(full))
+    input, _, _ = ask(x0, free, real, task, tokens, generator, guess)
     return input

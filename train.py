@@ -55,6 +55,7 @@ block_size = 64              # length of a row
 training_type = 'joint'      # unmasking | remasking | joint | denoising | causal, see corruption.py
 causal_ratio = 0.5           # share of every batch that trains the causal mode: the next token
 remask_ratio = 0.5           # joint, denoising: share of the rows in which visible tokens may be wrong
+full_ratio = 0.5             # joint: share of these rows in which no mask is left
 corruption = 'own'           # own (its guesses) | random | fragment | sticky | noise | own:0.7,random:0.3
 remask_target = 'original'   # at a wrong token the target is the clean token | wrong: [WRONG]
 # model
@@ -124,7 +125,7 @@ lr_schedule = 'wsd'          # wsd: warmup, stable, linear decay to 0 | cosine: 
 warmup_iters = 50            # steps of linear warmup
 decay_share = 0.4            # wsd: the share of max_iters that decays
 max_bad_steps = 10           # a step that is not finite is skipped; this many in a row stop the run
-ema_decay = 0.99             # average of the weights that evaluation and sampling use; 0: off
+ema_decay = 0.96             # average of the weights that evaluation and sampling use; 0: off
 # system
 dtype = 'auto'               # auto | float32 | bfloat16
 attention = 'auto'           # auto | plain | sdpa

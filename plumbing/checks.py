@@ -18,8 +18,8 @@ RANGES = {
         'batch_size', 'block_size', 'max_iters', 'eval_interval', 'eval_rows', 'log_interval',
         'gradient_accumulation_steps', 'max_bad_steps', 'teacher_steps')),
     'must be in 0..1': (lambda x: 0 <= x <= 1, (
-        'causal_ratio', 'remask_ratio', 'reward_correct_unmask', 'decay_share', 'ema_decay', 'sigma_min',
-        'sigma_max', 'target_mask_prob', 'prefix_ratio')),
+        'causal_ratio', 'remask_ratio', 'full_ratio', 'reward_correct_unmask', 'decay_share', 'ema_decay',
+        'sigma_min', 'sigma_max', 'target_mask_prob', 'prefix_ratio')),
     'must not be negative': (lambda x: x >= 0, (
         'learning_rate', 'muon_lr', 'weight_decay', 'bigram_decay', 'grad_clip', 'warmup_iters', 'seed',
         'views', 'proofreading_warmup_iters', 'masking_warmup_iters', 'weight_unmask_task', 'keep_every',

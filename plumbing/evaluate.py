@@ -49,13 +49,34 @@ def p_wrong(model, hidden, ids):
 
 
 def roc_auc(score, label):
-    """Area under the ROC curve: the chance that a True one scores above a False one; ties count half."""
+    """
+    Area under the ROC curve: the chance that a True one scores above a False one; ties count half. None if
+    there are none of one kind.
+    """
     _, rank, count = score.unique(return_inverse=True, return_counts=True)    # of the sorted scores
     mean_rank = (count.cumsum(0) - (count - 1) / 2).double()[rank]
     positive, negative = label.sum().item(), (~label).sum().item()
     if not positive or not negative:
-        return float('nan')
+        return None
     return (mean_rank[label].sum().item() - positive * (positive + 1) / 2) / (positive * negative)
+
+
+def calibration_error(p, label, bins=10):
+    """
+    How far probabilities p (N,) are from the shares of label (N,) that are True, in the mean; None: N is 0.
+
+    Both are compared within bins of equally many, in the order of p (expected calibration error, ECE).
+    """
+    if not len(p):
+        return None
+    label = label[p.argsort()].double()
+    parts = zip(p.sort().values.double().tensor_split(bins), label.tensor_split(bins))
+    return sum((said.sum() - true.sum()).abs().item() for said, true in parts) / len(p)
+
+
+def share(which):
+    """The share of which (N,) bool that is True, None: N = 0."""
+    return which.float().mean().item() if len(which) else None
 
 
 def per_token(nats, tokens):
@@ -67,12 +88,23 @@ def per_token(nats, tokens):
     return mean, error
 
 
-def detection(model, rows, real, input):
+def of_text(doubt, rows, free, input, mask, pad):
+    """
+    p(WRONG) of the tokens of input (B, T) that look like text (K,), and whether they are wrong (K,).
+
+    (To look only where the clean rows have text would be a choice by what the network cannot know.)
+    """
+    text = free & (input != mask) & (input != (-1 if pad is None else pad))
+    return doubt[text], (input != rows)[text]
+
+
+def detection(model, rows, free, real, input, pad):
     """
     How the model judges the tokens of input (B, T), clean rows (B, T) with wrong and masked tokens in them.
 
-    Returns p(WRONG) of the real visible tokens (N,), whether they are wrong (N,), and which of the wrong ones
-    are put right: by the likeliest other token (M,), and by masking and filling all with p(WRONG) > 1/2 (M,).
+    Returns p(WRONG) of the real visible tokens (N,), whether they are wrong (N,), which of the wrong ones are
+    put right: by the likeliest other token (M,), and by masking and filling all with p(WRONG) > 1/2 (M,), and
+    what of_text says.
     """
     judged = real & (input != model.mask_token_id)
     wrong = judged & (input != rows)
@@ -83,7 +115,8 @@ def detection(model, rows, real, input):
     holes = input.masked_fill(judged & (doubt > 0.5), model.mask_token_id)
     filled = model.logits(model(holes)[wrong], real_only=True).argmax(1)      # (M,)
     mended = torch.where(holes[wrong] == model.mask_token_id, filled, input[wrong])
-    return doubt[judged], wrong[judged], other.argmax(1) == rows[wrong], mended == rows[wrong]
+    return (doubt[judged], wrong[judged], other.argmax(1) == rows[wrong], mended == rows[wrong],
+            *of_text(doubt, rows, free, input, model.mask_token_id, pad))
 
 
 @torch.no_grad()
@@ -93,16 +126,18 @@ def evaluate(model, x0, meta, *, causal, bidirectional, own_errors=None, draws=1
 
     nelbo, nelbo_se: the bound of the diffusion mode and its standard error, from this many draws of masks for
     each row; padding is paid for, but does not count as tokens. causal_nll, causal_nll_se: -log p of the
-    causal mode. With own_errors(model, rows, free, real, generator) -> input, which puts own guesses into
-    rows -- auc: how well p(WRONG) tells them from correct visible tokens; fixed, refilled: the shares put
-    right, see detection.
+    causal mode. With own_errors(model, rows, free, real, generator, full) -> input, which puts own guesses
+    into rows -- auc: how well p(WRONG) tells them from correct visible tokens; fixed, refilled: the shares
+    put right, see detection; calibration, calibration_full: how far p(WRONG) is from the share of tokens that
+    are wrong, beside masks and in rows without a mask. What cannot be known is None.
     """
     model.eval()
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     # at most 1 GiB of logits
     batch_size = max(1, min(batch_size, 2 ** 28 // (x0.size(1) * model.mask_token_id)))
-    bound, exact, tokens, found = [], [], [], []
+    bound, exact, tokens, found, found_full = [], [], [], [], []
+    full_rng = torch.Generator(device).manual_seed(seed + 1)
     for rows in x0.split(batch_size):
         rows = rows.to(device)
         free, real = modelled(rows, meta)
@@ -113,7 +148,10 @@ def evaluate(model, x0, meta, *, causal, bidirectional, own_errors=None, draws=1
             exact.append(causal_nll(model, rows, real))
         if own_errors:
             input = own_errors(model, rows, free, real, generator)
-            found.append(detection(model, rows, real, input))
+            found.append(detection(model, rows, free, real, input, meta['pad']))
+            input = own_errors(model, rows, free, real, full_rng, full=True)
+            doubt = p_wrong(model, model(input), input)
+            found_full.append(of_text(doubt, rows, free, input, model.mask_token_id, meta['pad']))
 
     # what follows is in float64, which MPS does not have
     result, tokens = {}, torch.cat(tokens).cpu()
@@ -122,9 +160,10 @@ def evaluate(model, x0, meta, *, causal, bidirectional, own_errors=None, draws=1
     if causal:
         result['causal_nll'], result['causal_nll_se'] = per_token(torch.cat(exact).cpu(), tokens)
     if own_errors:
-        doubts, wrong, fixed, refilled = [torch.cat(parts).cpu() for parts in zip(*found)]
-        result['auc'] = roc_auc(doubts, wrong)
-        result['fixed'], result['refilled'] = fixed.float().mean().item(), refilled.float().mean().item()
+        doubts, wrong, fixed, refilled, *beside = [torch.cat(parts).cpu() for parts in zip(*found)]
+        full = [torch.cat(parts).cpu() for parts in zip(*found_full)]
+        result.update(auc=roc_auc(doubts, wrong), fixed=share(fixed), refilled=share(refilled),
+                      calibration=calibration_error(*beside), calibration_full=calibration_error(*full))
     return result
 
 
@@ -136,5 +175,9 @@ def evaluation_line(step, result):
             error = result[f'{name}_se']
             words.append(f'{title} {result[name]:.3f}' + ('' if error is None else f' ± {error:.3f}') + unit)
     if 'auc' in result:
-        words.append(f"own errors found: AUC {result['auc']:.3f}, put right {result['refilled']:.0%}")
+        words.append('own errors: there are none, or nothing else, so no AUC' if result['auc'] is None else
+                     f"own errors found: AUC {result['auc']:.3f}, put right {result['refilled']:.0%}")
+        if result['calibration'] is not None:
+            words.append(f"p(WRONG) off by {result['calibration']:.3f} beside masks, "
+                         f"{result['calibration_full']:.3f} without")
     return f"step {step}  validation: " + ('  '.join(words) or 'nothing to measure for this training type')

@@ -48,10 +48,11 @@ def curves(log, path):
     records = read_log(log)
     groups = {'nats, training': ('causal', 'draft', 'unmask', 'detect', 'keep'),
               'nats a token, validation': ('nelbo', 'causal_nll', 'entropy'),
-              'share': ('auc', 'fixed', 'refilled', 'valid', 'correct', 'distinct_3', 'known_words'),
+              'share': ('auc', 'fixed', 'refilled', 'calibration', 'calibration_full', 'valid', 'correct',
+                        'distinct_3', 'known_words'),
               'abstention': ('p(MASK)', 'penalty_keep_mask'),
               'bias on the logit of [MASK]': ('mask_logit_bias',),
-                'curricula': ('remask_ratio', 'penalty_mask_correct'), 'learning rate': ('learning_rate',)}
+              'curricula': ('remask_ratio', 'penalty_mask_correct'), 'learning rate': ('learning_rate',)}
     there = {name for record in records for name in record}
     panels = [(title, [name for name in names if name in there]) for title, names in groups.items()]
     panels = [(title, names) for title, names in panels if names]
@@ -62,7 +63,7 @@ def curves(log, path):
     for number, (title, names) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, 2, number, title=title)
         for name in names:
-            points = [(record['step'], record[name]) for record in records if name in record]
+            points = [(record['step'], record[name]) for record in records if record.get(name) is not None]
             axes.plot(*zip(*points), label=name, marker='.' if len(points) < 20 else None)
         axes.legend(fontsize='small')
         axes.grid(alpha=0.3)

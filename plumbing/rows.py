@@ -81,6 +81,13 @@ def first_of(score, where, count):
     return where & (rank < count[:, None])
 
 
+def some_rows(rows, share, generator=None):
+    """Of rows (B, 1) bool each with the probability share (drawn only if that is not 0): bool (B, 1)."""
+    if not share:
+        return torch.zeros_like(rows)
+    return rows & (torch.rand(rows.shape, generator=generator, device=rows.device) < share)
+
+
 def given_prefix(free, ratio, most, generator=None):
     """
     Where a prefix is given (B, T): in a share ratio of the rows, and what is not free with it.

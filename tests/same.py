@@ -32,8 +32,8 @@ import torch._dynamo  # noqa: F401, what the optimisers import: once, not in eve
 
 # every setting whose default may change, and what makes a run small
 BASE = dict(
-    training_type='joint', causal_ratio=0.0, remask_ratio=0.5, corruption='own', remask_target='wrong',
-    views=0,
+    training_type='joint', causal_ratio=0.0, remask_ratio=0.5, full_ratio=0.0, corruption='own',
+    remask_target='wrong', views=0,
     remasking_loss_type='all_positions', mask_weighting='row', proofreading_warmup_iters=4,
     masking_warmup_iters=8,
     reward_correct_unmask=1.0, prefix_ratio=0.0, n_layer=2, n_head=2, n_embd=32, n_recur=1, draft_head=False,
@@ -50,6 +50,8 @@ GIVEN = dict(train=BASE, sample=dict(num_samples=6, steps=12),
 # the parts of the network: their name in --parts, and their setting in a tree that has no setting parts yet
 PARTS = dict(short_conv='short_conv', shortcuts='shortcuts', bigrams='bigram_rows', level='time_dim',
              previous='self_condition', graph='graph_window', mu='mu_blocks')
+# of a clock, or newer than old trees
+NOT_COMPARED = ('seconds', 'speed', 'calibration', 'calibration_full')
 ALL_PARTS = 'short_conv:2,shortcuts,bigrams:512,level:32,previous,graph:8,mu:4'
 
 JOINT = 'train --causal_ratio=0.5 --remask_target=original --draft_head=True --n_recur=2'
@@ -186,10 +188,16 @@ def read(command, root, folder):
 
 
 def translated(words, root):
-    """The words as this tree wants them: without a setting parts, as the settings that were there before."""
+    """
+    The words as this tree wants them: without a full_ratio of 0 where there is none yet, and the parts by the
+    settings that were there before, if there is no setting parts.
+    """
     with open(os.path.join(root, 'train.py'), encoding='utf-8') as file:
-        if any(line.startswith('parts = ') for line in file):
-            return words
+        known = {line.split(' = ')[0] for line in file}
+    if 'full_ratio' not in known:
+        words = [word for word in words if word != '--full_ratio=0.0']
+    if 'parts' in known:
+        return words
     parts = [part.partition(':') for word in words if word.startswith('--parts=')
              for part in word[8:].split(',')]
     return [word for word in words if not word.startswith('--parts=')] + [
@@ -223,7 +231,7 @@ def lines_of(path):
     if not os.path.exists(path):
         return []
     with open(path, encoding='utf-8') as file:
-        return [{name: value for name, value in json.loads(line).items() if name not in ('seconds', 'speed')}
+        return [{name: value for name, value in json.loads(line).items() if name not in NOT_COMPARED}
                 for line in file]
 
 
@@ -240,7 +248,8 @@ def checkpoint_of(path):
     weights = {part: {rename(name): hashed(tensor) for name, tensor in sorted((found.get(part)
         or {}).items())}
                for part in ('model', 'ema')}
-    return dict(step=found['iter_num'], result=found.get('result'), energy=(found.get('energy')
+    result = {name: value for name, value in (found.get('result') or {}).items() if name not in NOT_COMPARED}
+    return dict(step=found['iter_num'], result=result, energy=(found.get('energy')
                 or {}).get('result'), control=found.get('control'), **weights)
 
 

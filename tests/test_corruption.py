@@ -143,6 +143,26 @@ def test_own_corruption_uses_the_guesses_where_it_asked(training_type):
     assert where[free.any(1)].any(1).all() and torch.equal(seen[seen != MASK], x0[seen != MASK])
 
 
+@pytest.mark.parametrize('kind', ['own', 'random', 'fragment', 'sticky'])
+def test_rows_in_which_no_mask_is_left(kind):
+    """A share full_ratio of the rows with wrong tokens; with own guesses they stand wherever a mask stood."""
+    x0, free = clean_rows(400)
+    guess, calls = random_guess()
+    settings = dict(corruption=one(kind), guess=guess, remask_ratio=0.5)
+    rows = free.any(1) & (torch.arange(400) < 200)
+    share = []
+    for ratio in (0.0, 0.5, 1.0):
+        input, _, weight = corrupted(x0, free, 'joint', full_ratio=ratio, **settings)
+        masks = (input == MASK).sum(1)
+        assert masks[~rows & free.any(1)].min() == 1                      # the other rows are as they were
+        share.append((masks[rows] == 0).float().mean().item())
+    assert share[0] + 0.5 * (1 - share[0]) == pytest.approx(share[1], abs=0.1) and share[2] == 1
+    assert (weight[rows] > 0).any(1).all()
+    if kind == 'own':
+        seen, where = calls[-1]
+        assert torch.equal(where[:200], (seen == MASK)[:200])
+
+
 def test_a_guess_that_is_right_is_no_error():
     x0, free = clean_rows(50)
     for kind in ('remasking', 'joint'):
@@ -263,7 +283,7 @@ def test_a_task_is_made_of_settings():
         noise_mix='mask:0.4,swap:0.6', remask_target='original', mask_weighting='token')
     assert task_of(config) == Task(
         'joint', 0.5, (('own', 2.0), ('noise', 1.0)), remask_target='original', prefix_ratio=0.1,
-        sigma=(0.2, 0.7), noise_mix=(('mask', 0.4), ('swap', 0.6)), mask_weighting='token')
+        sigma=(0.2, 0.7), noise_mix=(('mask', 0.4), ('swap', 0.6)), mask_weighting='token', full_ratio=0.5)
     for changes, message in (
             (dict(corruption='onw'), "corruption knows own, random, fragment, sticky.*'onw'"),
             (dict(noise_mix='mask:1,own:1'), 'noise_mix knows mask, replace, swap, delete, insert'),

@@ -13,7 +13,15 @@ from test_corruption import MASK, WRONG, T, V, seeded
 from test_train import Stub, arithmetic_rows
 
 from corruption import own_errors
-from plumbing.evaluate import causal_nll, evaluate, evaluation_line, nelbo, per_token, roc_auc
+from plumbing.evaluate import (
+    calibration_error,
+    causal_nll,
+    evaluate,
+    evaluation_line,
+    nelbo,
+    per_token,
+    roc_auc,
+)
 from plumbing.textstats import (
     known_words,
     longest_copy,
@@ -131,7 +139,19 @@ def test_roc_auc_against_counting_pairs():
     assert roc_auc(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([False, False, True])) == 1
     assert roc_auc(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([True, False, False])) == 0
     assert roc_auc(torch.ones(9), torch.arange(9) < 4) == 0.5
-    assert math.isnan(roc_auc(torch.ones(3), torch.ones(3).bool()))
+    assert roc_auc(torch.ones(3), torch.ones(3).bool()) is None
+
+
+def test_calibration_error_by_hand():
+    p = torch.tensor([0.9, 0.1, 0.5, 0.5, 0.1, 0.9])
+    label = torch.tensor([True, False, True, False, True, True])
+    # two of each: 0.1 said and 1/2 true, 0.5 and 1/2, 0.9 and 1
+    assert calibration_error(p, label, bins=3) == pytest.approx((0.4 + 0 + 0.1) / 3)
+    generator = seeded(2)
+    p = torch.rand(40000, generator=generator)
+    label = torch.rand(40000, generator=generator) < p
+    assert calibration_error(p, label) < 0.01 < 0.24 < calibration_error(p / 2, label)
+    assert calibration_error(torch.ones(0), torch.ones(0).bool()) is None
 
 
 def test_per_token_and_its_standard_error():
@@ -195,7 +215,7 @@ def test_evaluate_counts_what_is_put_right():
     logits[MASK, 0], logits[MASK, MASK] = 0.01, -30.0
     model = Stub(logits)
     result = detect(model, torch.zeros(60, T, dtype=torch.long))
-    draft, input, holes = model.seen
+    draft, input, holes, *_ = model.seen
     assert (draft == MASK).any() and torch.equal(holes, torch.where((input > 2) & (input < V), MASK, input))
     wrong = input[(input != 0) & (input != MASK)]
     assert len(set(wrong.tolist())) == 5 and len(wrong) > 100
@@ -216,10 +236,42 @@ def test_evaluate_judges_real_tokens_only():
     assert (model.seen[1] == 5)[real].any()
 
 
+@pytest.mark.parametrize('bias', [0.0, 1.0])
+def test_evaluate_says_how_far_the_doubt_can_be_believed(bias):
+    """
+    It guesses a 0 for certain or anything, everything should be a 0, and it knows how often it is right; with
+    a bias on the logit of what stands there it believes itself too much.
+    """
+    logits = torch.full((V + 1, V + 2), -30.0)
+    logits[:V, :V].fill_diagonal_(bias)
+    logits[:V, WRONG] = torch.tensor([-2.0, *[30.0] * (V - 1)])          # p(WRONG) of a 0: 0.12
+    logits[MASK, :V] = torch.zeros(V)
+    x0 = torch.zeros(240, T, dtype=torch.long)
+    x0[::8] = 1                                                           # one 0 in eight is wrong
+    model = Stub(logits)
+    result = detect(model, x0)
+    full = model.seen[4]                                                  # after draft, input, holes, draft
+    assert not (full == MASK).any() and (model.seen[1] == MASK).any()
+    said = 1 - logits[full].softmax(-1).gather(2, full[..., None])[..., 0]
+    error = calibration_error(said.flatten(), (full != x0).flatten())
+    assert result['calibration_full'] == pytest.approx(error)
+
+
+def test_a_number_that_cannot_be_known():
+    """Nothing is wrong where it always guesses right: no AUC, and the line says why."""
+    table = torch.full((V + 1, V + 2), -30.0)
+    table[:, 0] = 0.0
+    result = detect(Stub(table), torch.zeros(20, T, dtype=torch.long))
+    assert result['auc'] is result['fixed'] is result['refilled'] is None and result['calibration'] < 1e-6
+    assert 'so no AUC' in evaluation_line(3, result)
+
+
 def test_the_line_of_an_evaluation():
-    result = dict(nelbo=1.23456, nelbo_se=0.01, causal_nll=1.1, causal_nll_se=None, auc=0.9, refilled=0.5)
+    result = dict(nelbo=1.23456, nelbo_se=0.01, causal_nll=1.1, causal_nll_se=None, auc=0.9, refilled=0.5,
+                  calibration=0.01234, calibration_full=0.02)
     assert evaluation_line(7, result) == ('step 7  validation: NELBO 1.235 ± 0.010 nats/token  '
-                                          'causal NLL 1.100  own errors found: AUC 0.900, put right 50%')
+                                          'causal NLL 1.100  own errors found: AUC 0.900, put right 50%  '
+                                          'p(WRONG) off by 0.012 beside masks, 0.020 without')
     assert evaluation_line(7, {}) == 'step 7  validation: nothing to measure for this training type'
 
 # -----------------------------------------------------------------------------

@@ -367,7 +367,8 @@ def test_training_step(training_type, ratio, views, accumulate):
     bidirectional = training_type != 'causal' and (views or num_causal < 8)
     if bidirectional:
         rows, generator = x0.repeat(views, 1) if views else x0[num_causal:], seeded(1)
-        task = Task(training_type, remask_ratio=0.25, penalty_mask_correct=0.25, weight_remask_task=0.5)
+        task = Task(training_type, remask_ratio=0.25, penalty_mask_correct=0.25, weight_remask_task=0.5,
+                    full_ratio=config['full_ratio'])
         batch = ask(rows, rows != 15, (rows != 15) & (rows != 17), task, (18, 19, 17), generator,
                     own_guesses(model, generator))
         for row, n in enumerate(extent(batch[0], batch[2], 17, generator)):
@@ -478,7 +479,7 @@ def test_training_step_asks_for_what_the_settings_say(monkeypatch):
         training_type='denoising', remask_target='original', remask_ratio=0.8, sigma_min=0.2, sigma_max=0.7,
         noise_mix='mask:0.4,swap:0.6', corruption='sticky', weight_unmask_task=0.3, weight_remask_task=0.6,
         penalty_mask_correct=0.9, proofreading_warmup_iters=10, masking_warmup_iters=30,
-        reward_correct_unmask=0.7, prefix_ratio=0.1, mask_weighting='token')
+        reward_correct_unmask=0.7, prefix_ratio=0.1, mask_weighting='token', full_ratio=0.4)
     for meta, pad in ((ARITHMETIC, 17), (dict(ARITHMETIC, pad=None), None)):
         training_step(model, x0, meta, config, 5, seeded(1), price=0.25)
         clean, free, real, task, tokens, *_ = asked[-1]
@@ -487,7 +488,8 @@ def test_training_step_asks_for_what_the_settings_say(monkeypatch):
         assert task.penalty_mask_correct == pytest.approx(0.15) and tokens == (18, 19, pad)
         assert task == Task(
             'denoising', 3 / 8, (('sticky', 1.0),), 'all_positions', 'original', 0.3, 0.6,
-            task.penalty_mask_correct, 'token', (0.2, 0.7), (('mask', 0.4), ('swap', 0.6)), 0.1)
+            task.penalty_mask_correct, 'token', (0.2, 0.7), (('mask', 0.4), ('swap', 0.6)), 0.1,
+            full_ratio=0.4)
         hidden, at = (counted[-1].pop(name) for name in ('hidden', 'at'))         # see conditioned
         assert hidden.requires_grad and len(hidden) == len(at)
         assert counted[-1] == dict(reward_correct_unmask=0.7, keep_mask_price=0.25, pad_id=pad)
@@ -1198,7 +1200,8 @@ def test_log(tmp_path):
         assert line['remask_ratio'] == 0.5 * min(1, line['step'] / 4)
         assert line['penalty_mask_correct'] == min(1, line['step'] / 3)
         assert line['learning_rate'] == pytest.approx(3e-3 * lr_scale(line['step'] - 1, 'wsd', 6, 1, 0.4))
-    validation = {'step', 'nelbo', 'nelbo_se', 'causal_nll', 'causal_nll_se', 'auc', 'fixed', 'refilled'}
+    validation = {'step', 'nelbo', 'nelbo_se', 'causal_nll', 'causal_nll_se', 'auc', 'fixed', 'refilled',
+                  'calibration', 'calibration_full'}
     for line in (log[0], log[2], log[5]):
         assert set(line) == validation | ({'valid', 'correct'} if line['step'] else set())
     assert {'step': 6, **read(str(tmp_path))['result']} == log[5]
@@ -1327,7 +1330,7 @@ def test_training_learns(tmp_path, monkeypatch, optimizer):
     monkeypatch.setattr(loader, 'HERE', str(tmp_path / 'data'))
     start(
         str(tmp_path / 'out'), '--dataset=small', '--block_size=8', '--training_type=joint',
-        '--causal_ratio=0.3', '--batch_size=32', '--max_iters=120', '--eval_interval=120', '--eval_rows=64',
+        '--causal_ratio=0.3', '--batch_size=32', '--max_iters=200', '--eval_interval=200', '--eval_rows=64',
         '--eval_samples=0', '--learning_rate=0.01', f'--optimizer={optimizer}',
         '--proofreading_warmup_iters=20', '--masking_warmup_iters=20', '--n_recur=2', '--n_embd=32',
         '--ema_decay=0.9')
