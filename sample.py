@@ -19,7 +19,7 @@ configurator.help_first(globals())           # --help does not wait for torch
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from model import GPT
 from parts.abstain import abstain
+from parts.blocks import write_blocks
 from parts.energy import best_samples, critic, energy, text_of
 from parts.look import Sampling
 from parts.presets import check_rules, check_sampling, choose_rules, supports
@@ -76,7 +77,7 @@ class How:
     steps: int = None          # passes; None: one a token; repair: a fourth, or 1 (causal: as it takes)
     commit: str = None         # random | confidence | margin | entropy | threshold | abstain | priority
     schedule: str = None       # linear: equally many tokens a step | cosine: few early, many late
-    block_length: int = None   # commit blocks of that many tokens from left to right (semi-autoregressive)
+    block_length: int = None   # write in blocks of that many tokens, each after those to its left
     choice_temperature: float = None   # commit=confidence: noise in the order, annealed to 0; usually 4.5
     commit_threshold: float = None     # commit=threshold: candidates at least this probable; usually 0.9
     priority: str = None       # commit=priority: candidates of these characters first; usually ()=+*
@@ -107,6 +108,11 @@ class How:
         """Whether the last steps only re-mask and refill."""
         return self.remask in DOUBT
 
+    def of_block(self, T):
+        """The same for a block, whose share of the steps for T tokens includes the pass that commits it."""
+        steps = self.steps and max(1, round(self.steps * self.block_length / T) - 1)
+        return replace(self, steps=steps, block_length=None)
+
     def needs_candidates(self):
         """Whether a rule looks at tokens for all masked positions."""
         return self.remask == 'critic' or self.commit not in BLIND
@@ -136,7 +142,8 @@ def generate_diffusion(model, canvas, fixed, *, ends=Ends(), closed=None, remask
     if how.remask == 'causal':
         return write(model, canvas, fixed, how.filters(), ends, generator=generator, trace=trace)
     run = Sampling(model, canvas, fixed, how, ends, closed, remask_model, generator, trace)
-    return rewrite(run) if how.rewrite else denoise(run)
+    loop = rewrite if how.rewrite else denoise
+    return write_blocks(run, loop) if how.block_length else loop(run)
 
 
 @torch.no_grad()
@@ -148,7 +155,7 @@ def denoise(run):
     part in (a row that has finished leaves the batch), and with trace the list of all canvases, else None.
     """
     for look in run.looks():                                        # a pass over the rows not finished yet
-        score = COMMIT[run.how.commit](look) - 1e6 * look.block     # which masked positions come first
+        score = COMMIT[run.how.commit](look)                        # which masked positions come first
         again = taken_back(look, score)                             # which visible ones go back to [MASK]
         chosen = first_of(score, look.masked, how_many(look, again))
 
@@ -166,9 +173,8 @@ def rewrite(run):
     A network that was trained on noise reads out of a wrong token what it was before, and mends lengths too.
     """
     for look in run.looks():
-        score = look.noise.log() - 1e6 * look.block
         again = by_doubt(look, DOUBT[run.how.remask](look))
-        chosen = again | first_of(score, look.masked, how_many(look, torch.zeros_like(again)))
+        chosen = again | first_of(look.noise, look.masked, how_many(look, torch.zeros_like(again)))
 
         ids, logp, _ = look.propose(chosen)
         x = torch.where(chosen, ids, look.x)
@@ -183,7 +189,7 @@ def how_many(look, again):
         return count
     if look.how.commit == 'threshold':
         sure = look.candidates[1] >= math.log(look.how.commit_threshold)
-        return (look.ready & sure).sum(1).clamp(min=1)
+        return (look.masked & sure).sum(1).clamp(min=1)
     return count + again.sum(1) - look.left
 
 

@@ -6,7 +6,7 @@ import torch
 
 from parts.energy import guided
 from plumbing.draw import draw, filtered, fine, forbid
-from plumbing.rows import Ends, left_of, places, spread
+from plumbing.rows import Ends, left_of, of_rows, places, spread
 
 
 class Sampling:
@@ -67,7 +67,7 @@ class Look:
     """One pass over the rows (R, T) that have not finished, and what it tells the rules."""
 
     def __init__(self, run, step):
-        rows, how, model = run.rows, run.how, run.model
+        rows, how, model = run.rows, run.how, of_rows(run.model, run.rows)
         self.run, self.how, self.step = run, how, step
         self.x = run.canvas[rows]
         self.masked = self.x == run.mask
@@ -77,14 +77,6 @@ class Look:
         self.progress = ((step + 1) / run.fill[rows]).clamp(max=1)   # (R,)
         share = 1 - self.progress if how.schedule == 'linear' else (self.progress * math.pi / 2).cos()
         self.left = (run.start[rows] * share + 1e-4).long()          # (R,) masks after this step
-
-        # with block_length the blocks are numbered, and only the first one with a mask is ready
-        self.block, self.ready = 0, self.masked
-        if how.block_length:
-            position = torch.arange(self.x.size(1), device=self.x.device)
-            self.block = (position - run.first_hole[rows, None]) // how.block_length     # (R, T)
-            first_open = self.block.masked_fill(~self.masked, self.x.size(1)).amin(1, keepdim=True)
-            self.ready = self.masked & (self.block == first_open)
 
         # the pass; a network with self-conditioning is shown what it predicted in the pass before
         told = {}

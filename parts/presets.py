@@ -83,9 +83,11 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
          f'repair finds what to change by re-masking: use --remask=wrong, random or critic, not {remask}'),
         *[(name in rules and not config.get('energy_head'), NO_HEAD.format(name))
           for name in ('guide', 'best_of')],
+        ('block_length' in rules and not config.get('block_lengths'),
+         'this checkpoint was not trained to write in blocks: train with --block_lengths=4,8,16,32'),
         (rate > 1 and remask != 'p2',
          f"remask_rate is a probability, in 0..1 (only p2's is not), got {rate}"))
-    inside = inside or 'guide' in rules  # the causal pass has no steps to guide
+    inside = inside or bool({'guide', 'block_length'} & set(rules))  # the causal pass has no steps, no blocks
     named = {name: rules.get(name) for name in ('commit', 'remask', 'ar_prefix')}
     return {**rules, **best_rules(config, inside, judge=judge, **named)}
 
@@ -221,6 +223,9 @@ def check_rules(how, canvas, fixed, mask, judge, commits, remasks):
         (doubts_some and not how.corrects(),
          'remask_threshold and remask_schedule are for rules that doubt tokens, such as --remask=wrong, '
          f'not for {how.remask}'),
+        (how.block_length and (how.remask in ('causal', 'critic') or how.guide or judge),
+         'block_length goes with rules that look at a block alone: not with --remask=causal or critic, guide '
+         'or a second network'),
         (how.rewrite and (not rewrites or judge or how.guide),
          'rewrite goes with --commit=random and --remask=wrong, random or confidence, '
          'without a second network or guide'))

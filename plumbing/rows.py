@@ -41,6 +41,11 @@ def random_subset(candidates, k, generator=None):
     return chosen.scatter(1, order, rank < k[:, None]) & candidates
 
 
+def of_rows(model, rows):
+    """The network for rows (R,) of a batch: itself, unless its rows are blocks, see parts/blocks.py."""
+    return model.of(rows) if hasattr(model, 'of') else model
+
+
 class Ends(NamedTuple):
     """The special ids of a dataset, None where it has none."""
     end: int = None
