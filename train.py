@@ -26,7 +26,7 @@ from corruption import ask, own_errors, own_guesses, task_of
 from data.loader import random_rows, spread_rows
 from model import GPT, GPTConfig
 from parts.abstain import abstaining_ce, steer
-from parts.blocks import InBlocks, Kept, lay_out
+from parts.blocks import InBlocks, Kept, block_bounds, lay_out
 from parts.layers import told
 from parts.presets import best_rules, supports
 from parts.speculate import draft_loss
@@ -343,7 +343,7 @@ def examine(run, val, usual):
         if distributed.rank() == 0:
             result = evaluate(model, val, run.meta, causal=causal, bidirectional=can_unmask,
                               own_errors=own_errors if detects and can_unmask else None,
-                              seed=config['seed'])
+                              seed=config['seed'], bounds=block_bounds(config['block_lengths']))
             print(evaluation_line(run.step, result))
             if draws(config) and (run.step or config['eval_only']):
                 num = usual['num'] if usual else config['eval_samples']

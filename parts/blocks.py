@@ -9,12 +9,15 @@ any other, of a network that has read what is left of it: InBlocks in training, 
 """
 
 from copy import copy
+from functools import partial
 
 import torch
 
 from parts.look import Sampling
 from parts.speculate import Unfinished, causal_pass
+from plumbing.evaluate import nelbo
 from plumbing.pack import pack
+from plumbing.rows import places
 from plumbing.text import modelled
 
 
@@ -142,6 +145,12 @@ def lay_out(x0, meta, lengths, generator):
     return x0, free, real, segment, blocks
 
 
+def level_of(idx, there, mask, level=None):
+    """The noise level (N, 1) of blocks idx (N, L), or level, as a share of the tokens there (N, L)."""
+    level = (idx == mask).float().mean(1, keepdim=True) if level is None else level[:, :1]
+    return level * idx.size(1) / there.sum(1, keepdim=True).clamp(min=1)
+
+
 class InBlocks:
     """A network for blocks (N, L), each of which sees what a causal pass has kept of the text left of it."""
 
@@ -159,14 +168,35 @@ class InBlocks:
         """ids (N, L) -> hidden states (N, L, C); only (n,): (n, C). See GPT.forward."""
         blocks, at = self.blocks, self.blocks.at                    # (N, L)
         there = at < blocks.start.numel()
-        told = {name: value.expand(idx.shape) for name, value in told.items() if value is not None}
-        if 'level' in told:                                         # a share of the tokens that there are
-            told['level'] = told['level'] * idx.size(1) / there.sum(1, keepdim=True)
-        told = {name: blocks.lay(value) for name, value in told.items()}
+        told = dict(level=level_of(idx, there, self.mask_token_id, told.pop('level', None)), **told)
+        told = {name: blocks.lay(ids.expand(idx.shape)) for name, ids in told.items() if ids is not None}
         at = (at * there).flatten()                                 # (N * L,)
-        hidden = self.model(blocks.lay(idx), segment=blocks.start, only=at if only is None else at[only],
-                            cache=Beside(self.kept, blocks.start, blocks.segment), **told)
-        return hidden.unflatten(0, idx.shape) if only is None else hidden
+        cache = Beside(self.kept, blocks.start, blocks.segment)
+        places = None if only is None else at[only]
+        hidden = self.model(blocks.lay(idx), segment=blocks.start, cache=cache, only=places, **told)
+        return hidden if only is not None else hidden.flatten(0, 1)[at].unflatten(0, idx.shape)
+
+
+@torch.no_grad()
+def block_nelbo(model, x0, free, real, generator=None, length=16):
+    """
+    The bound on -log p(x0) in blocks of a length, from the first position on: nats of each row (B,).
+
+    x0, free, real (B, T), see corruption.ask. What is right of the block with the last real token is free.
+    """
+    T, kept = x0.size(1), Kept()
+    model(x0, causal=True, cache=kept, only=places(real))
+    end = T - real.flip(1).long().argmax(1)
+    start, end = even_blocks(end, T, *torch.full((2, len(x0), 1), length, device=x0.device))
+    blocks = Blocks(start)
+    free = free & (torch.arange(T, device=x0.device) < end[:, None])
+    nats = nelbo(InBlocks(model, kept, blocks), blocks.cut(x0), blocks.cut(free), generator)     # (N,)
+    return torch.zeros(len(x0), device=x0.device).index_add(0, blocks.at[:, 0] // T, nats)
+
+
+def block_bounds(lengths):
+    """The bounds in blocks of these lengths, for plumbing.evaluate."""
+    return {f'nelbo_{length}': partial(block_nelbo, length=length) for length in lengths}
 
 
 class AfterPrefix:
@@ -179,6 +209,8 @@ class AfterPrefix:
         return getattr(self.model, name)
 
     def __call__(self, idx, **told):
+        """ids (R, L) -> hidden states (R, L, C). See GPT.forward."""
+        told['level'] = level_of(idx, self.at < self.cache.end, self.mask_token_id)
         return self.model(idx, cache=self.cache, at=self.at, **told)
 
     def of(self, rows):
