@@ -210,8 +210,10 @@ class AfterPrefix:
 
     def __call__(self, idx, **told):
         """ids (R, L) -> hidden states (R, L, C). See GPT.forward."""
-        told['level'] = level_of(idx, self.at < self.cache.end, self.mask_token_id)
-        return self.model(idx, cache=self.cache, at=self.at, **told)
+        inside = self.at < self.cache.end
+        level = level_of(idx, inside, self.mask_token_id)
+        segment = None if inside.all() else inside.long()           # what stands out of the row is no neighbour
+        return self.model(idx, segment=segment, cache=self.cache, at=self.at, level=level, **told)
 
     def of(self, rows):
         """The same for some rows (r,) of the R."""
