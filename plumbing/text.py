@@ -10,18 +10,57 @@ from configurator import UserError
 from data.common import gpt2
 
 
+PAD = '·'                   # one token of padding in a text
+
+
+def words_of(meta):
+    """text -> id of every token of meta['itos'] that a text can have; padding is '·' if nothing else is."""
+    special = [meta[name] for name in ('bos', 'eos', 'pad')]
+    words = {word: i for i, word in enumerate(meta['itos']) if i not in special}
+    return words if meta['pad'] is None else {PAD: meta['pad'], **words}
+
+
 def encode(meta, text):
-    """text -> list of ids. Raises UserError for a character that the dataset does not have."""
+    """
+    text -> list of ids, of which decode makes the same text. Raises UserError for what is none of its tokens.
+
+    Where tokens are longer than a character, the longest at each place that leaves a rest of tokens.
+    """
     if meta['tokenizer'] == 'gpt2':
-        return gpt2().encode_ordinary(text)
-    stoi = {s: i for i, s in enumerate(meta['itos'])}
-    unknown = sorted({c for c in text if c not in stoi})
-    if unknown:
-        known = ''.join(s for s in meta['itos'] if len(s) == 1)
-        more = f' and {len(known) - 200:,} more' if len(known) > 200 else ''
-        raise UserError(f"{unknown[0]!r} in {text!r} is not in the vocabulary of {meta['name']}: "
-                        f'{known[:200]!r}{more}')
-    return [stoi[c] for c in text]
+        return gpt2().encode(text, allowed_special='all')           # <|endoftext|> is between documents
+    words = words_of(meta)
+    sizes = sorted({len(word) for word in words if word}, reverse=True)
+
+    found = {len(text): None}                                       # place -> the token there
+    for at in reversed(range(len(text))):
+        for size in sizes:
+            if at + size in found and text[at:at + size] in words:
+                found[at] = text[at:at + size]
+                break
+    if 0 not in found:
+        refuse_text(meta, text, words, sizes)
+    ids, at = [], 0
+    while at < len(text):
+        ids.append(words[found[at]])
+        at += len(found[at])
+    return ids
+
+
+def refuse_text(meta, text, words, sizes):
+    """Raises UserError, naming the first character of a text that no token reaches."""
+    reached = {0}
+    for at in range(len(text)):
+        if at in reached:
+            reached.update(at + size for size in sizes if text[at:at + size] in words)
+    known = ('' if sizes == [1] else ' ').join(word for word in words if words[word] != meta['pad'])
+    more = f' and {len(known) - 200:,} more' if len(known) > 200 else ''
+    raise UserError(f"{text[max(reached)]!r} in {quoted(text)} is not in the vocabulary of {meta['name']}: "
+                    f'{known[:200]!r}{more}')
+
+
+def quoted(text):
+    """A text for a message: its beginning, all on one line."""
+    return repr(text if len(text) <= 60 else f'{text[:60]}...')
 
 
 def decode(meta, ids):
@@ -40,7 +79,7 @@ def decode(meta, ids):
         ids = ids[:ids.index(meta['eos'])]
     if meta['tokenizer'] == 'gpt2':
         return gpt2().decode(ids), finished
-    return ''.join('·' if i == meta['pad'] else meta['itos'][i] for i in ids), finished
+    return ''.join(PAD if i == meta['pad'] else meta['itos'][i] for i in ids), finished
 
 
 def until_end(meta, ids):
