@@ -42,7 +42,7 @@ from plumbing.text import decode, encode, start_canvas, until_end
 task = 'generate'          # generate | infill | repair | edit | score (says what it thinks of a text)
 prompt = ''                # generate: text that every sample starts with
 text: str = None           # infill, repair, edit, score: the text
-file: str = None           # or a file of texts, one a line
+file: str = None           # or a file of texts, one a line; - is standard input
 mask: str = None           # edit: the tokens to write anew, 3:5 for the fourth and fifth; or 3:5,8:9
 num_samples: int = None    # how many samples to draw; None: 10, with a text 1 each
 preset: str = None         # rules with a name, see parts/presets.py; None: the checkpoint's best

@@ -51,7 +51,7 @@ def load_networks(s, load, supports):
 
 def given_texts(s):
     """The texts that --text or --file give."""
-    return read_lines(s.file) if s.file else [s.text]
+    return [line for _, line in read_lines(s.file)] if s.file else [s.text]
 
 
 def canvases(s, model, meta):

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import sys
 
 import torch
 
@@ -215,13 +216,25 @@ def load_task(dataset):
     return module
 
 
-def read_lines(path):
-    """The lines of a text file that are not empty. Raises UserError if there are none."""
+def read_text(path):
+    """The text of a file without its byte-order mark; '-' is standard input. Raises UserError."""
     try:
-        with open(path, encoding='utf-8') as lines:
-            found = [line for line in lines.read().splitlines() if line]
+        if path == '-':
+            return sys.stdin.buffer.read().decode('utf-8-sig')
+        with open(path, 'rb') as file:
+            return file.read().decode('utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path}: cannot be read: {getattr(error, "strerror", None) or error}') from error
+
+
+def read_lines(path):
+    """
+    [(number from 1, line)] of what ends in \\n or \\r\\n in a file, without empty ones. Raises UserError if there
+    are none.
+    """
+    # not splitlines(): a text may have other line ends, such as \u2028, in it
+    lines = [line.removesuffix('\r') for line in read_text(path).split('\n')]
+    found = [(number, line) for number, line in enumerate(lines, 1) if line]
     if not found:
         raise UserError(f'{path}: there is no text in it')
     return found

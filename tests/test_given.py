@@ -1,12 +1,16 @@
 """What a user gives: texts read back as the tokens that they are, files, holes, line ends, where it stops."""
 
+import io
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import ARITHMETIC, seeded
 from test_commands import STREAM
 
 from configurator import UserError
-from plumbing.text import decode, encode
+from plumbing.text import decode, encode, read_lines
 
 GPT2 = dict(name='gpt2', format='stream', vocab_size=50257, tokenizer='gpt2', itos=None, bos=None, eos=None,
             pad=None)
@@ -64,3 +68,27 @@ def test_the_longest_token_that_leaves_a_rest_of_tokens():
     for text, odd in (('abx', 'x'), ('a<bos>', '<'), ('<eos>', '<'), ('abb', 'b'), ('ab th', ' ')):
         with pytest.raises(UserError, match=f"{odd!r} in '{text}' is not in the vocabulary of own: 'a ab "):
             encode(OWN, text)
+
+# -----------------------------------------------------------------------------
+# files
+
+
+@pytest.mark.parametrize('data, lines', [
+    ('a\nb', [(1, 'a'), (2, 'b')]), ('\n\na\n\nb\n', [(3, 'a'), (5, 'b')]),
+    ('a\r\n\r\nb\rc\r\n', [(1, 'a'), (3, 'b\rc')]), (' \n\ta ', [(1, ' '), (2, '\ta ')]),
+    ('a\u2028b\x0bc\x0cd\x85e\u2029f\x1cg\n', [(1, 'a\u2028b\x0bc\x0cd\x85e\u2029f\x1cg')]),
+    ('\ufeffa\n\ufeffb', [(1, 'a'), (2, '\ufeffb')])])          # a mark at the start only
+def test_a_line_is_what_ends_in_a_line_end(tmp_path, monkeypatch, data, lines):
+    path = tmp_path / 'lines.txt'
+    path.write_bytes(data.encode())
+    assert read_lines(path) == lines
+    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO(data.encode())))
+    assert read_lines('-') == lines
+
+
+@pytest.mark.parametrize('data, message', [
+    (b'', 'there is no text'), (b'\xef\xbb\xbf\r\n\n', 'there is no text'), (b'a\n\xff', 'cannot be read')])
+def test_a_file_without_text(monkeypatch, data, message):
+    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO(data)))
+    with pytest.raises(UserError, match=f'^-: {message}'):
+        read_lines('-')

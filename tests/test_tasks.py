@@ -381,7 +381,7 @@ FREE, GIVEN = 'text, file and mask are for --task=infill', 'prompt and length ar
     ('joint', f'--task=edit {FIT}', '--mask=3:5 says what --task=edit writes anew'),
     ('joint', '--task=infill --text=1_ --mask=0:1', 'infill takes no mask'),
     ('joint', f'--task=infill {FIT}', "has no hole ('_')"),
-    ('joint', '--task=repair --text=', 'the text is empty'),
+    ('joint', '--task=repair --text=', 'text is empty'),
     ('joint', f'--task=repair {FIT} --remask=none', 'repair finds what to change by re-masking'),
     ('joint', '--preset=remasking', "unknown preset 'remasking'"),
     ('joint', '--preset=maskgti', 'did you mean maskgit?'),
