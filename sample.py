@@ -40,8 +40,8 @@ from plumbing.text import decode, encode, start_canvas, until_end
 # -----------------------------------------------------------------------------
 # what a newcomer turns: the task
 task = 'generate'          # generate | infill | repair | edit | score (says what it thinks of a text)
-prompt = ''                # generate: text that every sample starts with
-text: str = None           # infill, repair, edit, score: the text
+prompt = ''                # generate: text that every sample starts with; FILE:PATH is all of that file
+text: str = None           # infill, repair, edit, score: the text; \n is a line end where texts have no \
 file: str = None           # or a file of texts, one a line; - is standard input
 mask: str = None           # edit: the tokens to write anew, 3:5 for the fourth and fifth; or 3:5,8:9
 num_samples: int = None    # how many samples to draw; None: 10, with a text 1 each
@@ -60,7 +60,7 @@ merge_weight = 0.5         # its share in the merged weights: 0 is the first che
 export: str = None         # only write the weights (averaged, merged) to this .safetensors file
 # rarely turned
 length: int = None         # generate: number of tokens; None: the model decides (or block_size)
-hole = '_'                 # infill: stands for one token; at the very end of the text for any number of them
+hole: str = None           # infill: a token, at the very end any number; None: _ if no text has it, or [MASK]
 batch_size = 256           # samples drawn at a time; what causal sampling keeps of the text grows with it
 device = 'auto'            # auto | cpu | cuda | cuda:1 | mps
 dtype = 'auto'             # auto | float32 | bfloat16

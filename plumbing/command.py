@@ -15,7 +15,7 @@ from plumbing.checkpoint import best_of, check_same_model, find_checkpoint, iden
 from plumbing.device import configure_compute, freeze
 from plumbing.files import write_atomically
 from plumbing.score import given_sample, judge_samples
-from plumbing.text import encode, load_task, read_lines, start_canvas, task_canvas
+from plumbing.text import encode, load_task, read_lines, start_canvas, task_canvas, typed
 
 
 def load_networks(s, load, supports):
@@ -49,9 +49,9 @@ def load_networks(s, load, supports):
     return model, checkpoint, judge
 
 
-def given_texts(s):
+def given_texts(s, meta):
     """The texts that --text or --file give."""
-    return [line for _, line in read_lines(s.file)] if s.file else [s.text]
+    return [line for _, line in read_lines(s.file)] if s.file else [typed(meta, s.text)]
 
 
 def canvases(s, model, meta):
@@ -59,8 +59,8 @@ def canvases(s, model, meta):
     if s.task == 'generate':
         num = s.num_samples or 10
         lengths = None if s.length is None else torch.full((num,), s.length)
-        return None, *start_canvas(model, meta, num, encode(meta, s.prompt), lengths)
-    texts = given_texts(s)
+        return None, *start_canvas(model, meta, num, encode(meta, typed(meta, s.prompt)), lengths)
+    texts = given_texts(s, meta)
     pairs = [task_canvas(s.task, model, meta, line, s.hole, s.mask) for line in texts]
     if len({canvas.size(1) for canvas, _ in pairs}) > 1:
         raise UserError(f"{meta['name']} has no end token, so texts of different lengths cannot share a "
@@ -72,7 +72,7 @@ def canvases(s, model, meta):
 
 def given_samples(s, model, meta):
     """The given texts as samples, to be scored."""
-    return [given_sample(model, meta, line) for line in given_texts(s)]
+    return [given_sample(model, meta, line) for line in given_texts(s, meta)]
 
 
 def show_samples(s, model, judge, meta, can, samples, texts=None, canvas=None, *written):

@@ -12,6 +12,7 @@ from data.common import gpt2
 
 
 PAD = '·'                   # one token of padding in a text
+HOLE = '[MASK]'             # a hole where a text can have _
 
 
 def words_of(meta):
@@ -45,6 +46,23 @@ def encode(meta, text):
         ids.append(words[found[at]])
         at += len(found[at])
     return ids
+
+
+def can_have(meta, character):
+    """Whether a text of the data can have this character."""
+    return meta['tokenizer'] == 'gpt2' or any(character in word for word in words_of(meta))
+
+
+def typed(meta, text):
+    """
+    What --prompt and --text stand for: a text, or as in nanoGPT FILE:PATH, all that is in a file.
+
+    Where no text can have a backslash, \\n is a line end. A file's last line end counts if texts have them.
+    """
+    if text.startswith('FILE:'):
+        text = read_text(text.removeprefix('FILE:')).replace('\r\n', '\n')
+        return text if can_have(meta, '\n') else text.removesuffix('\n')
+    return text if can_have(meta, '\\') else text.replace('\\n', '\n')
 
 
 def refuse_text(meta, text, words, sizes):
@@ -141,21 +159,30 @@ def start_canvas(model, meta, num, prompt=(), lengths=None):
     return text_canvas(model, meta, texts, ends=True)
 
 
+def usual_hole(meta):
+    """What stands for a hole if nothing is chosen: '_' where no text can have it, else '[MASK]'."""
+    return HOLE if can_have(meta, '_') else '_'
+
+
 def holes(meta, text, hole, mask_token_id):
     """
     A text with holes -> (ids, mask_token_id for each hole, whether the text ends where it is written).
 
-    A hole at the very end is open: it stands for as many tokens as the model wants. Raises UserError for a
-    hole that could be text, and for a text without one.
+    hole: None is usual_hole. One at the very end is open: it stands for as many tokens as the model wants.
+    Where words bring the blank before them, the one before a hole is the hole's, whatever follows. Raises
+    UserError for a hole that could be text, and for a text without one.
     """
-    if all(c in (meta['itos'] or ()) for c in hole):
+    hole = usual_hole(meta) if hole is None else hole
+    spelled = meta['tokenizer'] != 'gpt2' and hole != HOLE and all(can_have(meta, c) for c in hole)
+    if spelled or not hole:
         raise UserError(f"hole expects a text that is not in the vocabulary of {meta['name']}, got {hole!r}")
     if hole not in text:
-        raise UserError(f'{text!r} has no hole ({hole!r}) to fill')
-    pieces = [encode(meta, piece) for piece in text.split(hole)]
-    ids = [i for piece in pieces for i in [mask_token_id, *piece]][1:]
-    opened = text.endswith(hole)
-    return (ids[:-1] if opened else ids), not opened
+        raise UserError(f'{quoted(text)} has no hole ({hole!r}) to fill: write {hole}, or choose --hole')
+    *before, last = text.split(hole)
+    if meta['tokenizer'] == 'gpt2' or any(word[0] == ' ' for word in words_of(meta) if len(word) > 1):
+        before = [piece.removesuffix(' ') for piece in before]
+    ids = [i for piece in [*before, last] for i in [mask_token_id, *encode(meta, piece)]][1:]
+    return (ids, True) if last else (ids[:-1], False)
 
 
 def spans(text, n):
@@ -229,8 +256,9 @@ def read_text(path):
 
 def read_lines(path):
     """
-    [(number from 1, line)] of what ends in \\n or \\r\\n in a file, without empty ones. Raises UserError if there
-    are none.
+    [(number from 1, line)] of what ends in \\n or \\r\\n in a file, without empty ones.
+
+    Raises UserError if there are none.
     """
     # not splitlines(): a text may have other line ends, such as \u2028, in it
     lines = [line.removesuffix('\r') for line in read_text(path).split('\n')]

@@ -10,7 +10,7 @@ from conftest import ARITHMETIC, seeded
 from test_commands import STREAM
 
 from configurator import UserError
-from plumbing.text import decode, encode, read_lines
+from plumbing.text import decode, encode, holes, read_lines, typed, usual_hole
 
 GPT2 = dict(name='gpt2', format='stream', vocab_size=50257, tokenizer='gpt2', itos=None, bos=None, eos=None,
             pad=None)
@@ -92,3 +92,64 @@ def test_a_file_without_text(monkeypatch, data, message):
     monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO(data)))
     with pytest.raises(UserError, match=f'^-: {message}'):
         read_lines('-')
+
+
+# -----------------------------------------------------------------------------
+# holes and prompts
+
+CODE = dict(STREAM, itos=[*'_[MASK]?\\n'])
+
+
+@pytest.mark.parametrize('meta, hole', [(ARITHMETIC, '_'), (STREAM, '_'), (CODE, '[MASK]'), (GPT2, '[MASK]'),
+                                        (dict(OWN, itos=['my_', *OWN['itos'][1:]]), '[MASK]')])
+def test_the_usual_hole_is_no_ordinary_text(meta, hole):
+    assert usual_hole(meta) == hole
+
+
+def test_a_hole_where_texts_have_underscores():
+    assert holes(CODE, '_[MASK]K[MASK]', None, 99) == ([0, 99, 5], False)
+    for text in ('K_K', 'K'):
+        with pytest.raises(UserError, match=rf"'{text}' has no hole \('\[MASK\]'\) to fill: .* --hole"):
+            holes(CODE, text, None, 99)
+    with pytest.raises(UserError, match="hole expects a text that is not in the vocabulary .*, got '\\?'"):
+        holes(CODE, 'K?', '?', 99)
+
+
+@pytest.mark.parametrize('text, hole, expected', [
+    ('The [MASK] went', None, ['The', None, ' went']),              # the blank comes with the hole's word
+    ('The [MASK].', None, ['The', None, '.']), ('The[MASK] went', None, ['The', None, ' went']),
+    ('The [MASK] [MASK] went [MASK]', None, ['The', None, None, ' went', True]),
+    ('The  [MASK]', None, ['The', ' ', True]), (' [MASK]\n[MASK] a', None, [None, '\n', None, ' a']),
+    ('my_var = [MASK]<|endoftext|>', None, ['my', '_', 'var', ' =', None, '<|endoftext|>']),
+    ('The _ went', '_', ['The', None, ' went'])])
+def test_holes_in_tokens_of_gpt2(gpt2, text, hole, expected):
+    """None: a hole, True: an open one."""
+    ids, ends = holes(GPT2, text, hole, None)
+    assert [i if i is None else gpt2.decode([i]) for i in ids] + [True] * (not ends) == expected
+
+
+def test_the_underscore_of_a_program_is_text(gpt2):
+    with pytest.raises(UserError, match=r"'my_var = 1' has no hole \('\[MASK\]'\)"):
+        holes(GPT2, 'my_var = 1', None, 0)
+
+
+def test_a_word_of_an_own_vocabulary_brings_its_blank():
+    assert holes(OWN, 'a _ the_', None, 99) == ([0, 99, 3], False)
+
+
+@pytest.mark.parametrize('meta, text, expected', [
+    (STREAM, 'a\\nb', 'a\nb'), (STREAM, '\\n', '\n'), (CODE, 'n\\n', 'n\\n'), (GPT2, '\\nu', '\\nu'),
+    (ARITHMETIC, '(+12)', '(+12)'), (STREAM, '@p.txt', '@p.txt')])
+def test_what_is_typed(meta, text, expected):
+    assert typed(meta, text) == expected
+
+
+def test_a_prompt_from_a_file(tmp_path):
+    """As it stands, but for a last line end where texts have none."""
+    path = tmp_path / 'p.txt'
+    path.write_bytes(b'\xef\xbb\xbfa\\nb\r\n\n')
+    assert typed(STREAM, f'FILE:{path}') == typed(GPT2, f'FILE:{path}') == 'a\\nb\n\n'
+    path.write_text('(+12)=3\n')
+    assert typed(ARITHMETIC, f'FILE:{path}') == '(+12)=3'
+    with pytest.raises(UserError, match='nowhere: cannot be read: No such file'):
+        typed(STREAM, 'FILE:nowhere')
