@@ -32,7 +32,7 @@ from parts.look import Sampling
 from parts.presets import check_rules, check_sampling, choose_rules, supports
 from parts.speculate import write, write_prefix
 from plumbing.checkpoint import export_safetensors
-from plumbing.command import canvases, given_samples, load_networks, show_samples
+from plumbing.command import by_length, canvases, given_samples, load_networks, show_samples
 from plumbing.evaluate import p_wrong
 from plumbing.rows import Ends, close_rows, first_of, places, random_subset, spread
 from plumbing.text import decode, encode, start_canvas, until_end
@@ -398,16 +398,18 @@ def main():
 
     # what is to be written, and by which rules
     texts, canvas, fixed = canvases(s, model, meta)
-    masked = canvas == model.mask_token_id
-    inside = s.task == 'repair' or bool((masked.cummax(1).values & ~masked).any())    # text right of a hole
+    masked = [row == model.mask_token_id for row in canvas]
+    after_hole = any((row.cummax(0).values & ~row).any() for row in masked)
+    inside = s.task == 'repair' or after_hole
     rules = choose_rules(config, preset=s.preset, task=s.task, inside=inside, judge=judge is not None,
                          **vars(how))
     said = ', '.join(f'{name}={value}' for name, value in rules.items())
     print(said)
 
     t0 = time.perf_counter()
-    samples = fill(model, meta, canvas, fixed, batch_size=s.batch_size, seed=s.seed, progress=True,
-                   remask_model=judge, trace=bool(s.animate or s.html) or s.task == 'repair', **rules)
+    write = partial(fill, model, meta, batch_size=s.batch_size, seed=s.seed, progress=True,
+                    remask_model=judge, trace=bool(s.animate or s.html) or s.task == 'repair', **rules)
+    samples = by_length(write, canvas, fixed)
     shown(samples, texts, canvas, fixed, said, time.perf_counter() - t0)
 
 

@@ -17,6 +17,7 @@ from configurator import UserError
 from data.common import gpt2
 from plumbing.files import write_atomically
 from plumbing.evaluate import p_wrong
+from plumbing.score import NAMES
 
 # how the terminal shows what a position can be in a frame; the first letter is its name in the page
 STYLES = dict(kept='', changed='magenta', new='green bold', remasked='red reverse', mask='dim',
@@ -44,10 +45,11 @@ def report(sample, meta, verdict, before=None):
     if 'p_wrong' in sample:
         tenths = ''.join(str(min(9, int(10 * p))) for p in sample['p_wrong'][shown])
         lines.append(f'{indent}{tenths}   p(WRONG) of every token in tenths')
-    names = dict(nelbo='NELBO', causal_nll='causal NLL')
-    numbers = [f'{name} {sample[key]:.3f}' for key, name in names.items() if key in sample]
+    numbers = [f'{name} {sample[key]:.3f}' for key, name in NAMES.items() if key in sample]
     if numbers:
         lines.append(f"{indent}{', '.join(numbers)} nats/token")
+    if 'windows' in sample:
+        lines.append(f"{indent}longer than block_size: in {sample['windows']} windows, each by itself")
     return '\n'.join(lines if verdict else [*lines, '-' * 15])
 
 

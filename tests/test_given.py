@@ -1,15 +1,18 @@
 """What a user gives: texts read back as the tokens that they are, files, holes, line ends, where it stops."""
 
 import io
+import math
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ARITHMETIC, seeded
-from test_commands import STREAM
+from conftest import ARITHMETIC, default_config, seeded, tiny_gpt, write_checkpoint
+from test_commands import CPU, STREAM, read_samples, refused, went_well
 
 from configurator import UserError
+from parts.presets import supports
+from plumbing.score import given_sample, judge_rows, judge_samples
 from plumbing.text import decode, encode, holes, read_lines, typed, usual_hole
 
 GPT2 = dict(name='gpt2', format='stream', vocab_size=50257, tokenizer='gpt2', itos=None, bos=None, eos=None,
@@ -153,3 +156,81 @@ def test_a_prompt_from_a_file(tmp_path):
     assert typed(ARITHMETIC, f'FILE:{path}') == '(+12)=3'
     with pytest.raises(UserError, match='nowhere: cannot be read: No such file'):
         typed(STREAM, 'FILE:nowhere')
+
+
+# -----------------------------------------------------------------------------
+# the command
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    """Words that start from untrained checkpoints."""
+    folder = tmp_path_factory.mktemp('made')
+    how = dict(training_type='joint', causal_ratio=0.5)
+    return dict(rows=f"--init_from={write_checkpoint(folder / 'rows.pt', **how)}",
+                stream=f"--init_from={write_checkpoint(folder / 's.pt', tiny_gpt(3, 12), STREAM, **how)}")
+
+
+def test_a_bad_line_does_not_end_the_rest(run, made, tmp_path):
+    """It is named by its number, and counted at the end; only if all are bad the command fails."""
+    path, samples = tmp_path / 'lines.txt', tmp_path / 's.jsonl'
+    path.write_text('\n(+_2)=3\n(+12)=3\n(+x_)=3\n\n1_\n' + '1' * 70 + '_2\n')
+    words = ('--task=infill', f'--file={path}', f'--save={samples}', *CPU)
+    out = went_well(run('sample', made['rows'], *words))
+    for number, message in ((3, "'(+12)=3' has no hole"), (4, "'x' in '(+x' is not in the vocabulary"),
+                            (7, 'a text of 72 tokens does not fit')):
+        assert f'{path}, line {number}: {message}' in out
+    assert f'3 of 5 lines of {path} were left out' in out.splitlines()[-1]
+    assert [s['text'][:1] for s in read_samples(samples)] == ['(', '1']
+    path.write_text('(+12)=3\nx_\n')
+    refused(run('sample', made['rows'], *words), 'sample', f'{path}, line 1: ', 'none of the 2 lines')
+
+
+def test_saved_samples_are_scored_as_they_were(run, made, tmp_path):
+    """Token by token, line ends within them included; what was saved by other hands is read as text."""
+    for kind in ('rows', 'stream'):
+        first, again = tmp_path / f'{kind}.jsonl', tmp_path / f'{kind}2.jsonl'
+        went_well(run('sample', made[kind], '--num_samples=4', '--score', f'--save={first}', *CPU))
+        out = went_well(run('sample', made[kind], '--task=score', f'--file={first}', f'--save={again}', *CPU))
+        before, after = read_samples(first), read_samples(again)
+        assert [dict(s, nfe=0) for s in before] == after
+        real = [sum(i not in (15, 17) for i in s['tokens']) for s in after] if kind == 'rows' else [12] * 4
+        nats = sum(n * s['nelbo'] for n, s in zip(real, after)) / sum(real)
+        bits = nats / math.log(2)
+        assert f'4 texts, {sum(real)} tokens, NELBO {nats:.3f} nats/token ({bits:.3f} bits), ' in out
+    first.write_text('{"text": "ab"}\n{"text": "ab", "tokens": [0, 9]}\n{"text": 3}\nab\n[]\n{"tex": "a"}\n')
+    out = went_well(run('sample', made['stream'], '--task=score', f'--file={first}', f'--save={again}', *CPU))
+    assert [s['tokens'] for s in read_samples(again)] == [[0, 1]] * 2
+    assert out.count("expected a JSON object with a 'text'") == 4 and '4 of 6 lines' in out
+
+
+@pytest.mark.parametrize('tokens, saved', [
+    ([15, 1, 17, 2], True), ([15, 1, 2, 16], False), ([1, 17, 2], False), ([15, 1, 17, 2] + [16] * 70, False),
+    ([15, 1, 17, 20], False), ([15, 1.0, 17, 2], False), ('1', False), (None, False)])
+def test_saved_tokens_count_if_they_spell_the_text(tokens, saved):
+    sample = given_sample(tiny_gpt(18, 64), ARITHMETIC, '1·2', tokens)
+    assert sample['tokens'] == ([15, 1, 17, 2] if saved else [15, 1, 17, 2, 16])
+    assert sample['finished'] != saved
+
+
+@torch.no_grad()
+def test_a_long_text_is_scored_in_windows():
+    """Every token once, all of them alike; what fits is scored as before."""
+    model, can = tiny_gpt(3, 6), supports(default_config(training_type='joint', causal_ratio=0.5))
+    text = 'abba\nab\naabbab'
+    samples = [given_sample(model, STREAM, text[:n]) for n in (6, 14)]
+    judge_samples(model, STREAM, can, samples)
+    assert 'windows' not in samples[0] and samples[1]['windows'] == 3
+    parts = [judge_rows(model, STREAM, torch.tensor([encode(STREAM, text[at:at + 6])]), can)[0]
+             for at in (0, 6, 12)]
+    assert parts[0] == {name: samples[0][name] for name in parts[0]}
+    for name in ('nelbo', 'causal_nll'):
+        assert samples[1][name] == pytest.approx(sum(n * p[name] for n, p in zip((6, 6, 2), parts)) / 14)
+    assert samples[1]['p_wrong'] == [p for part in parts for p in part['p_wrong']]
+    with pytest.raises(UserError, match='the text is empty'):
+        given_sample(model, STREAM, '')
+
+
+def test_windows_are_said_on_screen(run, made):
+    out = went_well(run('sample', made['stream'], '--task=score', f"--text={'ab' * 9}", *CPU))
+    assert 'longer than block_size: in 2 windows, each by itself' in out and 'texts, ' not in out
