@@ -59,6 +59,7 @@ merge_from: str = None     # path of a second checkpoint of the same architectur
 merge_weight = 0.5         # its share in the merged weights: 0 is the first checkpoint, 1 the second
 export: str = None         # only write the weights (averaged, merged) to this .safetensors file
 # rarely turned
+stop: str = None           # generate: a sample ends before this text (that of the prompt does not count)
 length: int = None         # generate: number of tokens; None: the model decides (or block_size)
 hole: str = None           # infill: a token, at the very end any number; None: _ if no text has it, or [MASK]
 batch_size = 256           # samples drawn at a time; what causal sampling keeps of the text grows with it

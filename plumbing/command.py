@@ -16,7 +16,9 @@ from plumbing.checkpoint import best_of, check_same_model, find_checkpoint, iden
 from plumbing.device import configure_compute, freeze
 from plumbing.files import write_atomically
 from plumbing.score import given_sample, judge_samples, total
-from plumbing.text import encode, load_task, read_lines, start_canvas, task_canvas, typed
+from plumbing.text import (
+    can_have, decode, encode, load_task, read_lines, start_canvas, stop_at, task_canvas, typed,
+)
 
 
 def load_networks(s, load, supports):
@@ -88,6 +90,10 @@ def canvases(s, model, meta):
     """What is to be written: (texts or None, canvas, fixed), two rows (T,) for each of num_samples a text."""
     if s.task == 'generate':
         s.prompt = typed(meta, s.prompt)
+        s.stop = s.stop and typed(meta, s.stop)
+        odd = [c for c in s.stop or '' if not can_have(meta, c)]
+        if odd:
+            raise UserError(f"stop: {odd[0]!r} is not in the vocabulary of {meta['name']}")
         num = s.num_samples or 10
         lengths = None if s.length is None else torch.full((num,), s.length)
         return None, *start_canvas(model, meta, num, encode(meta, s.prompt), lengths)
@@ -121,6 +127,8 @@ def show_samples(s, model, judge, meta, can, samples, texts=None, canvas=None, *
     where sampling started; written: what is fixed in them, the rules in words and the seconds it took, if it
     wrote.
     """
+    if s.stop:
+        stop_at(meta, samples, s.stop, len(decode(meta, encode(meta, s.prompt))[0]))
     if s.task == 'repair':
         for sample, before in zip(samples, canvas):
             marks = show.marks(before, sample['trace'].cpu(), model.mask_token_id)

@@ -73,6 +73,8 @@ def judge_samples(model, meta, can, samples):
     size = model.config.block_size
     for sample in samples:
         tokens = sample['tokens']
+        if not tokens:                                              # --stop left nothing
+            continue
         if meta['pad'] is None:
             rows = torch.tensor(tokens).split(size)
         else:

@@ -1,5 +1,6 @@
 """Text in, text out: words and tasks of the command line become canvases, and canvases become texts again."""
 
+import bisect
 import functools
 import importlib.util
 import os
@@ -99,6 +100,18 @@ def decode(meta, ids):
     if meta['tokenizer'] == 'gpt2':
         return gpt2().decode(ids), finished
     return ''.join(PAD if i == meta['pad'] else meta['itos'][i] for i in ids), finished
+
+
+def stop_at(meta, samples, stop, given):
+    """Ends samples, dicts as sample.fill makes them, before the first stop behind their given characters."""
+    for sample in samples:
+        at, ids = sample['text'].find(stop, given), sample['tokens']
+        if at >= 0:
+            # as few tokens as have all of the text: of GPT-2's, the last one may have more
+            text = sample['text'][:at]
+            fewest = bisect.bisect_left(range(len(ids)), True, lo=meta['bos'] is not None,
+                                        key=lambda n: decode(meta, ids[:n])[0].startswith(text))
+            sample.update(text=text, tokens=ids[:fewest], finished=True)
 
 
 def until_end(meta, ids):

@@ -13,7 +13,7 @@ from test_commands import CPU, STREAM, read_samples, refused, went_well
 from configurator import UserError
 from parts.presets import supports
 from plumbing.score import given_sample, judge_rows, judge_samples
-from plumbing.text import decode, encode, holes, read_lines, typed, usual_hole
+from plumbing.text import decode, encode, holes, read_lines, stop_at, typed, usual_hole
 
 GPT2 = dict(name='gpt2', format='stream', vocab_size=50257, tokenizer='gpt2', itos=None, bos=None, eos=None,
             pad=None)
@@ -234,3 +234,47 @@ def test_a_long_text_is_scored_in_windows():
 def test_windows_are_said_on_screen(run, made):
     out = went_well(run('sample', made['stream'], '--task=score', f"--text={'ab' * 9}", *CPU))
     assert 'longer than block_size: in 2 windows, each by itself' in out and 'texts, ' not in out
+
+# -----------------------------------------------------------------------------
+# where a sample stops
+
+
+@pytest.mark.parametrize('meta, ids, given, text, left', [
+    (STREAM, [0, 2, 1, 2, 2, 0], 0, 'a', 1), (STREAM, [0, 2, 1, 2, 2, 0], 2, 'a\nb', 3),
+    (STREAM, [2, 0], 0, '', 0), (STREAM, [0, 1], 0, 'ab', None), (STREAM, [0, 2], 2, 'a\n', None),
+    (OWN, [5, 0, 3, 4, 2, 6], 0, 'a the', 3), (OWN, [5, 4, 0, 6], 0, '', 1),
+    (OWN, [5, 0, 6, 4], 0, 'a', None)])
+def test_a_sample_ends_before_the_first_stop(meta, ids, given, text, left):
+    sample = dict(text=decode(meta, ids)[0], tokens=ids, nfe=7, finished=False)
+    stop_at(meta, [sample], '\n', given)
+    stopped = left is not None
+    assert sample == dict(text=text, tokens=ids[:left], nfe=7, finished=stopped)
+
+
+def test_a_stop_within_a_token(gpt2):
+    """The text is exact, the tokens are as few as have all of it."""
+    ids = gpt2.encode('Who\u00e9? \u4f60 the end')
+    for stop, text, last in (('e', 'Who\u00e9? \u4f60 th', ' the'), (' the', 'Who\u00e9? \u4f60', None),
+                             ('\u4f60', 'Who\u00e9? ', None), ('?', 'Who\u00e9', None)):
+        sample = dict(text=gpt2.decode(ids), tokens=ids)
+        stop_at(GPT2, [sample], stop, 0)
+        assert sample['text'] == text and gpt2.decode(sample['tokens']).startswith(text)
+        assert last is None or gpt2.decode(sample['tokens'][-1:]) == last
+        assert not gpt2.decode(sample['tokens'][:-1]).startswith(text)
+
+
+def test_stop_as_typed(run, made, tmp_path):
+    path = tmp_path / 's.jsonl'
+    words = (made['stream'], r'--prompt=a\nb', '--num_samples=5', '--score', f'--save={path}', *CPU)
+    went_well(run('sample', *words))
+    whole = read_samples(path)
+    went_well(run('sample', *words, r'--stop=\n'))
+    stopped = read_samples(path)
+    for s, before in zip(stopped, whole, strict=True):
+        assert s['text'] == 'a\nb' + before['text'][3:].split('\n')[0] and s['nfe'] == before['nfe']
+        assert len(s['text']) == len(s['tokens']) == len(s['p_wrong'])
+    assert [s['text'] for s in stopped] != [s['text'] for s in whole]
+    refused(run('sample', *words, '--stop=x'), 'sample', "stop: 'x' is not in the vocabulary of text")
+    refused(run('sample', made['rows'], '--task=repair', '--text=1', '--stop=1'), 'sample', 'stop is for --')
+    # nothing is left to be scored
+    went_well(run('sample', made['stream'], '--score', '--num_samples=9', '--stop=a', *CPU))
