@@ -1,6 +1,7 @@
 """Text in, text out: words and tasks of the command line become canvases, and canvases become texts again."""
 
 import bisect
+import codecs
 import functools
 import importlib.util
 import os
@@ -13,6 +14,8 @@ from data.common import gpt2
 
 
 PAD = '·'                   # one token of padding in a text
+CONTROLS = {**{c: chr(0x2400 + c) for c in range(32) if chr(c) not in '\t\n'}, 127: '␡',
+            **{c: f'\\x{c:x}' for c in range(128, 160)}}
 HOLE = '[MASK]'             # a hole where a text can have _
 
 
@@ -100,6 +103,38 @@ def decode(meta, ids):
     if meta['tokenizer'] == 'gpt2':
         return gpt2().decode(ids), finished
     return ''.join(PAD if i == meta['pad'] else meta['itos'][i] for i in ids), finished
+
+
+def pieces(meta, ids):
+    """
+    The text that each of ids adds to decode(meta, ids), '' for special ones, and whether it ends within a
+    character: pairs.
+    """
+    end = len(ids)
+    if meta['eos'] in ids:
+        end = ids.index(meta['eos'])
+    else:
+        while meta['pad'] is not None and ids[:end][-2:] == [meta['pad']] * 2:
+            end -= 1
+    utf8 = codecs.getincrementaldecoder('utf-8')('replace')
+    for place, i in enumerate(ids):
+        if place >= end or i == meta['bos']:
+            yield '', False
+        elif meta['tokenizer'] == 'gpt2':
+            text = utf8.decode(gpt2().decode_single_token_bytes(i), final=place == end - 1)
+            yield text, bool(utf8.getstate()[0])
+        else:
+            yield PAD if i == meta['pad'] else meta['itos'][i], False
+
+
+def visible(text):
+    """A text as a terminal may have it: control characters as signs, but for tabs and line ends."""
+    return text.translate(CONTROLS)
+
+
+def sample_line(text, task):
+    """The line that training prints of a sample; task: what load_task knows, or None."""
+    return visible(f'    {text}   {task.verdict(text)}') if task else f'    {text!r}'
 
 
 def stop_at(meta, samples, stop, given):
