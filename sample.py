@@ -400,17 +400,17 @@ def main():
     # what is to be written, and by which rules
     texts, canvas, fixed = canvases(s, model, meta)
     masked = [row == model.mask_token_id for row in canvas]
-    after_hole = any((row.cummax(0).values & ~row).any() for row in masked)
-    inside = s.task == 'repair' or after_hole
+    # whether there is text right of a hole
+    inside = s.task == 'repair' or any((row.cummax(0).values & ~row).any() for row in masked)
     rules = choose_rules(config, preset=s.preset, task=s.task, inside=inside, judge=judge is not None,
                          **vars(how))
     said = ', '.join(f'{name}={value}' for name, value in rules.items())
     print(said)
 
     t0 = time.perf_counter()
-    write = partial(fill, model, meta, batch_size=s.batch_size, seed=s.seed, progress=True,
-                    remask_model=judge, trace=bool(s.animate or s.html) or s.task == 'repair', **rules)
-    samples = by_length(write, canvas, fixed)
+    sampler = partial(fill, model, meta, batch_size=s.batch_size, seed=s.seed, progress=True,
+                      remask_model=judge, trace=bool(s.animate or s.html) or s.task == 'repair', **rules)
+    samples = by_length(sampler, canvas, fixed)
     shown(samples, texts, canvas, fixed, said, time.perf_counter() - t0)
 
 

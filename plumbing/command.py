@@ -70,24 +70,24 @@ def of_each_text(s, meta, use):
     if not s.file:
         text = typed(meta, s.text)
         return [(text, use(text, None))]
-    found, wrong = [], []
+    found, wrong, name = [], [], 'standard input' if s.file == '-' else s.file
     for number, line in read_lines(s.file):
         try:
             text, tokens = saved(line) if s.file.endswith('.jsonl') else (line, None)
             found.append((text, use(text, tokens)))
         except UserError as error:
-            wrong.append(f'{s.file}, line {number}: {error}')
+            wrong.append(f'{name}, line {number}: {error}')
     if not found:
         others = f' (none of the {len(wrong)} lines can be used)' if len(wrong) > 1 else ''
         raise UserError(wrong[0] + others)
     if wrong:
         print(*wrong, sep='\n')
-        s.left_out = f'{len(wrong)} of {len(found) + len(wrong)} lines of {s.file} were left out, see above'
+        s.left_out = f'{len(wrong)} of {len(found) + len(wrong)} lines of {name} were left out, see above'
     return found
 
 
 def canvases(s, model, meta):
-    """What is to be written: (texts or None, canvas, fixed), two rows (T,) for each of num_samples a text."""
+    """What is to be written: (texts or None, canvas, fixed), num_samples rows (T,) a text in the last two."""
     if s.task == 'generate':
         s.prompt = typed(meta, s.prompt)
         s.stop = s.stop and typed(meta, s.stop)
@@ -102,14 +102,14 @@ def canvases(s, model, meta):
     return zip(*rows)
 
 
-def by_length(write, canvas, fixed):
-    """The samples of write(canvas (B, T), fixed) for the rows of each length, in the order of the rows."""
+def by_length(sampler, canvas, fixed):
+    """The samples of sampler(canvas (B, T), fixed) for the rows of each length, in the order of the rows."""
     lengths = [len(row) for row in canvas]
     samples = [None] * len(lengths)
     for T in dict.fromkeys(lengths):
         where = [i for i, length in enumerate(lengths) if length == T]
         group = (torch.stack([rows[i] for i in where]) for rows in (canvas, fixed))
-        for i, sample in zip(where, write(*group)):
+        for i, sample in zip(where, sampler(*group)):
             samples[i] = sample
     return samples
 

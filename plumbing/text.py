@@ -77,13 +77,15 @@ def refuse_text(meta, text, words, sizes):
             reached.update(at + size for size in sizes if text[at:at + size] in words)
     known = ('' if sizes == [1] else ' ').join(word for word in words if words[word] != meta['pad'])
     more = f' and {len(known) - 200:,} more' if len(known) > 200 else ''
-    raise UserError(f"{text[max(reached)]!r} in {quoted(text)} is not in the vocabulary of {meta['name']}: "
+    at = max(reached)
+    raise UserError(f"{text[at]!r} in {quoted(text, at)} is not in the vocabulary of {meta['name']}: "
                     f'{known[:200]!r}{more}')
 
 
-def quoted(text):
-    """A text for a message: its beginning, all on one line."""
-    return repr(text if len(text) <= 60 else f'{text[:60]}...')
+def quoted(text, at=0):
+    """A text for a message, on one line: what is around a place in it."""
+    first = max(0, at - 40)
+    return repr('...' * (first > 0) + text[first:at + 40] + '...' * (at + 40 < len(text)))
 
 
 def decode(meta, ids):

@@ -71,6 +71,8 @@ def test_the_longest_token_that_leaves_a_rest_of_tokens():
     for text, odd in (('abx', 'x'), ('a<bos>', '<'), ('<eos>', '<'), ('abb', 'b'), ('ab th', ' ')):
         with pytest.raises(UserError, match=f"{odd!r} in '{text}' is not in the vocabulary of own: 'a ab "):
             encode(OWN, text)
+    with pytest.raises(UserError, match=r"'x' in '\.\.\.b{40}xb{39}\.\.\.' is not"):    # what is around it
+        encode(STREAM, 'b' * 99 + 'x' + 'b' * 99)
 
 # -----------------------------------------------------------------------------
 # files
