@@ -195,6 +195,7 @@ def conflicts_of_task(settings):
          'score writes nothing, so there is nothing to watch: --animate and --html are for the other tasks'),
         (not generates and (settings['prompt'] or settings['length']),
          f'prompt and length are for --task=generate; {task} takes --text or --file'),
+        (not generates and settings['stop'], f'stop is for --task=generate, {task} ends where its text ends'),
         (not generates and (text is None) == (file is None),
          f'--task={task} needs a text: --text="..." or --file=FILE, one text a line{both}'),
         ((task == 'edit') != (mask is not None),

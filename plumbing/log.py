@@ -6,7 +6,7 @@ import os
 from configurator import UserError
 from plumbing.files import atomically, write_atomically
 from plumbing.optim import ramp
-from plumbing.text import encode, load_task
+from plumbing.text import encode, load_task, sample_line
 
 PARTS = ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)')  # of the loss, as training tells them
 
@@ -96,7 +96,7 @@ def show_samples(samples, meta, config, compare, shown=4):
     """
     task, texts = load_task(meta['name']), [sample['text'] for sample in samples]
     for text in texts[:shown]:
-        print(f'    {text}   {task.verdict(text)}' if task else f'    {text!r}')
+        print(sample_line(text, task))
     if not task:
         given = len(encode(meta, config['sample_prompt'])) + (meta['bos'] is not None)
         return compare([text[len(config['sample_prompt']):] for text in texts],

@@ -34,7 +34,7 @@ from plumbing.device import configure_compute
 from plumbing.files import make_folder
 from plumbing.optim import make_optimizers
 from plumbing.rows import Ends
-from plumbing.text import load_task, modelled
+from plumbing.text import load_task, modelled, sample_line
 from sample import generate, generate_diffusion
 from tools.common import learn, load_writer
 from train import loss
@@ -109,8 +109,7 @@ def main():
                                distilled=configurator.current(globals())))
     task = load_task(meta['name'])
     for sample in generate(average.eval(), meta, 4, seed=seed, steps=8):
-        text = sample['text']
-        print(f'    {text}   {task.verdict(text)}' if task else f'    {text!r}')
+        print(sample_line(sample['text'], task))
     print(f'saved {goal}; sample from it: python sample.py --init_from={goal} --steps=4')
 
 
