@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import itertools
 import os
 
 import torch
@@ -39,7 +40,8 @@ def decode(meta, ids):
     if finished:
         ids = ids[:ids.index(meta['eos'])]
     if meta['tokenizer'] == 'gpt2':
-        return gpt2().decode(ids), finished
+        runs = itertools.groupby(ids, lambda i: i == meta['pad'])
+        return ''.join('·' * len([*run]) if pad else gpt2().decode([*run]) for pad, run in runs), finished
     return ''.join('·' if i == meta['pad'] else meta['itos'][i] for i in ids), finished
 
 

@@ -4,10 +4,12 @@ The data folders: the arithmetic grammar and its scorer, the prepare scripts, wh
 
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import random
 import re
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,9 +17,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import configurator
 from configurator import UserError
 from data import common, loader
 from plumbing import text as canvas
+from plumbing.checks import check_fits, check_settings
 
 DATA = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'data')
 
@@ -529,21 +533,153 @@ def notes(tmp_path):
 NOTES = 'first' + ' word' * 200 + '\n\nsecond\nfile\n\nthird é\n'
 
 
-def test_own_text_of_a_folder(tmp_path, notes):
-    meta = own_text.prepare(tmp_path / 'mybook', notes, val_share=0.25)
-    train, val = (''.join(meta['itos'][i] for i in read_ids(tmp_path / 'mybook', split))
-                  for split in ('train', 'val'))
+def texts_of(folder, meta):
+    """The two splits of a stream as text."""
+    return [canvas.decode(meta, read_ids(folder, split))[0] for split in ('train', 'val')]
+
+
+def rows_in(folder, meta, split):
+    """The rows of a split as texts; asserts that each of them starts and ends."""
+    rows = np.array(read_ids(folder, split)).reshape(-1, meta['block_size']).tolist()
+    assert all(row[0] == meta['bos'] for row in rows)
+    texts, ends = zip(*(canvas.decode(meta, row) for row in rows))
+    assert all(ends)
+    return list(texts)
+
+
+def test_own_text_of_a_file_is_held_out_at_its_end(tmp_path):
+    (tmp_path / 'a.txt').write_bytes(NOTES.replace('\n', '\r\n').encode('utf-8-sig'))
+    meta = own_text.prepare(tmp_path / 'mybook', tmp_path / 'a.txt', val_share=0.25)
+    train, val = texts_of(tmp_path / 'mybook', meta)
     assert train + val == NOTES and len(train) == int(0.75 * len(NOTES))
     assert meta['name'] == 'mybook' and meta['tokenizer'] == 'char' and meta['itos'] == sorted(set(NOTES))
-    assert own_text.read_text(notes, 'deep/*, *.py') == 'third é\n\nprint()\n'
-    assert own_text.read_text(notes / 'x.py', '*.txt') == 'print()\n'  # a file is taken whatever its name
+
+
+def test_own_text_of_a_folder(tmp_path, notes):
+    meta = own_text.prepare(tmp_path / 'mybook', notes, val_share=0.25)
+    train, val = texts_of(tmp_path / 'mybook', meta)
+    assert sorted((train + val).replace('\n', '')) == sorted(NOTES.replace('\n', '')) and len(val) > 200
+    assert own_text.read_texts(notes, 'deep/*, *.py') == ['third é\n', 'print()\n']
+    assert own_text.read_texts(notes / 'x.py', '*.txt') == ['print()\n']  # a file is taken whatever its name
 
 
 def test_own_text_in_gpt2_tokens(tmp_path, notes, toy_gpt2):
+    """Documents have <|endoftext|> between them."""
+    (notes / 'b.md').write_text('word\n' * 300)
     meta = own_text.prepare(tmp_path / 'mybook', notes, 'gpt2')
-    ids = read_ids(tmp_path / 'mybook', 'train') + read_ids(tmp_path / 'mybook', 'val')
-    assert toy_gpt2.decode(ids) == NOTES
+    train, val = (toy_gpt2.decode(read_ids(tmp_path / 'mybook', split)) for split in ('train', 'val'))
+    assert train.endswith('<|endoftext|>third é\n') and train.count('<|endoftext|>') == 2
+    assert len(train + val) > 2000 and val.endswith('word\n')
     assert meta['tokenizer'] == 'gpt2' and meta['itos'] is None and meta['vocab_size'] == 50257
+
+
+def test_a_few_files_are_held_out_in_pieces_of_all_of_them(tmp_path):
+    """The end of everything would be the end of the last file, perhaps in another language."""
+    kinds = dict(en=[f'line {i} of the text\n' for i in range(900)], zh=[f'第{i}行\n' for i in range(1800)])
+    for kind, lines in kinds.items():
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / 'a.txt').write_text(''.join(lines), encoding='utf-8')
+    train, val = own_text.split_documents(own_text.read_texts(f'{tmp_path}/en,{tmp_path}/zh'), 0.1)
+    for lines, learned, held in zip(kinds.values(), train, val):
+        assert 0.07 < len(held) / len(learned + held) < 0.13
+        found = learned.splitlines(True), held.splitlines(True)
+        assert sorted(found[0] + found[1]) == sorted(lines)  # whole lines, in their order
+        assert [*found[0]] == [line for line in lines if line in set(found[0])]
+
+
+def test_of_many_files_some_are_held_out(tmp_path):
+    documents = [f'{i} ' * (40 + i % 7) + '\n' for i in range(30)]
+    train, val = own_text.split_documents(documents, 0.1)
+    assert sorted(train + val) == sorted(documents) and 1 <= len(val) <= 4 and val != documents[-len(val):]
+    # most of the text in one file: pieces of it are held out, and not all the others
+    train, val = own_text.split_documents([*documents, 'a long line of it\n' * 9000], 0.1)
+    assert 'long' in val[-1] and 0.08 < sum(map(len, val)) / sum(map(len, train + val)) < 0.12
+
+
+def test_inputs_of_every_kind(tmp_path, monkeypatch, capsys):
+    files = {'a,b.txt': b'comma', 'c.TXT': b'upper', '.hidden.txt': b'no', '.git/x.txt': b'no',
+             'd/e.md': b'deep', 'wide.txt': 'weit é'.encode('utf-16'),
+             'acc.txt': 'e\u0301'.encode(), 'odd.txt': b'\0\0\x1b'}
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO('ein ß\r\n'.encode())))
+    read = own_text.read_texts
+    assert read('~/a,b.txt') == ['comma'] and read(f'{tmp_path}/a,b.txt') == ['comma']
+    assert sorted(read(tmp_path)) == sorted(['comma', 'upper', 'deep', 'weit é', '\xe9', '\0\0\x1b'])
+    odd = '2 of them NUL: is all of it text?, 1 of them ESC'
+    assert f'read 6 files, 24 characters, {odd}' in capsys.readouterr().out
+    assert read('~/c.TXT , ~/d/,~/c.TXT') == ['upper', 'deep']
+    assert read(f'{tmp_path}/[cw]*') == ['upper', 'weit é']
+    assert read('-') == ['ein ß\n'] and read('~/acc.txt', nfc=False) == ['e\u0301']
+    for name in ('y.txt', 'z.md'):
+        (tmp_path / name).write_bytes(b'abc\xff')
+    with pytest.raises(UserError, match='not UTF-8, 2 of 8 files: .*y.txt .byte 3., .*z.md .*--skip_bad'):
+        read(tmp_path)
+    assert len(read(tmp_path, skip_bad=True)) == 6 and '2 files' in capsys.readouterr().out
+    with pytest.raises(UserError, match='cannot read .*none: No such file'):
+        read(f'{tmp_path}/d,{tmp_path}/none')
+
+
+LINES = ['anna', 'bo\u2028b', ' c ', 'anna', 'dora\x0bd', '', *(f'name{i}' for i in range(40))]
+
+
+@pytest.mark.parametrize('tokenizer', ['char', 'gpt2'])
+def test_rows_of_lines(tmp_path, tokenizer, toy_gpt2):
+    """A line ends in a line break and nothing else; equal ones are held out together."""
+    (tmp_path / 'in.txt').write_bytes('\r\n'.join(LINES).encode())
+    meta, other = (own_text.prepare(tmp_path / name, tmp_path / 'in.txt', tokenizer, rows='line')
+                   for name in ('names', 'again'))
+    train, val = (rows_in(tmp_path / 'names', meta, split) for split in ('train', 'val'))
+    assert sorted(train + val) == sorted(filter(None, LINES)) and not set(train) & set(val) and len(val) == 4
+    assert train != [line for line in LINES if line in train] and meta['sha256'] == other['sha256']
+    ids = {meta[name] for name in ('bos', 'eos', 'pad')}
+    assert len(ids) == 3 and max(ids) == meta['vocab_size'] - 1 and meta['format'] == 'rows'
+    if tokenizer == 'char':
+        assert meta['itos'][-3:] == ['<bos>', '<eos>', '<pad>'] and meta['block_size'] == 8
+    assert canvas.decode(meta, [meta['bos'], *canvas.encode(meta, 'an'), meta['pad']]) == ('an·', False)
+
+
+def test_rows_of_files(tmp_path, capsys):
+    for i in range(12):
+        (tmp_path / f'{i}.txt').write_text(f'one\n\n{i % 6}\n' + 'long' * (i % 6 == 5))
+    how = dict(input=tmp_path, rows='file', val_share=0.3)
+    meta = own_text.prepare(tmp_path / 'out', **how)
+    train, val = (set(rows_in(tmp_path / 'out', meta, split)) for split in ('train', 'val'))
+    assert train | val == {f'one\n\n{i}' for i in range(5)} | {'one\n\n5\nlong'} and not train & val
+    with pytest.raises(UserError, match='2 of 12 rows are longer than block_size=9 .*has 13.*--drop_long'):
+        own_text.prepare(tmp_path / 'short', block_size=9, **how)
+    meta = own_text.prepare(tmp_path / 'short', block_size=9, drop_long=True, **how)
+    assert meta['block_size'] == 9 and meta['train_tokens'] + meta['val_tokens'] == 90
+    assert 'longer ones left out' in capsys.readouterr().out
+    for words, message in ((dict(block_size=2, drop_long=True), 'leaves no row'),
+                           (dict(rows='word'), 'rows expects line or file'),
+                           (dict(rows=None, drop_long=True), 'are about rows'),
+                           (dict(glob='3.txt'), '1 different rows are too few')):
+        with pytest.raises(UserError, match=message):
+            own_text.prepare(tmp_path / 'none', **{**how, **words})
+    (tmp_path / '3.txt').write_text('x' * 5000)
+    with pytest.raises(UserError, match='the longest row has 5,002 tokens.*set --block_size'):
+        own_text.prepare(tmp_path / 'none', **how)
+    assert not (tmp_path / 'none').exists()
+
+
+@pytest.mark.parametrize('text, tokenizer, rows', [
+    ('a few words\n' * 61 + 'and more\n', 'char', None), ('a few words\n' * 400, 'char', None),
+    ('some words\n' * 200, 'gpt2', None), ('anna\nbo\nclara\n', 'char', 'line'),
+    ('a\nbo\nc\n', 'gpt2', 'line')])
+def test_the_command_that_is_proposed_runs(tmp_path, monkeypatch, capsys, toy_gpt2, text, tokenizer, rows):
+    (tmp_path / 'in.txt').write_text(text)
+    monkeypatch.setattr(own_text, 'DATA', str(tmp_path))
+    meta = own_text.prepare(tmp_path / 'my book', tmp_path / 'in.txt', tokenizer, rows=rows)
+    line = capsys.readouterr().out.splitlines()[-1]
+    python, script, *words = shlex.split(line.removeprefix('train on it: '))
+    assert (python, script) == ('python', 'train.py') and '--dataset=my book' in words
+    train, root = load('../train'), os.path.dirname(DATA)
+    values = configurator.configure(vars(train), [os.path.join(root, words[0]), *words[1:]])
+    check_fits(values, meta)
+    check_settings(values)
 
 
 def test_own_text_that_cannot_be(tmp_path, notes):
@@ -557,13 +693,13 @@ def test_own_text_that_cannot_be(tmp_path, notes):
     refused('cannot read .*nowhere.txt: No such file', input=tmp_path / 'nowhere.txt')
     refused("tokenizer expects char or gpt2, got 'bpe'", tokenizer='bpe')
     refused('val_share must be between 0 and 1', val_share=1.0)
-    refused('too short: val has 11 tokens', val_share=0.01)
-    refused('too short: train has 10', val_share=0.99)
+    refused('too short: val has', val_share=0.01)
+    refused('too short: train has', val_share=0.99)
     (tmp_path / 'empty.txt').write_text('\n')
     refused('too short: train has 0', input=tmp_path / 'empty.txt')
     refused('belongs to another dataset', out=os.path.join(DATA, 'arithmetic'))
     (notes / 'bad.md').write_bytes('é'.encode('latin-1'))
-    refused('bad.md is not UTF-8')
+    refused('not UTF-8, 1 of 5 files: .*bad.md .byte 0.; .*--skip_bad=True')
     status, err = run_script('text')
     assert status == 1 and len(err.splitlines()) == 1 and '--input is missing' in err
 
@@ -573,7 +709,7 @@ def test_a_folder_of_your_own_is_a_dataset(tmp_path, notes, monkeypatch):
     own_text.prepare(tmp_path / 'mybook', notes)
     meta, data = loader.load_data('mybook')
     assert meta['name'] == 'mybook'
-    assert ''.join(meta['itos'][i] for i in data['train']) == NOTES[:int(0.9 * len(NOTES))]
+    assert canvas.decode(meta, data['train'].tolist())[0] == texts_of(tmp_path / 'mybook', meta)[0]
     with pytest.raises(UserError, match='did you mean mybook?'):
         loader.load_data('mybok')
     again = loader.data_of(dict(meta, name='arithmetic'), {})  # a checkpoint finds what it was trained on
