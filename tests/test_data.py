@@ -575,7 +575,7 @@ def test_own_text_in_gpt2_tokens(tmp_path, notes, toy_gpt2):
 
 def test_a_few_files_are_held_out_in_pieces_of_all_of_them(tmp_path):
     """The end of everything would be the end of the last file, perhaps in another language."""
-    kinds = dict(en=[f'line {i} of the text\n' for i in range(900)], zh=[f'第{i}行\n' for i in range(1800)])
+    kinds = dict(en=[f'line {i} of the text\n' for i in range(900)], zh=[f'第{i}行\n' for i in range(5400)])
     for kind, lines in kinds.items():
         (tmp_path / kind).mkdir()
         (tmp_path / kind / 'a.txt').write_text(''.join(lines), encoding='utf-8')
