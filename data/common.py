@@ -15,6 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+try:
+    import fcntl
+except ImportError:         # Windows: there is no lock
+    fcntl = None
+
 # a prepare.py may know no more than this folder
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from configurator import UserError  # noqa: E402
@@ -294,23 +299,56 @@ def dataset_writer(out_dir, meta):
         os.makedirs(out_dir, exist_ok=True)
     except OSError as error:
         raise UserError(f'{out_dir}: cannot be made a folder for a dataset: {error.strerror}') from error
+    with alone(out_dir):
+        try:
+            with contextlib.ExitStack() as stack:
+                files = {split: stack.enter_context(open(tmp[f'{split}.bin'], 'wb')) for split in SPLITS}
+                yield add
+                if not all(counts.values()):
+                    raise ValueError(f'a split has no tokens: {counts}')
+                meta['sha256'] = {f'{split}.bin': sums[split].hexdigest() for split in SPLITS}
+                meta.update({f'{split}_tokens': int(counts[split]) for split in SPLITS})
+                files['meta'] = stack.enter_context(open(tmp['meta.json'], 'wb'))
+                files['meta'].write((json.dumps(meta, indent=1) + '\n').encode())
+                for file in files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
+            put_in_place(tmp, path)
+        except OSError as error:                            # a full disk has no file name
+            error.filename = error.filename or out_dir
+            raise
+        finally:
+            for name in names:
+                Path(tmp[name]).unlink(missing_ok=True)
+
+
+def put_in_place(tmp, path):
+    """Renames the files {name: path} of tmp to path, all or none of them; the last one is meta.json."""
+    # an older meta.json goes before the first .bin changes: it must not describe a mixture of old and new
+    Path(path['meta.json']).unlink(missing_ok=True)
     try:
-        with contextlib.ExitStack() as stack:
-            files = {split: stack.enter_context(open(tmp[f'{split}.bin'], 'wb')) for split in SPLITS}
-            yield add
-            if not all(counts.values()):
-                raise ValueError(f'a split has no tokens: {counts}')
-            meta['sha256'] = {f'{split}.bin': sums[split].hexdigest() for split in SPLITS}
-            meta.update({f'{split}_tokens': int(counts[split]) for split in SPLITS})
-            files['meta'] = stack.enter_context(open(tmp['meta.json'], 'wb'))
-            files['meta'].write((json.dumps(meta, indent=1) + '\n').encode())
-            for file in files.values():
-                file.flush()
-                os.fsync(file.fileno())
-        # an older meta.json goes before the first .bin changes: it must not describe a mixture of old and new
-        Path(path['meta.json']).unlink(missing_ok=True)
-        for name in names:
+        for name in tmp:
             os.replace(tmp[name], path[name])
+    except BaseException:
+        for name in path:                                   # without meta.json nobody knows what the ids mean
+            Path(path[name]).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """Nobody else writes a dataset into the folder meanwhile; waits for who does, removes what is torn."""
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f'waiting: another process is making a dataset in {folder}', flush=True)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            for torn in glob.glob(os.path.join(glob.escape(folder), '*.tmp')):
+                os.remove(torn)
+        yield
     finally:
-        for name in names:
-            Path(tmp[name]).unlink(missing_ok=True)
+        if fcntl:
+            os.close(descriptor)                            # which ends the lock

@@ -27,9 +27,11 @@ from plumbing.files import write_atomically
 def checkpoint_of(network, **changes):
     meta = dict(
         name='x',
+        format='stream',
+        block_size=None,
         vocab_size=network.config.vocab_size,
         tokenizer='char',
-        itos=None,
+        itos=[*map(chr, range(97, 97 + network.config.vocab_size))],
         bos=None,
         eos=None,
         pad=None,
