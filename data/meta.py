@@ -55,7 +55,7 @@ def check_meta(meta):
         sha256=isinstance(meta.get('sha256') or {}, dict))
     for name, fits in rules.items():
         if not fits:
-            raise ValueError(f'{name}={str(meta.get(name))[:60]!r} makes no sense in the meta')
+            raise ValueError(f'{name}={repr(meta.get(name))[:60]} makes no sense in the meta')
     if not all(is_count(id, 0, V - 1) for id in special) or len({*special}) < len(special):
         raise ValueError('bos, eos and pad are not ids below vocab_size, each another')
     if meta['eos'] is not None and meta['pad'] is None:

@@ -7,11 +7,13 @@ import importlib.util
 import io
 import json
 import os
+import pickle
 import random
 import re
 import shlex
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +22,7 @@ import pytest
 import configurator
 from configurator import UserError
 from data import common, loader
+from data import meta as meta_module
 from plumbing import text as canvas
 from plumbing.checks import check_fits, check_settings
 
@@ -725,6 +728,178 @@ def test_a_folder_of_your_own_is_a_dataset(tmp_path, notes, monkeypatch):
     (tmp_path / 'text' / 'prepare.py').write_text('raise SystemExit(1)')
     with pytest.raises(UserError, match=f'text is not there; make it with {command}$'):
         loader.load_data('text')
+
+# -----------------------------------------------------------------------------
+# data/meta.py and what the loader believes
+
+SMALL = dict(name='small', format='stream', block_size=None, vocab_size=4, tokenizer='char', itos=[*'abcd'],
+             bos=None, eos=None, pad=None)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The folder of a small dataset."""
+    monkeypatch.setattr(loader, 'HERE', str(tmp_path))
+    common.write_dataset(tmp_path / 'small', [0, 1, 2, 3] * 40, [0, 1, 2] * 40, SMALL)
+    return tmp_path / 'small'
+
+
+@pytest.mark.parametrize('name, values', [
+    ('name', ['../../x', '..', '', 'a/b', 'a\\b', 'a\n', 3]), ('dataset', ['/etc', None]),
+    ('format', ['row', [], None]), ('block_size', [-3, '8']), ('tokenizer', ['bpe', None]),
+    ('vocab_size', [0, 4.0, True, '4', 65535]), ('train_tokens', [0, '9']), ('sha256', ['x']),
+    ('itos', [None, [*'abc'], [*'abca'], [*'abc', 4], [*'abc', ''], 'abcd', {'a': 0}])])
+def test_a_meta_is_not_believed(name, values):
+    meta_module.check_meta(SMALL)
+    for value in values:
+        with pytest.raises(ValueError, match=f'{name}=.*makes no sense in the meta'):
+            meta_module.check_meta({**SMALL, name: value})
+    if name in SMALL:
+        with pytest.raises(ValueError, match=f'the meta has no {name}'):
+            meta_module.check_meta({key: value for key, value in SMALL.items() if key != name})
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(bos=4), 'not ids below'), (dict(eos=-1, pad=2), 'not ids below'), (dict(bos=True), 'not ids below'),
+    (dict(bos=1, eos=1, pad=2), 'each another'), (dict(eos=3), 'an eos, but no pad'),
+    (dict(format='rows'), 'block_size=None'), (dict(tokenizer='gpt2'), 'itos='),
+    (dict(vocab_size=50304, itos=None, tokenizer='gpt2'), "vocab_size=50304 is more than GPT-2's 50257")])
+def test_fields_of_a_meta_that_do_not_fit_together(small, changes, message):
+    with pytest.raises(ValueError, match=message):
+        meta_module.check_meta({**SMALL, **changes})
+    meta = json.loads((small / 'meta.json').read_text())
+    for bad in ({**meta, **changes}, [meta], 'x'):
+        (small / 'meta.json').write_text(json.dumps(bad))
+        with pytest.raises(UserError, match='the dataset in data/small is damaged .*make it again'):
+            loader.load_data('small')
+
+
+def test_ids_that_are_no_tokens(small, monkeypatch):
+    """[MASK] among them, or ids beyond the table of embeddings, would end in an error of a GPU."""
+    ids = np.array(read_ids(small, 'train'), '<u2')
+    for at in (0, len(ids) // 2, -1):
+        wrong = ids.copy()
+        wrong[at] = 4
+        wrong.tofile(small / 'train.bin')
+        for large in (2**28, 16):                              # of large files only blocks are looked at
+            monkeypatch.setattr(meta_module, 'LARGE', large)
+            monkeypatch.setattr(meta_module, 'BLOCK', 8)
+            with pytest.raises(UserError, match='damaged .train.bin has the id 4, the 4 tokens end at 3'):
+                loader.load_data('small')
+
+
+def test_files_that_are_not_those_of_the_meta(small, monkeypatch):
+    first = loader.load_data('small')[0]
+    data = (small / 'val.bin').read_bytes()
+    (small / 'val.bin').write_bytes(data[2:] + data[:2])
+    with pytest.raises(UserError, match='not what it was when meta.json was written'):
+        loader.load_data('small')
+    monkeypatch.setattr(meta_module, 'LARGE', 16)
+    assert loader.load_data('small')[0] == first
+
+
+def test_which_task_a_dataset_has(small, tmp_path):
+    """That of its own folder, or of the dataset whose prepare.py made it; never what meta.json likes."""
+    def name(written):
+        meta = dict(json.loads((small / 'meta.json').read_text()), name=written)
+        (small / 'meta.json').write_text(json.dumps(meta))
+        return loader.load_data('small')[0]['name']
+
+    (tmp_path / 'maker').mkdir()
+    assert name('maker') == name('elsewhere') == 'small'
+    (tmp_path / 'maker' / 'prepare.py').write_text('')
+    assert name('maker') == 'maker'                            # as arithmetic_large
+    (small / 'task.py').write_text('')
+    assert name('maker') == 'small'
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ('ran',)
+
+
+def test_a_folder_of_nanogpt(tmp_path, monkeypatch, capsys, toy_gpt2):
+    monkeypatch.setattr(loader, 'HERE', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / 'nano'
+    folder.mkdir()
+    np.array([0, 2, 1] * 50, np.uint16).tofile(folder / 'train.bin')
+    np.array([1, 2] * 40, np.uint16).tofile(folder / 'val.bin')
+    meta, data = loader.load_data('nano')
+    assert (meta['tokenizer'], meta['vocab_size'], meta['format']) == ('gpt2', 50257, 'stream')
+    assert data['train'][:3].tolist() == [0, 2, 1] and 'as nanoGPT makes it' in capsys.readouterr().out
+    known = dict(vocab_size=3, itos={0: 'x', 1: 'y', 2: '\n'}, stoi={'x': 0, 'y': 1, '\n': 2})
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(known))
+    (folder / 'prepare.py').write_text("import numpy\nids.tofile('train.bin')\n")
+    meta, data = loader.load_data('nano')
+    assert meta['itos'] == ['x', 'y', '\n'] and canvas.decode(meta, data['val'][:2].tolist())[0] == 'y\n'
+    assert meta['val_tokens'] == 80 and meta['name'] == 'nano' and loader.data_of(meta, {})[0] == meta
+    wrong = [Evil(), dict(known, itos=Evil()), [], dict(known, vocab_size=4), dict(known, vocab_size=2),
+             dict(known, itos=['x', 'y', 'y']), dict(itos={})]
+    for bad in (*map(pickle.dumps, wrong), b'', b'\x80\x04.'):
+        (folder / 'meta.pkl').write_bytes(bad)
+        with pytest.raises(UserError, match='data/nano is damaged'):
+            loader.load_data('nano')
+    assert not (tmp_path / 'ran').exists()
+    (folder / 'meta.json.7.tmp').write_text('')                # ours, killed while its files were renamed
+    assert not meta_module.is_nano(folder)
+
+
+def test_a_prepare_script_of_nanogpt(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, 'HERE', str(tmp_path))
+    (tmp_path / 'nano').mkdir()
+    (tmp_path / 'nano' / 'prepare.py').write_text(
+        'import os\nfor name in ("train.bin", "val.bin"):\n'
+        '    open(os.path.join(os.path.dirname(__file__), name), "wb").write(bytes(300))\n')
+    assert loader.load_data('nano')[0]['train_tokens'] == 150
+
+
+def test_two_at_a_time(tmp_path, capfd):
+    """The second waits for the first: what is there in the end is one of the two, whole."""
+    started, results = threading.Event(), []
+
+    def second():
+        started.set()
+        results.append(common.write_dataset(tmp_path, [3] * 9, [3] * 5, SMALL))
+
+    with common.dataset_writer(tmp_path, dict(SMALL)) as add:
+        (tmp_path / 'train.bin.123.tmp').write_text('torn')
+        thread = threading.Thread(target=second)
+        thread.start()
+        started.wait()
+        for split in ('train', 'val'):
+            add(split, [1, 2])
+        thread.join(0.2)
+        assert thread.is_alive() and not results
+    thread.join()
+    assert sums(tmp_path) == results[0]['sha256'] and 'waiting: another process' in capfd.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ['meta.json', 'train.bin', 'val.bin']
+
+
+def test_a_disk_that_takes_nothing(tmp_path, text_file, monkeypatch):
+    """The user hears of it in one line, and where it can be known before the text is tokenized."""
+    def full(*args):
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as m:
+        m.setattr(os, 'fsync', full)
+        with pytest.raises(OSError) as error:
+            own_text.prepare(tmp_path / 'out', text_file)
+    message = configurator.of_the_machine(error.value, {})
+    assert message == f"{tmp_path / 'out'}: No space left on device" and os.listdir(tmp_path / 'out') == []
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)
+    for name in ('encode_chars', 'gpt2'):
+        monkeypatch.setattr(common, name, None)
+    text_file.write_text('one\ntwo\nthree\n')
+    for how in (dict(), dict(tokenizer='gpt2'), dict(rows='line')):
+        with pytest.raises(UserError, match=f'new: cannot be made a folder.*{tmp_path} cannot be written to'):
+            own_text.prepare(tmp_path / 'new', text_file, **how)
+
+
+def test_an_unknown_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, 'HERE', str(tmp_path))
+    with pytest.raises(UserError, match='known: .*python data/text/prepare.py --input=PATH --out=data/foo'):
+        loader.load_data('foo')
 
 # -----------------------------------------------------------------------------
 # data/wikitext2/prepare.py and data/openwebtext/prepare.py
