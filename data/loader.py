@@ -33,7 +33,8 @@ def load_data(dataset, coarse=''):
     """
     The dataset: (meta, {'train': ids, 'val': ids}), int64 (N, T) for rows, uint16 (N,) for a stream of text.
 
-    A dataset that is not there yet is made by its prepare.py; if that fails, UserError says what to do.
+    A dataset that is not there yet is made by its prepare.py; if that fails, or if the files are not what
+    meta.json says, UserError says what to do. A folder that nanoGPT made is read as it is.
     coarse: characters that all become the first of them.
     """
     dataset = os.path.normpath(dataset)
@@ -96,7 +97,7 @@ def read_dataset(folder, name):
         check_ids(f'{split}.bin', ids, meta['vocab_size'])
     now = sums(data)
     if nano:
-        print(f"data/{name} is as nanoGPT makes it: a stream of {meta['vocab_size']:,} tokens", flush=True)
+        print(f"data/{name} is a stream as nanoGPT makes it, vocabulary {meta['vocab_size']:,}", flush=True)
         meta['sha256'] = now
     elif None not in (now, meta.get('sha256')) and now != meta['sha256']:
         raise ValueError('train.bin or val.bin is not what it was when meta.json was written (sha256)')

@@ -182,7 +182,7 @@ def check_args(path, args, known, meta):
         if not isinstance(args[name], kinds):
             raise UserError(f'{path}: damaged: {name} is {args[name]!r}, not {expected(type(default))}')
     try:
-        check_meta(meta)
+        check_meta({'format': 'stream', 'block_size': None, **meta})    # sampling needs neither
     except ValueError as error:
         raise UserError(f'{path}: damaged: {error}') from error
     if meta['vocab_size'] != args['vocab_size']:

@@ -179,10 +179,10 @@ def load_task(dataset):
 
 
 def read_lines(path):
-    """The lines of a text file that are not empty. Raises UserError if there are none."""
+    """The lines of a text file that are not empty, as data/text makes rows. Raises UserError without any."""
     try:
-        with open(path, encoding='utf-8') as lines:
-            found = [line for line in lines.read().splitlines() if line]
+        with open(path, encoding='utf-8', newline='') as lines:
+            found = [line for line in lines.read().replace('\r\n', '\n').split('\n') if line]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path}: cannot be read: {getattr(error, "strerror", None) or error}') from error
     if not found:

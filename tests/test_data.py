@@ -654,7 +654,8 @@ def test_rows_of_files(tmp_path, capsys):
     meta = own_text.prepare(tmp_path / 'short', block_size=9, drop_long=True, **how)
     assert meta['block_size'] == 9 and meta['train_tokens'] + meta['val_tokens'] == 90
     assert 'longer ones left out' in capsys.readouterr().out
-    for words, message in ((dict(block_size=2, drop_long=True), 'leaves no row'),
+    for words, message in ((dict(block_size=2), 'block_size must be at least 3'),
+                           (dict(block_size=3, drop_long=True), 'leaves no row'),
                            (dict(rows='word'), 'rows expects line or file'),
                            (dict(rows=None, drop_long=True), 'are about rows'),
                            (dict(glob='3.txt'), '1 different rows are too few')):

@@ -178,13 +178,15 @@ def prepare(out_dir, input, tokenizer='char', val_share=0.1, glob='*.txt,*.md', 
         raise UserError(f'tokenizer expects char or gpt2, got {tokenizer!r}')
     if rows not in (None, 'line', 'file'):
         raise UserError(f'rows expects line or file, got {rows!r}; without it the text runs on')
+    if block_size is not None and block_size < 3:
+        raise UserError(f'block_size must be at least 3, for start, a token and end, got {block_size}')
     if not rows and (block_size is not None or drop_long):
         raise UserError('block_size and drop_long are about rows: set --rows=line or --rows=file')
     if not 0 < val_share < 1:
         raise UserError(f'val_share must be between 0 and 1, got {val_share}')
     out_dir = os.path.abspath(out_dir)
     if out_dir == DATA or out_dir != HERE and os.path.exists(os.path.join(out_dir, 'prepare.py')):
-        raise UserError(f'{out_dir} belongs to another dataset, which has a prepare.py: choose another --out')
+        raise UserError(f'{out_dir} belongs to another dataset: choose another --out, as data/mybook')
     texts, name = read_texts(str(input), glob, skip_bad, nfc), os.path.basename(out_dir)
     if rows:
         texts = [text.rstrip('\n') for text in texts]
