@@ -635,6 +635,7 @@ def test_rows_of_lines(tmp_path, tokenizer, toy_gpt2):
     train, val = (rows_in(tmp_path / 'names', meta, split) for split in ('train', 'val'))
     assert sorted(train + val) == sorted(filter(None, LINES)) and not set(train) & set(val) and len(val) == 4
     assert train != [line for line in LINES if line in train] and meta['sha256'] == other['sha256']
+    assert canvas.read_lines(tmp_path / 'in.txt') == list(filter(None, LINES))  # sample.py --file agrees
     ids = {meta[name] for name in ('bos', 'eos', 'pad')}
     assert len(ids) == 3 and max(ids) == meta['vocab_size'] - 1 and meta['format'] == 'rows'
     if tokenizer == 'char':
@@ -676,6 +677,9 @@ def test_the_command_that_is_proposed_runs(tmp_path, monkeypatch, capsys, toy_gp
     monkeypatch.setattr(own_text, 'DATA', str(tmp_path))
     meta = own_text.prepare(tmp_path / 'my book', tmp_path / 'in.txt', tokenizer, rows=rows)
     line = capsys.readouterr().out.splitlines()[-1]
+    own_text.prepare(tmp_path / 'far' / 'book', tmp_path / 'in.txt', tokenizer, rows=rows)
+    linked = f'train on it: ln -s {tmp_path}/far/book {tmp_path} && python train.py '
+    assert capsys.readouterr().out.splitlines()[-1].startswith(linked)
     python, script, *words = shlex.split(line.removeprefix('train on it: '))
     assert (python, script) == ('python', 'train.py') and '--dataset=my book' in words
     train, root = load('../train'), os.path.dirname(DATA)

@@ -197,8 +197,9 @@ def prepare(out_dir, input, tokenizer='char', val_share=0.1, glob='*.txt,*.md', 
     else:
         texts = [text.replace('\r', '\n').rstrip('\n') + '\n' for text in texts if text.strip()]
         meta = write_text(out_dir, name, *split_documents(texts, val_share), tokenizer)
-    if os.path.dirname(out_dir) == DATA:
-        print(f'train on it: {command(meta)}')
+    here = os.path.realpath(os.path.dirname(out_dir)) == os.path.realpath(DATA)
+    link = '' if here else f'ln -s {shlex.quote(out_dir)} {shlex.quote(DATA)} && '
+    print(f'train on it: {link}{command(meta)}')
     return meta
 
 
