@@ -340,15 +340,24 @@ def alone(folder):
     """Nobody else writes a dataset into the folder meanwhile; waits for who does, removes what is torn."""
     descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
-        if fcntl:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f'waiting: another process is making a dataset in {folder}', flush=True)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            for torn in glob.glob(os.path.join(glob.escape(folder), '*.tmp')):
-                os.remove(torn)
+        if fcntl and is_locked(descriptor, folder):
+            for name in ('train.bin', 'val.bin', 'meta.json'):
+                for torn in glob.glob(os.path.join(glob.escape(folder), f'{name}.*.tmp')):
+                    os.remove(torn)
         yield
     finally:
         if fcntl:
             os.close(descriptor)                            # which ends the lock
+
+
+def is_locked(descriptor, folder):
+    """Locks the open folder, once nobody else does; False on a file system that knows no locks."""
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f'waiting: another process is making a dataset in {folder}', flush=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True

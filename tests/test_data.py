@@ -585,7 +585,8 @@ def test_a_few_files_are_held_out_in_pieces_of_all_of_them(tmp_path):
         assert 0.07 < len(held) / len(learned + held) < 0.13
         found = learned.splitlines(True), held.splitlines(True)
         assert sorted(found[0] + found[1]) == sorted(lines)  # whole lines, in their order
-        assert [*found[0]] == [line for line in lines if line in set(found[0])]
+        kept = set(found[0])
+        assert found[0] == [line for line in lines if line in kept]
 
 
 def test_of_many_files_some_are_held_out(tmp_path):
@@ -641,6 +642,23 @@ def test_rows_of_lines(tmp_path, tokenizer, toy_gpt2):
     if tokenizer == 'char':
         assert meta['itos'][-3:] == ['<bos>', '<eos>', '<pad>'] and meta['block_size'] == 8
     assert canvas.decode(meta, [meta['bos'], *canvas.encode(meta, 'an'), meta['pad']]) == ('an·', False)
+
+
+def test_rows_are_trained_on_and_sampled_up_to_their_end(tmp_path, monkeypatch, run):
+    """Without a task.py, as the command says that is printed."""
+    monkeypatch.setattr(loader, 'HERE', str(tmp_path))
+    (tmp_path / 'in.txt').write_bytes('\n'.join(LINES).encode())
+    meta = own_text.prepare(tmp_path / 'names', tmp_path / 'in.txt', rows='line')
+    words = shlex.split(own_text.command(meta))[2:]
+    small = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--max_iters=1', '--eval_interval=1']
+    words[0] = os.path.join(os.path.dirname(DATA), words[0])
+    status, _, err = run('train', *words, *small, f'--out_dir={tmp_path}/out')
+    assert (status, err) == (0, '')
+    page, found = tmp_path / 'samples.jsonl', f'--init_from={tmp_path}/out/ckpt_joint_all_positions.pt'
+    assert run('sample', found, '--num_samples=40', '--length=4', f'--save={page}')[0] == 0
+    samples = [json.loads(line) for line in page.read_text(encoding='utf-8').split('\n')[:-1]]
+    assert len(samples) == 40 and all(len(sample['text']) == 4 for sample in samples)
+    assert all(canvas.decode(meta, sample['tokens']) == (sample['text'], True) for sample in samples)
 
 
 def test_rows_of_files(tmp_path, capsys):
@@ -869,6 +887,7 @@ def test_two_at_a_time(tmp_path, capfd):
 
     with common.dataset_writer(tmp_path, dict(SMALL)) as add:
         (tmp_path / 'train.bin.123.tmp').write_text('torn')
+        (tmp_path / 'mine.tmp').write_text('not ours')
         thread = threading.Thread(target=second)
         thread.start()
         started.wait()
@@ -878,7 +897,16 @@ def test_two_at_a_time(tmp_path, capfd):
         assert thread.is_alive() and not results
     thread.join()
     assert sums(tmp_path) == results[0]['sha256'] and 'waiting: another process' in capfd.readouterr().out
-    assert sorted(os.listdir(tmp_path)) == ['meta.json', 'train.bin', 'val.bin']
+    assert sorted(os.listdir(tmp_path)) == ['meta.json', 'mine.tmp', 'train.bin', 'val.bin']
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def none(*args):
+        raise OSError(37, 'No locks available')
+
+    if common.fcntl:
+        monkeypatch.setattr(common.fcntl, 'flock', none)
+    assert common.write_dataset(tmp_path, [3] * 9, [3] * 5, SMALL)['sha256'] == sums(tmp_path)
 
 
 def test_a_disk_that_takes_nothing(tmp_path, text_file, monkeypatch):
