@@ -174,13 +174,13 @@ def text_meta(name, tokenizer, itos=None, seed=None):
 
 def write_text(out_dir, name, train, val, tokenizer):
     """
-    Encodes two lists of documents with the tokenizer 'char' or 'gpt2', writes them into out_dir, says what
-    they are.
+    Encodes two texts with the tokenizer 'char' or 'gpt2', writes them into out_dir, says what they are.
 
-    Between documents there is a blank line, in GPT-2's tokens <|endoftext|>. Returns the meta. Raises
-    UserError if a split is too short for one row of training.
+    A text may be a list of documents: a blank line is put between two, of GPT-2's tokens <|endoftext|>.
+    Returns the meta. Raises UserError if a split is too short for one row of training.
     """
     check_writable(out_dir)
+    train, val = ([text] if isinstance(text, str) else text for text in (train, val))
     if tokenizer == 'char':
         itos, ids = encode_chars(['\n'.join(documents) for documents in (train, val)])
         show_characters(itos)

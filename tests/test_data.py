@@ -689,7 +689,8 @@ def test_rows_of_files(tmp_path, capsys):
 @pytest.mark.parametrize('text, tokenizer, rows', [
     ('a few words\n' * 61 + 'and more\n', 'char', None), ('a few words\n' * 400, 'char', None),
     ('some words\n' * 200, 'gpt2', None), ('anna\nbo\nclara\n', 'char', 'line'),
-    ('a\nbo\nc\n', 'gpt2', 'line')])
+    ('a\nbo\nc\n', 'gpt2', 'line'),
+    ('a\nb\n' + 'c' * 1500, 'char', 'line'), ('a\nb\n' + 'c' * 4000, 'gpt2', 'line')])
 def test_the_command_that_is_proposed_runs(tmp_path, monkeypatch, capsys, toy_gpt2, text, tokenizer, rows):
     (tmp_path / 'in.txt').write_text(text)
     monkeypatch.setattr(own_text, 'DATA', str(tmp_path))
@@ -704,6 +705,7 @@ def test_the_command_that_is_proposed_runs(tmp_path, monkeypatch, capsys, toy_gp
     values = configurator.configure(vars(train), [os.path.join(root, words[0]), *words[1:]])
     check_fits(values, meta)
     check_settings(values)
+    assert values['batch_size'] * values['block_size'] <= 2**14 and values['batch_size'] >= 4
 
 
 def test_own_text_that_cannot_be(tmp_path, notes):

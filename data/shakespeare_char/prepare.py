@@ -24,7 +24,7 @@ def prepare(out_dir=HERE, input=None, name='shakespeare_char', tokenizer='char')
     """Encodes the text, writes it into out_dir, says what it is, returns its meta. Raises UserError."""
     text = read_source('tiny Shakespeare', URL, SHA256, input).decode()
     split = int(len(text) * 0.9)
-    return write_text(out_dir, name, [text[:split]], [text[split:]], tokenizer)
+    return write_text(out_dir, name, text[:split], text[split:], tokenizer)
 
 
 def main():

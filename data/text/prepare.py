@@ -23,7 +23,7 @@ DATA = os.path.dirname(HERE)
 sys.path.insert(0, os.path.dirname(DATA))
 import configurator  # noqa: E402
 from configurator import UserError  # noqa: E402
-from data.common import write_rows, write_text  # noqa: E402
+from data.common import SHORTEST, write_rows, write_text  # noqa: E402
 
 input: str = None       # text files, folders of them or patterns, commas between; -: standard input
 out: str = None         # the folder to write to, which names the dataset; None: the one of this script
@@ -152,15 +152,18 @@ def split_rows(texts, share):
 
 
 def command(meta):
-    """How a dataset is trained on."""
-    config, size = ('shakespeare_char_cpu', 128) if meta['tokenizer'] == 'char' else ('shakespeare_bpe', 64)
-    fits = min(meta['train_tokens'], meta['val_tokens']) > size
-    if meta['format'] == 'rows':
-        config, size = 'remask_all' if meta['tokenizer'] == 'char' else config, meta['block_size']
-    elif not fits:
-        size = 64                                # common.SHORTEST sees to it
+    """How a dataset is trained on, a command that runs."""
+    config, size, batch = 'shakespeare_bpe', 64, 16              # what these recipes have
+    if meta['tokenizer'] == 'char':
+        text = meta['format'] == 'stream'
+        config, size, batch = ('shakespeare_char_cpu', 128, 32) if text else ('remask_all', 64, 64)
     words = [f'config/{config}.py', f"--dataset={meta['name']}"]
-    words += [f'--block_size={size}'] if meta['format'] == 'rows' or not fits else []
+    if meta['format'] == 'rows':
+        size = meta['block_size']
+        words += [f'--block_size={size}']
+        words += [f'--batch_size={max(4, 2**14 // size)}'] if batch * size > 2**14 else []
+    elif min(meta['train_tokens'], meta['val_tokens']) <= size:
+        words += [f'--block_size={SHORTEST - 1}']
     return shlex.join(['python', 'train.py', *words, '--sample_prompt=', f"--out_dir=out-{meta['name']}"])
 
 

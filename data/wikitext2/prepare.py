@@ -26,7 +26,7 @@ def prepare(out_dir=HERE, input=None):
     """Encodes the text, writes it into out_dir, says what it is, returns its meta. Raises UserError."""
     # a row is a line; the hub keeps some of the white space at their ends, files have other
     splits = load_corpus(NAME, PATTERNS, HUB, input)
-    train, val = (['\n'.join(line.rstrip() for line in rows['text']) + '\n'] for rows in splits)
+    train, val = ('\n'.join(line.rstrip() for line in rows['text']) + '\n' for rows in splits)
     return write_text(out_dir, 'wikitext2', train, val, 'gpt2')
 
 
