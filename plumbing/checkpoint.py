@@ -13,6 +13,7 @@ import torch
 
 from configurator import UserError, expected
 from data.loader import other_data, read_meta
+from data.meta import check_meta
 from plumbing import distributed
 from plumbing.files import atomically
 from plumbing.oldnames import modernised
@@ -180,15 +181,13 @@ def check_args(path, args, known, meta):
         kinds = (int, float) if isinstance(default, float) else str if isinstance(default, str) else int
         if not isinstance(args[name], kinds):
             raise UserError(f'{path}: damaged: {name} is {args[name]!r}, not {expected(type(default))}')
-    itos, size = meta['itos'], meta['vocab_size']
-    fits = isinstance(size, int) and size == args['vocab_size']
-    if not fits or not (itos is None or isinstance(itos, list) and len(itos) == size):
-        there = len(itos) if isinstance(itos, list) else repr(size)
+    try:
+        check_meta({'format': 'stream', 'block_size': None, **meta})    # sampling needs neither
+    except ValueError as error:
+        raise UserError(f'{path}: damaged: {error}') from error
+    if meta['vocab_size'] != args['vocab_size']:
         raise UserError(f"{path}: damaged: the network knows {args['vocab_size']} tokens, "
-                        f'its vocabulary has {there}')
-    for name in (meta['name'], meta.get('dataset', meta['name'])):  # code of that name will be run
-        if not isinstance(name, str) or os.path.basename(name) != name:
-            raise UserError(f'{path}: damaged: {name!r} is no name of a dataset')
+                        f"its vocabulary has {meta['vocab_size']}")
 
 
 def check_weights(path, weights, own):

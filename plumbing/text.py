@@ -4,6 +4,7 @@ import bisect
 import codecs
 import functools
 import importlib.util
+import itertools
 import os
 import sys
 
@@ -103,7 +104,8 @@ def decode(meta, ids):
     if finished:
         ids = ids[:ids.index(meta['eos'])]
     if meta['tokenizer'] == 'gpt2':
-        return gpt2().decode(ids), finished
+        runs = itertools.groupby(ids, lambda i: i == meta['pad'])
+        return ''.join(PAD * len([*run]) if pad else gpt2().decode([*run]) for pad, run in runs), finished
     return ''.join(PAD if i == meta['pad'] else meta['itos'][i] for i in ids), finished
 
 
@@ -122,7 +124,7 @@ def pieces(meta, ids):
     for place, i in enumerate(ids):
         if place >= end or i == meta['bos']:
             yield '', False
-        elif meta['tokenizer'] == 'gpt2':
+        elif meta['tokenizer'] == 'gpt2' and i != meta['pad']:
             text = utf8.decode(gpt2().decode_single_token_bytes(i), final=place == end - 1)
             yield text, bool(utf8.getstate()[0])
         else:

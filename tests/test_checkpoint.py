@@ -27,9 +27,11 @@ from plumbing.files import write_atomically
 def checkpoint_of(network, **changes):
     meta = dict(
         name='x',
+        format='stream',
+        block_size=None,
         vocab_size=network.config.vocab_size,
         tokenizer='char',
-        itos=None,
+        itos=[*map(chr, range(97, 97 + network.config.vocab_size))],
         bos=None,
         eos=None,
         pad=None,
@@ -244,7 +246,7 @@ def test_not_a_checkpoint(tmp_path, content):
 def test_checkpoints_that_do_not_fit(tmp_path):
     path, model = str(tmp_path / 'ckpt.pt'), tiny_gpt()
     weights, args = model.state_dict(), model_args(model.config)
-    bad = {name: tensor.clone() for name, tensor in weights.items()}
+    bad, meta = {name: tensor.clone() for name, tensor in weights.items()}, checkpoint_of(model)['meta']
     bad['blocks.0.fc.weight'][3, 2] = float('nan')
     fewer = {name: tensor for name, tensor in weights.items() if name != 'causal_embd'}
     for changes, message in (
@@ -256,6 +258,10 @@ def test_checkpoints_that_do_not_fit(tmp_path):
         (dict(model_args={**args, 'parts': 3}), 'parts is 3, not'),
         (dict(model={**weights, 'head.weight': torch.zeros(1)}), "tensor 'head.weight'"),
         (dict(model=fewer), "tensor 'causal_embd'"),
+        (dict(meta=dict(meta, name='..')), "damaged: name='..' makes no sense"),
+        (dict(meta=dict(meta, dataset='/etc')), "damaged: dataset='/etc' makes no sense"),
+        (dict(meta=dict(meta, itos=['a'] * meta['vocab_size'])), 'damaged: itos='),
+        (dict(meta=dict(meta, vocab_size=1, itos=['a'])), 'its vocabulary has 1'),
     ):
         torch.save(checkpoint_of(model, **changes), path)
         with pytest.raises(UserError, match=message) as error:
