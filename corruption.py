@@ -89,7 +89,7 @@ def ask(x0, free, real, task, tokens, generator, guess=None):
             where, ids = CORRUPTIONS[name](batch, chosen & rows)
             if task.training_type == 'remasking':
                 input = torch.where(rows, x0, input)
-            input = torch.where(where & rows, ids, input)
+            input = torch.where(where & rows & free, ids, input)    # what is given stays, whatever moves
             noisy = rows if name == 'noise' else noisy
     elif task.training_type == 'joint' and 'own' in dict(mixture) and guess:
         guess(input, proofread)                                     # nowhere, but see own_guesses

@@ -47,6 +47,10 @@ def load_data(dataset, coarse=''):
         raise UserError(f'the dataset in data/{dataset} is damaged ({error}); make it again: '
                         f'{how_to_make(dataset)}') from error
     data = {split: made_coarse(ids, meta, coarse) for split, ids in data.items()}
+    from plumbing.text import load_task                             # here, because that builds on this file
+    task = load_task(meta['name'])
+    if hasattr(task, 'augment'):                                    # random_rows asks for it
+        data['train'].augment = task.augment
     return {**meta, 'dataset': dataset}, data
 
 
@@ -138,8 +142,10 @@ def num_places(ids, block_size):
 
 
 def random_rows(ids, num, block_size, generator):
-    """num rows at random places of the dataset: x0 (num, T)."""
-    return rows_at(ids, torch.randint(num_places(ids, block_size), (num,), generator=generator), block_size)
+    """num rows at random places of the dataset, as the task's augment changes them: x0 (num, T)."""
+    index = torch.randint(num_places(ids, block_size), (num,), generator=generator)
+    rows = rows_at(ids, index, block_size)
+    return ids.augment(rows, generator) if hasattr(ids, 'augment') else rows
 
 
 def spread_rows(ids, num, block_size):

@@ -2,11 +2,12 @@
 
 import json
 import os
+import textwrap
 
 from configurator import UserError
 from plumbing.files import atomically, write_atomically
 from plumbing.optim import ramp
-from plumbing.text import encode, load_task
+from plumbing.text import encode, load_task, pictured
 
 PARTS = ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)')  # of the loss, as training tells them
 
@@ -48,7 +49,7 @@ def curves(log, path):
     records = read_log(log)
     groups = {'nats, training': ('causal', 'draft', 'unmask', 'detect', 'keep'),
               'nats a token, validation': ('nelbo', 'causal_nll', 'entropy'),
-              'share': ('auc', 'fixed', 'refilled', 'valid', 'correct', 'distinct_3', 'known_words'),
+              'share': ('auc', 'fixed', 'refilled', 'valid', 'correct', 'cells', 'distinct_3', 'known_words'),
               'abstention': ('p(MASK)', 'penalty_keep_mask'),
               'bias on the logit of [MASK]': ('mask_logit_bias',),
                 'curricula': ('remask_ratio', 'penalty_mask_correct'), 'learning rate': ('learning_rate',)}
@@ -95,12 +96,12 @@ def show_samples(samples, meta, config, compare, shown=4):
     """
     task, texts = load_task(meta['name']), [sample['text'] for sample in samples]
     for text in texts[:shown]:
-        print(f'    {text}   {task.verdict(text)}' if task else f'    {text!r}')
+        print(textwrap.indent(pictured(task, text), '    ') if task else f'    {text!r}')
     if not task:
         given = len(encode(meta, config['sample_prompt'])) + (meta['bos'] is not None)
         return compare([text[len(config['sample_prompt']):] for text in texts],
                        [sample['tokens'][given:] for sample in samples])
     score = task.score(texts)
-    print(f"    {score['valid']:.0%} of {len(texts)} samples are well formed, "
-          f"{score['correct']:.0%} have the right value")
-    return {name: score[name] for name in ('valid', 'correct')}
+    line = getattr(task, 'LINE', '{valid:.0%} of {n} samples are well formed, {correct:.0%} have the right value')
+    print('    ' + line.format(**{'n': len(texts), **score}))
+    return {name: score[name] for name in ('valid', 'correct', 'cells') if name in score}

@@ -8,6 +8,7 @@ import torch
 
 from configurator import UserError
 from data.common import gpt2
+from data.loader import load_data
 
 
 def encode(meta, text):
@@ -55,8 +56,15 @@ def rows_of(samples, meta, T):
 
 
 def modelled(x0, meta):
-    """Masks of x0 (B, T): (free, all positions but the start symbol; real, those without padding)."""
+    """
+    Masks of x0 (B, T): (free, all positions but the start symbol and what is given; real, those without
+    padding).
+
+    A dataset may name tokens that are given wherever they stand: meta['given'].
+    """
     free = torch.ones_like(x0, dtype=torch.bool) if meta['bos'] is None else x0 != meta['bos']
+    if meta.get('given'):
+        free = free & ~torch.isin(x0, torch.tensor(meta['given'], device=x0.device))
     return free, free if meta['pad'] is None else free & (x0 != meta['pad'])
 
 
@@ -86,11 +94,17 @@ def text_canvas(model, meta, texts, ends):
 
 def start_canvas(model, meta, num, prompt=(), lengths=None):
     """
-    An empty canvas for num samples: (canvas (B, T) ids, fixed (B, T) bool).
+    An empty canvas for num samples: (canvas (B, T) ids, fixed (B, T) bool). Where task.py has starts, its texts.
 
     prompt: ids that every sample starts with. lengths: tokens in each sample (B,), None: the model decides
     (without an end token the canvas is as long as the longest length). Raises UserError if it does not fit.
     """
+    task = load_task(meta['name'])
+    if hasattr(task, 'starts'):
+        if prompt or lengths is not None:
+            raise UserError(f"{meta['name']} starts from puzzles: it takes no prompt and no length")
+        texts = task.starts(load_data(meta.get('dataset', meta['name']))[1]['val'], num)
+        return text_canvas(model, meta, [holes(meta, text, '_', model.mask_token_id)[0] for text in texts], True)
     if lengths is None:
         return text_canvas(model, meta, [list(prompt)] * num, ends=False)
     if lengths.min() < max(1, len(prompt)):
@@ -174,6 +188,12 @@ def load_task(dataset):
         raise UserError(f'{path} has no function {missing[0]}: training calls score(texts), verdict(text), '
                         'see data/arithmetic/task.py')
     return module
+
+
+def pictured(task, text):
+    """What is printed of a text: as task.py draws it, and what it says of it; without a task the text."""
+    drawn = task.picture(text) if hasattr(task, 'picture') else text
+    return f'{drawn}   {task.verdict(text)}' if task else text
 
 
 def read_lines(path):
