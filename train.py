@@ -314,7 +314,7 @@ def check_settings(config):
 
 
 def draws(config, meta):
-    """Whether samples are drawn at an evaluation. From left to right there are none with text given inside."""
+    """Whether samples are drawn at an evaluation; from left to right none with text given inside."""
     kinds = ('remasking', 'causal') if 'given' in meta else ('remasking',)
     return config['eval_samples'] and config['training_type'] not in kinds
 

@@ -12,5 +12,6 @@ n_layer = 2
 n_head = 4
 n_embd = 128
 n_recur = 4
+parts = 'places'             # a cell knows where it stands, and needs not count lines
 max_iters = 4000
 eval_interval = 1000

@@ -49,9 +49,11 @@ def load_networks(s, load, supports):
     return model, checkpoint, judge
 
 
-def given_texts(s):
-    """The texts that --text or --file give."""
-    return read_lines(s.file) if s.file else [s.text]
+def given_texts(s, meta):
+    """The texts that --text or --file give, as the dataset's task.py reads them."""
+    lines = read_lines(s.file) if s.file else [s.text]
+    task = load_task(meta['name'])
+    return task.read(lines, meta['block_size'], s.hole) if hasattr(task, 'read') else lines
 
 
 def canvases(s, model, meta):
@@ -60,7 +62,7 @@ def canvases(s, model, meta):
         num = s.num_samples or 10
         lengths = None if s.length is None else torch.full((num,), s.length)
         return None, *start_canvas(model, meta, num, encode(meta, s.prompt), lengths)
-    texts = given_texts(s)
+    texts = given_texts(s, meta)
     pairs = [task_canvas(s.task, model, meta, line, s.hole, s.mask) for line in texts]
     if len({canvas.size(1) for canvas, _ in pairs}) > 1:
         raise UserError(f"{meta['name']} has no end token, so texts of different lengths cannot share a "
@@ -72,7 +74,7 @@ def canvases(s, model, meta):
 
 def given_samples(s, model, meta):
     """The given texts as samples, to be scored."""
-    return [given_sample(model, meta, line) for line in given_texts(s)]
+    return [given_sample(model, meta, line) for line in given_texts(s, meta)]
 
 
 def show_samples(s, model, judge, meta, can, samples, texts=None, canvas=None, *written):
@@ -91,9 +93,8 @@ def show_samples(s, model, judge, meta, can, samples, texts=None, canvas=None, *
         judge_samples(model, meta, can, samples, width)
 
     scorer = load_task(meta['name'])
-    verdict = scorer and scorer.verdict
     for i, sample in enumerate(samples[:50]):
-        print(show.report(sample, meta, verdict, texts and texts[i]))
+        print(show.report(sample, meta, scorer, texts and texts[i]))
     if len(samples) > 50:
         print(f'... and {len(samples) - 50} more' + ('' if s.save else ' (--save=FILE.jsonl keeps them all)'))
     if written:
@@ -102,6 +103,7 @@ def show_samples(s, model, judge, meta, can, samples, texts=None, canvas=None, *
         print(f'{len(samples)} samples, {nfe:.1f} passes each (NFE), {len(samples) / seconds:.1f} samples/s')
         if s.animate or s.html:
             finds = judge or (model if can.detects else None)
+            verdict = scorer and scorer.verdict
             show.watch(finds, meta, fixed, samples, verdict, s.task, f'{rules}; {nfe:.0f} passes a sample',
                        s.animate, s.html, writer=model if judge else None)
     if s.save:

@@ -102,6 +102,7 @@ def show_samples(samples, meta, config, compare, shown=4):
         return compare([text[len(config['sample_prompt']):] for text in texts],
                        [sample['tokens'][given:] for sample in samples])
     score = task.score(texts)
-    line = getattr(task, 'LINE', '{valid:.0%} of {n} samples are well formed, {correct:.0%} have the right value')
+    line = '{valid:.0%} of {n} samples are well formed, {correct:.0%} have the right value'
+    line = getattr(task, 'LINE', line)
     print('    ' + line.format(**{'n': len(texts), **score}))
     return {name: score[name] for name in ('valid', 'correct', 'cells') if name in score}

@@ -17,6 +17,7 @@ from configurator import UserError
 from data.common import gpt2
 from plumbing.files import write_atomically
 from plumbing.evaluate import p_wrong
+from plumbing.text import pictured
 
 # how the terminal shows what a position can be in a frame; the first letter is its name in the page
 STYLES = dict(kept='', changed='magenta', new='green bold', remasked='red reverse', mask='dim',
@@ -32,23 +33,33 @@ def marks(before, trace, mask_token_id):
                    for old, new, doubted in zip(before.tolist(), trace[-1].tolist(), remasked.tolist()))
 
 
-def report(sample, meta, verdict, before=None):
-    """The lines to print for one sample: what became of the text before, and what the model thinks of it."""
-    lines = [f"{sample['text']}   {verdict(sample['text'])}" if verdict else sample['text']]
-    indent = ''
-    if before is not None:
+def report(sample, meta, task, before=None):
+    """
+    The lines to print for one sample: what became of the text before, and what the model thinks of it.
+
+    task: the dataset's task.py, or None. What it draws as a picture shows by itself what was given.
+    """
+    lines, indent, board = [pictured(task, sample['text'])], '', hasattr(task, 'picture')
+    if before is not None and not board:
         lines, indent = [before, f'-> {lines[0]}'], '   '
     shown = slice(meta['bos'] is not None, None)  # the start symbol is not printed
+
+    def below(signs, what):
+        """A line with a sign for each token, or a picture of them."""
+        if board:
+            signs = task.picture(''.join(c if c == '\n' else sign for c, sign in zip(sample['text'], signs)))
+        return f'{indent}{signs.rstrip()}   {what}'
+
     if meta['tokenizer'] == 'char' and sample.get('marks', '').strip():
-        lines.append(f"{indent}{sample['marks'][shown].rstrip()}   (^ changed, ? doubted and kept)")
+        lines.append(below(sample['marks'][shown], '(^ changed, ? doubted and kept)'))
     if 'p_wrong' in sample:
         tenths = ''.join(str(min(9, int(10 * p))) for p in sample['p_wrong'][shown])
-        lines.append(f'{indent}{tenths}   p(WRONG) of every token in tenths')
+        lines.append(below(tenths, 'p(WRONG) of every token in tenths'))
     names = dict(nelbo='NELBO', causal_nll='causal NLL')
     numbers = [f'{name} {sample[key]:.3f}' for key, name in names.items() if key in sample]
     if numbers:
         lines.append(f"{indent}{', '.join(numbers)} nats/token")
-    return '\n'.join(lines if verdict else [*lines, '-' * 15])
+    return '\n'.join(lines if task else [*lines, '-' * 15])
 
 
 @torch.no_grad()
@@ -127,6 +138,7 @@ def animate(stories, seconds=0.08):
                     if state == 'kept' and doubt:
                         style = 'red' if doubt > 0.5 else 'yellow' if doubt > 0.2 else ''
                     picture.append(old[i] if state == 'remasked' else token, style)
+                    picture.append('\n' * (state == 'fixed' and token == '↵'))
                 picture.append(f'\nsample {number}/{len(stories)}  step {step}/{last}', 'dim')
                 live.update(picture.append(f'  {told["label"]}\n' if step == last else ''), refresh=True)
                 old = frame['tokens']
@@ -162,7 +174,9 @@ def watch(judge, meta, fixed, samples, verdict, title, subtitle, in_terminal, pa
     for given, sample in zip(fixed, samples[:20]):
         trace = sample['trace']                                                 # (S, T)
         doubts = judge_steps(judge, trace, writer) if judge else torch.full(trace.shape, float('nan'))
-        label = f"{sample['text']}   {verdict(sample['text'])}" if verdict else sample['text'][:60]
+        label = sample['text'][:60]
+        if verdict:
+            label = f"{sample['text']}   {verdict(sample['text'])}".replace('\n', ' ')
         stories.append(story(meta, trace, given, doubts, label))
     if in_terminal:
         animate(stories)

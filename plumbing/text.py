@@ -94,7 +94,8 @@ def text_canvas(model, meta, texts, ends):
 
 def start_canvas(model, meta, num, prompt=(), lengths=None):
     """
-    An empty canvas for num samples: (canvas (B, T) ids, fixed (B, T) bool). Where task.py has starts, its texts.
+    A canvas for num samples: (canvas (B, T) ids, fixed (B, T) bool), empty, or held-out texts with holes if
+    task.py has starts.
 
     prompt: ids that every sample starts with. lengths: tokens in each sample (B,), None: the model decides
     (without an end token the canvas is as long as the longest length). Raises UserError if it does not fit.
@@ -104,7 +105,8 @@ def start_canvas(model, meta, num, prompt=(), lengths=None):
         if prompt or lengths is not None:
             raise UserError(f"{meta['name']} starts from puzzles: it takes no prompt and no length")
         texts = task.starts(load_data(meta.get('dataset', meta['name']))[1]['val'], num)
-        return text_canvas(model, meta, [holes(meta, text, '_', model.mask_token_id)[0] for text in texts], True)
+        ids = [holes(meta, text, '_', model.mask_token_id)[0] for text in texts]
+        return text_canvas(model, meta, ids, ends=True)
     if lengths is None:
         return text_canvas(model, meta, [list(prompt)] * num, ends=False)
     if lengths.min() < max(1, len(prompt)):
@@ -192,8 +194,9 @@ def load_task(dataset):
 
 def pictured(task, text):
     """What is printed of a text: as task.py draws it, and what it says of it; without a task the text."""
-    drawn = task.picture(text) if hasattr(task, 'picture') else text
-    return f'{drawn}   {task.verdict(text)}' if task else text
+    if hasattr(task, 'picture'):
+        return f'{task.picture(text)}\n{task.verdict(text)}\n'
+    return f'{text}   {task.verdict(text)}' if task else text
 
 
 def read_lines(path):

@@ -72,13 +72,13 @@ def encode_row(cells, board):
 
 
 def prepare(out_dir, size=9, num_train=10000, num_val=1000, givens=None, seed=1337):
-    """Draws the dataset, writes it into out_dir, says what it is and returns its meta. givens: (least, most)."""
+    """Draws the dataset, writes it into out_dir, says what it is, returns its meta. givens: (least, most)."""
     if size not in BOXES:
         raise UserError(f'size expects 9 or 6, got {size}')
     least, most = givens or GIVENS[size]
     if min(num_train, num_val) < 1 or not 0 <= least <= most <= size * size:
-        raise UserError(f'num_train and num_val must be at least 1, and givens from least_givens to most_givens '
-                        f'of {size * size}; got {num_train}, {num_val}, {least} and {most}')
+        raise UserError('num_train and num_val must be at least 1, and 0 <= least_givens <= most_givens <= '
+                        f'{size * size}; got {num_train}, {num_val}, {least} and {most}')
     # seeded with names: by seed and seed + 1 the held-out set would be the next dataset's training set
     rows, puzzles, avoid = {}, {}, ()
     with library('tqdm').tqdm(total=2 * (num_train + num_val), desc='boards and puzzles') as bar:

@@ -16,6 +16,7 @@ import torch
 from configurator import UserError
 
 BOXES = {6: (2, 3), 9: (3, 3)}           # rows and columns of a box
+SIDE = {42: 6, 90: 9}                    # of a board, by the tokens of its text
 GIVENS = {6: (10, 20), 9: (25, 45)}      # how many a puzzle has, at least and at most
 BOLD = str.maketrans({str(d): chr(0x1D7CE + d) for d in range(1, 10)})
 PLAIN = {ord(bold): chr(plain) for plain, bold in BOLD.items()}
@@ -26,10 +27,10 @@ LINE = '{correct:.0%} of {n} puzzles are solved, {cells:.0%} of the cells to fil
 
 @functools.lru_cache
 def shape(N):
-    """The board of N x N cells: its units (rows, columns, boxes), and for each cell (its row, column, box)."""
+    """The board of N x N cells: its units (rows, columns, boxes), and the (row, column, box) of each cell."""
     high, wide = BOXES[N]
     place = [(i // N, i % N, i // N // high * high + i % N // wide) for i in range(N * N)]
-    units = [[i for i in range(N * N) if place[i][kind] == number] for kind in range(3) for number in range(N)]
+    units = [[i for i in range(N * N) if place[i][kind] == k] for kind in range(3) for k in range(N)]
     pairs = sorted({pair for unit in units for pair in combinations(unit, 2)})
     return SimpleNamespace(N=N, high=high, wide=wide, place=place, units=units, pairs=pairs)
 
@@ -118,55 +119,58 @@ def solution(givens):
     return found[0] if len(found) == 1 else None
 
 
+def candidates(cells):
+    """The digits that each cell may get, as bits; 0 where it has one. None if the cells are in conflict."""
+    taken = used(cells)
+    if taken is None:
+        return None
+    rows, columns, boxes = taken
+    N = len(rows)
+    return [0 if digit else (2 << N) - 2 & ~(rows[r] | columns[c] | boxes[b])
+            for digit, (r, c, b) in zip(cells, shape(N).place)]
+
+
+def single(free):
+    """A naked or hidden single, by the candidates: (cell, bits of its digit); None if there is none."""
+    for i, bits in enumerate(free):
+        if bits and not bits & bits - 1:
+            return i, bits
+    for unit in shape(round(len(free) ** 0.5)).units:
+        once = twice = 0
+        for i in unit:
+            twice |= once & free[i]
+            once |= free[i]
+        for i in unit:
+            alone = free[i] & once & ~twice
+            if alone:
+                return i, alone & -alone
+    return None
+
+
 def guesses(cells):
-    """How many guesses a solver needs that sets all naked and hidden singles first; None: no solution."""
-    N = round(len(cells) ** 0.5)
-    board, count = shape(N), [0]
+    """How many guesses (all count) a solver needs that sets all singles first; None: there is no solution."""
+    solved, count = attempt(list(cells))
+    return count if solved else None
 
-    def open_digits(cells):
-        rows, columns, boxes = used(cells)
-        every = (2 << N) - 2
-        return [0 if digit else every & ~(rows[r] | columns[c] | boxes[b])
-                for digit, (r, c, b) in zip(cells, board.place)]
 
-    def singles(free):
-        """Some (cell, bits of its digit) that are forced."""
-        naked = [(i, bits) for i, bits in enumerate(free) if bits and not bits & (bits - 1)]
-        if naked:
-            return naked[:1]
-        for unit in board.units:
-            once, twice = 0, 0
-            for i in unit:
-                twice |= once & free[i]
-                once |= free[i]
-            for i in unit:
-                alone = free[i] & once & ~twice
-                if alone:
-                    return [(i, alone & -alone)]
-        return []
-
-    def search(cells):
-        cells = list(cells)
-        while True:
-            free = open_digits(cells)
-            if any(not digit and not bits for digit, bits in zip(cells, free)):
-                return False
-            forced = singles(free)
-            for i, bit in forced:
-                cells[i] = bit.bit_length() - 1
-            if not forced:
-                break
-        if all(cells):
-            return True
-        i = min((i for i, bits in enumerate(free) if bits), key=lambda i: free[i].bit_count())
-        for d in range(1, N + 1):
-            if free[i] >> d & 1:
-                count[0] += 1
-                if search([*cells[:i], d, *cells[i + 1:]]):
-                    return True
-        return False
-
-    return count[0] if search(cells) else None
+def attempt(cells):
+    """(whether it solves the cells, how many guesses it took), see guesses."""
+    free, count = candidates(cells), 0
+    while free and all(digit or bits for digit, bits in zip(cells, free)):
+        if not any(free):
+            return True, count
+        forced = single(free)
+        if forced is None:
+            i = min((i for i, bits in enumerate(free) if bits), key=lambda i: free[i].bit_count())
+            for digit in (d for d in range(10) if free[i] >> d & 1):
+                solved, more = attempt([*cells[:i], digit, *cells[i + 1:]])
+                count += 1 + more
+                if solved:
+                    return True, count
+            return False, count
+        cells[forced[0]] = forced[1].bit_length() - 1
+        free = candidates(cells)
+    return False, count
 
 
 # -----------------------------------------------------------------------------
@@ -235,7 +239,7 @@ def augment(rows, generator):
 
     Digits are relabelled; bands, stacks, and rows and columns in them change places; 9 x 9 is transposed.
     """
-    B, N = len(rows), {N * N + N: N for N in BOXES}[rows.size(1)]
+    B, N = len(rows), SIDE[rows.size(1)]
     board = shape(N)
 
     def order(size):
@@ -244,7 +248,7 @@ def augment(rows, generator):
         inside = torch.rand(B, N // size, size, generator=generator).argsort(2)
         return (blocks[:, :, None] * size + inside).flatten(1)
 
-    at = order(board.high)[:, :, None] * N + order(board.wide)[:, None]        # (B, N, N) where a cell comes from
+    at = order(board.high)[:, :, None] * N + order(board.wide)[:, None]        # (B, N, N) where it comes from
     turned = torch.rand(B, 1, 1, generator=generator) < 0.5
     if board.high == board.wide:
         at = torch.where(turned, at.mT, at)
@@ -256,50 +260,51 @@ def augment(rows, generator):
 
 
 def starts(rows, num):
-    """Of held-out rows (M, T) of token ids num texts to fill, spread evenly, again from the first if need be."""
-    N = {N * N + N: N for N in BOXES}[rows.size(1)]
+    """Of held-out rows (M, T) of token ids num texts to fill, spread evenly, again from the first if few."""
+    N = SIDE[rows.size(1)]
     signs = ['_'] * N + vocabulary(N)[N:]
     picked = torch.arange(num) * max(1, len(rows) // num) % len(rows)
     return [''.join(signs[i] for i in row) for row in rows[picked].tolist()]
 
 
-def read(lines, size):
+def read(lines, size, hole='_'):
     """
-    Puzzles as people write them -> texts. size: the tokens of a text.
+    Puzzles as people write them -> texts. size: tokens of a text; hole: what stands for an empty cell there.
 
     A puzzle is a line, or a line for each row; '.', '0' and '_' are empty cells, spaces and frames count for
-    nothing. In a puzzle all digits are given; in a full board those that are bold. Raises UserError for what is
-    no board, and for a puzzle that breaks the rules by itself.
+    nothing. In a puzzle all digits are given; in a full board those that are bold. Raises UserError for what
+    is no board, and for a puzzle that breaks the rules by itself.
     """
-    N = {N * N + N: N for N in BOXES}[size]
-    known = EMPTY + ''.join(vocabulary(N)[:-1])
-    cells, texts = '', []
+    N, signs, texts = SIDE[size], '', []
+    known = EMPTY + hole + ''.join(vocabulary(N)[:-1])
     for line in (row for text in lines for row in text.splitlines()):
         found = ''.join(c for c in line if c not in FRAME)
         odd = [c for c in found if c not in known]
         if odd:
-            raise UserError(f'{odd[0]!r} in {line!r} is no cell: a board has digits from 1 to {N}, and . 0 or _ '
-                            'where it is empty')
-        if len(found) not in (0, N, N * N) or (len(found) == N * N and cells):
-            raise UserError(f'{line!r} has {len(found)} cells: a board is a line of {N * N}, or {N} lines of {N}')
-        cells += found
-        if len(cells) == N * N:
-            texts.append(read_board(cells, f'board {len(texts) + 1}'))
-            cells = ''
-    if cells or not texts:
-        raise UserError(f'a board of {N} x {N} has {N * N} cells, this one has {len(cells)}')
+            raise UserError(f'{odd[0]!r} in {line!r} is no cell: a board has digits from 1 to {N}, and '
+                            '. 0 or _ where it is empty')
+        if len(found) not in (0, N, N * N) or (len(found) == N * N and signs):
+            raise UserError(f'{line!r} has {len(found)} cells: a board is a line of {N * N} cells, or {N} '
+                            f'lines of {N}')
+        signs += found
+        if len(signs) == N * N:
+            texts.append(read_board(signs, f'board {len(texts) + 1}').replace('_', hole))
+            signs = ''
+    if signs or not texts:
+        raise UserError(f'a board of {N} x {N} has {N * N} cells, the last one here has {len(signs)}')
     return texts
 
 
 def read_board(signs, name):
-    """The text of a board, a sign for each cell. Raises UserError if the givens of a puzzle are in conflict."""
-    N = round(len(signs) ** 0.5)
-    cells = [0 if c in EMPTY else int(c.translate(PLAIN)) for c in signs]
+    """The text of a board, given a sign for each cell. Raises UserError if a puzzle breaks the rules."""
+    digits = [c.translate(PLAIN) for c in signs]
+    cells = [int(c) if c in '123456789' else 0 for c in digits]
     if all(cells):
         return text_of(cells, [ord(c) in PLAIN for c in signs])
-    for pair in conflicts(cells)[:1]:
-        first, second = (f'row {i // N + 1} column {i % N + 1}' for i in pair)
-        raise UserError(f'{name} breaks the rules: {first} and {second} are both {cells[pair[0]]}')
+    for i, j in conflicts(cells)[:1]:
+        N = round(len(cells) ** 0.5)
+        first, second = (f'row {k // N + 1} column {k % N + 1}' for k in (i, j))
+        raise UserError(f'{name} breaks the rules: {first} and {second} are both {cells[i]}')
     return text_of(cells, cells)
 
 
@@ -340,11 +345,12 @@ def verdict(text):
 
 
 def picture(text):
-    """A board with a space between its boxes, over several lines; any other text as it is."""
-    found = parse(text)
-    if found is None:
+    """A board, or other signs in its place, with a space between the boxes; any other text as it is."""
+    lines = text.split('\n')[:-1]
+    N = len(lines)
+    if N not in BOXES or any(len(line) != N for line in lines):
         return text
-    board, lines = shape(len(text.split('\n')) - 1), text.split('\n')[:-1]
-    rows = ['  '.join(' '.join(line[i:i + board.wide]) for i in range(0, board.N, board.wide)) for line in lines]
-    bands = ['\n'.join(rows[i:i + board.high]) for i in range(0, board.N, board.high)]
+    high, wide = BOXES[N]
+    rows = ['  '.join(' '.join(line[i:i + wide]) for i in range(0, N, wide)) for line in lines]
+    bands = ['\n'.join(rows[i:i + high]) for i in range(0, N, high)]
     return '\n\n'.join(bands)
