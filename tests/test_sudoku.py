@@ -4,10 +4,11 @@ import json
 import os
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import fresh_gpt, run_main, seeded, tiny_gpt
+from conftest import fresh_gpt, run_main, seeded, tiny_gpt, write_checkpoint
 
 import corruption
 from configurator import UserError
@@ -20,6 +21,7 @@ from plumbing.rows import Ends
 from plumbing.show import report
 from plumbing.text import decode, modelled, pictured, task_canvas
 from sample import generate_diffusion
+from suites import sudoku as suite
 
 SIZES = [6, 9]
 NUM = dict(num_train=30, num_val=8)
@@ -391,6 +393,10 @@ def here(tiny, monkeypatch):
     monkeypatch.setattr(loader, 'HERE', tiny)
 
 
+def held_out_of(name):
+    return loader.spread_rows(loader.load_data(name)[1]['val'], 5, 42)
+
+
 def checkpoint_of(folder):
     return torch.load(os.path.join(folder, 'ckpt_joint_all_positions.pt'), weights_only=True)
 
@@ -442,6 +448,49 @@ def test_infill_keeps_the_givens_and_samples_start_from_held_out_puzzles(tmp_pat
     for word in ('--prompt=1', '--length=42'):
         with pytest.raises(UserError, match='sudoku starts from puzzles: it takes no prompt and no length'):
             run_main('sample', *words, word)
+
+
+def test_the_suite(tmp_path, here):
+    run_main('train', *RUN, '--causal_ratio=0.5', f'--out_dir={tmp_path}')
+    words = ['--suite=sudoku', f'--out_dir={tmp_path}', '--num_samples=5', '--num_seeds=2', '--device=cpu']
+    save = str(tmp_path / 'table.json')
+    out = run_main('bench', *words, f'--json={save}', '--only=causal,most probable,margin,repair')
+    with open(save, encoding='utf-8') as file:
+        rows = json.load(file)['rows']
+    names = {row['name'] for row in rows}
+    assert len(names) == 7 and 'causal: left to right' in names and all(name in out for name in names)
+    mean = 36 - sum(sum(map(bool, task.parse(text)[1])) for text in task.starts(held_out_of('tiny'), 5)) / 5
+    for row in rows:
+        assert 0 <= row['cells'] <= 1 and 0 <= row.get('correct', row.get('exact')) <= 1
+        if row.get('cells_a_pass') == 1:
+            assert abs(row['nfe'] - mean) < 1e-6
+    assert out.count('8 cells a pass') == 1 and '5 held-out puzzles, 2 draws each' in out
+    with pytest.raises(UserError, match="no row's name contains 'nothing'"):
+        run_main('bench', *words, '--only=nothing')
+    write_checkpoint(str(tmp_path / 'arithmetic.pt'))
+    with pytest.raises(UserError, match='needs a checkpoint trained on sudoku, this one saw arithmetic'):
+        run_main('bench', *words, f"--init_from={tmp_path / 'arithmetic.pt'}")
+
+
+@torch.no_grad()
+def test_solving_and_repairing_as_a_perfect_network_would(boards, monkeypatch):
+    """What is right is counted as right, whatever the number of cells a pass."""
+    N, meta, data = boards
+    clean, passes = data['val'], torch.ones(8, dtype=torch.long)
+    free = modelled(clean, meta)[0]
+    half = clean.clone()
+    half[:4][free[:4]] = (half[:4][free[:4]] + 1) % N
+    row = suite.worth(clean, free, [(clean, passes), (half, 3 * passes)])
+    wrong = free[:4].sum() / 2 / free.sum()
+    assert row['correct'] == 0.75 and row['nfe'] == 2 and abs(row['cells'] - 1 + wrong) < 1e-6
+    model, s = tiny_gpt(meta['vocab_size'], N * N + N), SimpleNamespace(batch_size=3)
+    for each in (1, 4):
+        ids, passes = suite.solve(s, model, meta, clean, dict(remask='none'), each, 0)
+        assert torch.equal(ids[~free], clean[~free]) and (ids[free] < N).all()
+        assert torch.equal(passes, -(-free.sum(1) // each))
+    ids, passes = suite.solve(s, model, meta, clean, None, 1, 0)
+    assert torch.equal(passes, free.sum(1))
+    assert torch.equal(ids[~free], clean[~free]) and (ids[free] < N).all()
 
 
 def test_a_causal_baseline_trains_without_samples(tmp_path, here):
