@@ -1,8 +1,8 @@
 """What a training run tells: its log, a JSON object a line, its curves, its lines on screen, its samples."""
 
+import itertools
 import json
 import os
-import textwrap
 
 from configurator import UserError
 from plumbing.files import atomically, write_atomically
@@ -95,8 +95,13 @@ def show_samples(samples, meta, config, compare, shown=4):
     Returns the score of the task, or for text without a task compare(texts, lists of ids).
     """
     task, texts = load_task(meta['name']), [sample['text'] for sample in samples]
-    for text in texts[:shown]:
-        print(textwrap.indent(pictured(task, text), '    ') if task else f'    {text!r}')
+    lines = [pictured(task, text) if task else repr(text) for text in texts[:shown]]
+    if hasattr(task, 'picture'):                                    # next to one another
+        width = 4 + max(len(line) for block in lines for line in block.splitlines())
+        rows = itertools.zip_longest(*map(str.splitlines, lines), fillvalue='')
+        lines = [''.join(line.ljust(width) for line in row).rstrip() for row in rows]
+    for line in lines:
+        print(f'    {line}')
     if not task:
         given = len(encode(meta, config['sample_prompt'])) + (meta['bos'] is not None)
         return compare([text[len(config['sample_prompt']):] for text in texts],
