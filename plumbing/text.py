@@ -103,7 +103,7 @@ def start_canvas(model, meta, num, prompt=(), lengths=None):
     task = load_task(meta['name'])
     if hasattr(task, 'starts'):
         if prompt or lengths is not None:
-            raise UserError(f"{meta['name']} starts from puzzles: it takes no prompt and no length")
+            raise UserError(f"{meta['name']} starts from what is given: it takes no prompt and no length")
         texts = task.starts(load_data(meta.get('dataset', meta['name']))[1]['val'], num)
         ids = [holes(meta, text, '_', model.mask_token_id)[0] for text in texts]
         return text_canvas(model, meta, ids, ends=True)

@@ -448,7 +448,7 @@ def test_infill_keeps_the_givens_and_samples_start_from_held_out_puzzles(tmp_pat
     held_out = [task.parse(decode(meta, row)[0])[1] for row in data['val'].tolist()]
     assert [task.parse(text)[1] for text in texts] == held_out + held_out[:2]
     for word in ('--prompt=1', '--length=42'):
-        with pytest.raises(UserError, match='sudoku starts from puzzles: it takes no prompt and no length'):
+        with pytest.raises(UserError, match='sudoku starts from what is given: it takes no prompt and no len'):
             run_main('sample', *words, word)
 
 
@@ -498,6 +498,11 @@ def test_solving_and_repairing_as_a_perfect_network_would(boards, monkeypatch):
 def test_a_causal_baseline_trains_without_samples(tmp_path, here):
     out = run_main('train', *RUN, '--training_type=causal', f'--out_dir={tmp_path}')
     assert 'causal NLL' in out and 'puzzles are solved' not in out
+
+
+def test_a_prompt_is_refused_before_training(tmp_path, here):
+    with pytest.raises(UserError, match='sudoku starts from what is given: it takes no sample_prompt'):
+        run_main('train', *RUN, '--sample_prompt=1', f'--out_dir={tmp_path}')
 
 
 def test_starts_are_spread_over_the_held_out_rows(boards):
