@@ -71,11 +71,11 @@ def encode_row(cells, board):
     return [id for r in range(N) for id in [*ids[r * N:r * N + N], 2 * N]]
 
 
-def prepare(out_dir, size=9, num_train=10000, num_val=1000, givens=None, seed=1337):
-    """Draws the dataset, writes it into out_dir, says what it is, returns its meta. givens: (least, most)."""
+def prepare(out_dir, size=9, num_train=10000, num_val=1000, givens=(None, None), seed=1337):
+    """Draws the dataset, writes it into out_dir, says what it is and returns its meta."""
     if size not in BOXES:
         raise UserError(f'size expects 9 or 6, got {size}')
-    least, most = givens or GIVENS[size]
+    least, most = (usual if n is None else n for n, usual in zip(givens, GIVENS[size]))
     if min(num_train, num_val) < 1 or not 0 <= least <= most <= size * size:
         raise UserError('num_train and num_val must be at least 1, and 0 <= least_givens <= most_givens <= '
                         f'{size * size}; got {num_train}, {num_val}, {least} and {most}')
@@ -106,19 +106,15 @@ def report(out_dir, puzzles, tries, size):
         mean = sum(digit > 0 for cells in found for digit in cells) / len(found)
         print(f'{split}: {len(found):,} puzzles, {mean:.1f} givens in the mean')
     hard = sum(n > 0 for n in tries)
-    what = 'by symmetry the same as' if size == 9 else 'a board of'
-    print(f'no board of val is {what} train; {hard:,} of its puzzles need guesses beyond singles')
+    what = 'by symmetry one' if size == 9 else 'one'
+    print(f'no board of val is {what} of train; {hard:,} of its puzzles need guesses beyond singles')
     print('for example', picture(text_of(puzzles['val'][0], puzzles['val'][0])), sep='\n')
     print(f'wrote train.bin, val.bin and meta.json to {out_dir}')
 
 
 def main():
-    both = None
-    if least_givens is not None or most_givens is not None:
-        both = [chosen if chosen is not None else usual for chosen, usual in
-                zip((least_givens, most_givens), GIVENS.get(size, (0, 0)))]
-    folder = HERE if size == 9 else HERE + str(size)
-    prepare(out or folder, size, num_train, num_val, both, seed)
+    folder = HERE if size == 9 else f'{HERE}{size}'
+    prepare(out or folder, size, num_train, num_val, (least_givens, most_givens), seed)
 
 
 if __name__ == '__main__':
