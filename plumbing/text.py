@@ -60,8 +60,8 @@ def modelled(x0, meta):
     Masks of x0 (B, T): (free, all positions but the start symbol and what is given; real, those without
     padding).
 
-    A dataset may name tokens that are given wherever they stand, meta['given']; the causal mode sees them only
-    where it has passed.
+    A dataset may name tokens that are given wherever they stand, meta['given']. The causal mode sees them
+    only where it has passed.
     """
     free = torch.ones_like(x0, dtype=torch.bool) if meta['bos'] is None else x0 != meta['bos']
     if meta.get('given'):
