@@ -4,6 +4,7 @@ Everything that is measured. Each suite is a file in suites/.
     python bench.py --suite=arithmetic --init_from=ckpt   the samplers of one checkpoint
     python bench.py --suite=samplers --json=table.json    every rule and preset, at several numbers of passes
     python bench.py --suite=tasks --num_samples=200       infill, repair and edit held-out strings
+    python bench.py --suite=sudoku --num_samples=200      held-out puzzles to solve, boards to repair
     python bench.py --suite=checkpoints --init_from='out/*/ckpt_*.pt'    training runs side by side
     python bench.py --suite=universal                     the universal denoiser's table; trains what it needs
     python bench.py --suite=text --budgets=64,128         likelihood, samples, infill, repair; trains too
@@ -49,7 +50,7 @@ attention = 'auto'       # auto | plain | sdpa
 compile = False          # torch.compile the network
 # -----------------------------------------------------------------------------
 
-SUITES = 'arithmetic samplers tasks checkpoints universal text stages diagnose faults speed'.split()
+SUITES = 'arithmetic samplers tasks sudoku checkpoints universal text stages diagnose faults speed'.split()
 
 
 def main():

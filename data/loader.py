@@ -50,7 +50,12 @@ def load_data(dataset, coarse=''):
         raise UserError(f'the dataset in data/{dataset} is damaged ({error}); make it again: '
                         f'{how_to_make(dataset)}') from error
     data = {split: made_coarse(ids, meta, coarse) for split, ids in data.items()}
-    return {**meta, 'name': own_name(meta['name'], dataset), 'dataset': dataset}, data
+    meta = {**meta, 'name': own_name(meta['name'], dataset), 'dataset': dataset}
+    from plumbing.text import load_task                             # here, because that builds on this file
+    task = load_task(meta['name'])
+    if hasattr(task, 'augment'):                                    # random_rows asks for it
+        data['train'].augment = task.augment
+    return meta, data
 
 
 def own_name(name, dataset):
@@ -59,7 +64,8 @@ def own_name(name, dataset):
     meta.json names made it, as for arithmetic_large.
     """
     own = os.path.exists(os.path.join(HERE, dataset, 'task.py'))
-    made = os.path.exists(os.path.join(HERE, name, 'prepare.py'))
+    places = {HERE, os.path.dirname(os.path.abspath(__file__))}
+    made = any(os.path.exists(os.path.join(place, name, 'prepare.py')) for place in places)
     return name if made and not own else dataset
 
 
@@ -164,8 +170,10 @@ def num_places(ids, block_size):
 
 
 def random_rows(ids, num, block_size, generator):
-    """num rows at random places of the dataset: x0 (num, T)."""
-    return rows_at(ids, torch.randint(num_places(ids, block_size), (num,), generator=generator), block_size)
+    """num rows at random places of the dataset, as the task's augment changes them: x0 (num, T)."""
+    index = torch.randint(num_places(ids, block_size), (num,), generator=generator)
+    rows = rows_at(ids, index, block_size)
+    return ids.augment(rows, generator) if hasattr(ids, 'augment') else rows
 
 
 def spread_rows(ids, num, block_size):

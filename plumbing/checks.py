@@ -107,6 +107,8 @@ def check_fits(config, meta):
         given = len(encode(meta, config['sample_prompt'])) if config['sample_prompt'] else 0
     except UserError as error:
         raise UserError(f'sample_prompt: {error}') from None
+    if given and 'given' in meta:
+        raise UserError(f'{name} starts from what is given: it takes no sample_prompt')
     if given and given + sum(meta[name] is not None for name in ('bos', 'eos')) >= size:
         raise UserError(f'sample_prompt has {given} tokens, which leaves nothing to write of '
                         f'block_size={size}: shorten it')

@@ -17,7 +17,16 @@ from plumbing.device import configure_compute, freeze
 from plumbing.files import write_atomically
 from plumbing.score import given_sample, judge_samples, total
 from plumbing.text import (
-    can_have, decode, encode, load_task, read_lines, start_canvas, stop_at, task_canvas, typed,
+    can_have,
+    decode,
+    encode,
+    load_task,
+    read_lines,
+    start_canvas,
+    stop_at,
+    task_canvas,
+    typed,
+    usual_hole,
 )
 
 
@@ -63,17 +72,25 @@ def saved(line):
 
 def of_each_text(s, meta, use):
     """
-    [(text, use(text, its tokens if it was saved with them))] of --text, or of the lines of --file.
+    [(text, use(text, its tokens if it was saved with them))] of --text, or of the lines of --file, as the
+    dataset's task.py reads them.
 
     Lines that cannot be used are named, left out and counted in s. Raises UserError if there are no others.
     """
+    task, size = load_task(meta['name']), meta['block_size']
+    hole = s.hole or usual_hole(meta)
+    read = (lambda text: task.read(text, size, hole)) if hasattr(task, 'read') else lambda text: text
     if not s.file:
-        text = typed(meta, s.text)
+        text = read(typed(meta, s.text))
         return [(text, use(text, None))]
     found, wrong, name = [], [], 'standard input' if s.file == '-' else s.file
-    for number, line in read_lines(s.file):
+    lines = read_lines(s.file)
+    if hasattr(task, 'gather') and not s.file.endswith('.jsonl'):
+        lines = task.gather(lines, size)
+    for number, line in lines:
         try:
             text, tokens = saved(line) if s.file.endswith('.jsonl') else (line, None)
+            text = read(text)
             found.append((text, use(text, tokens)))
         except UserError as error:
             wrong.append(f'{name}, line {number}: {error}')
@@ -137,9 +154,8 @@ def show_samples(s, model, judge, meta, can, samples, texts=None, canvas=None, *
         judge_samples(model, meta, can, samples)
 
     scorer = load_task(meta['name'])
-    verdict = scorer and scorer.verdict
     for i, sample in enumerate(samples[:50]):
-        print(show.report(sample, meta, verdict, texts and texts[i]))
+        print(show.report(sample, meta, scorer, texts and texts[i]))
     if len(samples) > 50:
         print(f'... and {len(samples) - 50} more' + ('' if s.save else ' (--save=FILE.jsonl keeps them all)'))
     if s.task == 'score' and len(samples) > 1:
@@ -150,6 +166,7 @@ def show_samples(s, model, judge, meta, can, samples, texts=None, canvas=None, *
         print(f'{len(samples)} samples, {nfe:.1f} passes each (NFE), {len(samples) / seconds:.1f} samples/s')
         if s.animate or s.html:
             finds = judge or (model if can.detects else None)
+            verdict = scorer and scorer.verdict
             show.watch(finds, meta, fixed, samples, verdict, s.task, f'{rules}; {nfe:.0f} passes a sample',
                        s.animate, s.html, writer=model if judge else None)
     if s.save:

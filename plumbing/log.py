@@ -1,5 +1,6 @@
 """What a training run tells: its log, a JSON object a line, its curves, its lines on screen, its samples."""
 
+import itertools
 import json
 import os
 
@@ -49,7 +50,7 @@ def curves(log, path):
     groups = {'nats, training': ('causal', 'draft', 'unmask', 'detect', 'keep'),
               'nats a token, validation': ('nelbo', 'causal_nll', 'entropy'),
               'share': ('auc', 'fixed', 'refilled', 'calibration', 'calibration_full', 'valid', 'correct',
-                        'distinct_3', 'known_words'),
+                        'cells', 'distinct_3', 'known_words'),
               'abstention': ('p(MASK)', 'penalty_keep_mask'),
               'bias on the logit of [MASK]': ('mask_logit_bias',),
               'curricula': ('remask_ratio', 'penalty_mask_correct'), 'learning rate': ('learning_rate',)}
@@ -95,13 +96,19 @@ def show_samples(samples, meta, config, compare, shown=4):
     Returns the score of the task, or for text without a task compare(texts, lists of ids).
     """
     task, texts = load_task(meta['name']), [sample['text'] for sample in samples]
-    for text in texts[:shown]:
-        print(sample_line(text, task))
+    lines = [sample_line(text, task) for text in texts[:shown]]
+    if hasattr(task, 'picture'):                                    # next to one another
+        width = 4 + max(len(line) for block in lines for line in block.splitlines())
+        rows = itertools.zip_longest(*map(str.splitlines, lines), fillvalue='')
+        lines = [''.join(line.ljust(width) for line in row).rstrip() for row in rows]
+    for line in lines:
+        print(f'    {line}')
     if not task:
         given = len(encode(meta, config['sample_prompt'])) + (meta['bos'] is not None)
         return compare([text[len(config['sample_prompt']):] for text in texts],
                        [sample['tokens'][given:] for sample in samples])
     score = task.score(texts)
-    print(f"    {score['valid']:.0%} of {len(texts)} samples are well formed, "
-          f"{score['correct']:.0%} have the right value")
-    return {name: score[name] for name in ('valid', 'correct')}
+    line = '{valid:.0%} of {n} samples are well formed, {correct:.0%} have the right value'
+    line = getattr(task, 'LINE', line)
+    print('    ' + line.format(**{'n': len(texts), **score}))
+    return {name: score[name] for name in ('valid', 'correct', 'cells') if name in score}

@@ -19,7 +19,7 @@ from data.common import gpt2
 from plumbing.files import write_atomically
 from plumbing.evaluate import p_wrong
 from plumbing.score import NAMES
-from plumbing.text import pieces, visible
+from plumbing.text import pictured, pieces, visible
 
 # how the terminal shows what a position can be in a frame; the first letter is its name in the page
 STYLES = dict(kept='', changed='magenta', new='green bold', remasked='red reverse', mask='dim',
@@ -70,11 +70,19 @@ def annotated(meta, sample, rows, indent=0):
     return lines
 
 
-def report(sample, meta, verdict, before=None):
-    """The lines to print for one sample: what became of the text before, and what the model thinks of it."""
+def below(text, signs):
+    """signs for the characters of a text, in its lines."""
+    return ''.join(c if c == '\n' else sign for c, sign in zip(text, signs))
+
+
+def report(sample, meta, task, before=None):
+    """
+    The lines to print for one sample: what became of the text before, and what the model thinks of it.
+
+    task: the dataset's task.py, or None. What it draws as a picture shows by itself what was given.
+    """
     rows, legends = [], []
     start = meta['bos'] is not None  # the start symbol is not printed
-    shown = dict(sample, tokens=sample['tokens'][start:])
     if sample.get('marks', '').strip():
         rows.append(sample['marks'][start:])
         legends.append('(^ changed, ? doubted and kept)')
@@ -82,27 +90,38 @@ def report(sample, meta, verdict, before=None):
         rows.append(''.join(str(min(9, int(10 * p))) for p in sample['p_wrong'][start:]))
         legends.append('p(WRONG) of every token in tenths')
     indent = '' if before is None else '   '
+    if hasattr(task, 'picture'):
+        told = [pictured(task, sample['text'])]
+        for row, what in zip(rows, legends):
+            told.append(f"{task.picture(below(sample['text'], row)).rstrip()}   {what}")
+    else:
+        told = marked(sample, meta, rows, legends, indent, task and task.verdict(sample['text']))
+        if before is not None:
+            told[:1] = before, f'-> {told[0].removeprefix(indent)}'
+    numbers = [f'{name} {sample[key]:.3f}' for key, name in NAMES.items() if key in sample]
+    if numbers:
+        told.append(f"{indent}{', '.join(numbers)} nats/token")
+    if 'windows' in sample:
+        told.append(f"{indent}longer than block_size: in {sample['windows']} windows, each by itself")
+    return visible('\n'.join(told if task else [*told, '-' * 15]))
+
+
+def marked(sample, meta, rows, legends, indent, verdict):
+    """The lines of a sample's text, each with its part of rows of signs under it, and what these are."""
     lines = [[line] for line in sample['text'].split('\n')]
     if rows:
+        shown = dict(sample, tokens=sample['tokens'][meta['bos'] is not None:])
         lines = annotated(meta, shown, rows, len(indent))
     if verdict:
-        lines[-1][0] += f"   {verdict(sample['text'])}"
-
-    told = []
+        lines[-1][0] += f'   {verdict}'
+    told, legends = [], [*legends]
     for line, *signs in lines:
         told.append(indent + line)
         for number, row in enumerate(map(str.rstrip, signs)):
             if row:
                 told.append(f'{indent}{row}   {legends[number]}'.rstrip())
                 legends[number] = ''                                # it is said once
-    if before is not None:
-        told[:1] = before, f'-> {lines[0][0]}'
-    numbers = [f'{name} {sample[key]:.3f}' for key, name in NAMES.items() if key in sample]
-    if numbers:
-        told.append(f"{indent}{', '.join(numbers)} nats/token")
-    if 'windows' in sample:
-        told.append(f"{indent}longer than block_size: in {sample['windows']} windows, each by itself")
-    return visible('\n'.join(told if verdict else [*told, '-' * 15]))
+    return told
 
 
 @torch.no_grad()
@@ -181,6 +200,7 @@ def animate(stories, seconds=0.08):
                     if state == 'kept' and doubt:
                         style = 'red' if doubt > 0.5 else 'yellow' if doubt > 0.2 else ''
                     picture.append(old[i] if state == 'remasked' else token, style)
+                    picture.append('\n' * (state == 'fixed' and token == '↵'))
                 picture.append(f'\nsample {number}/{len(stories)}  step {step}/{last}', 'dim')
                 label = f'  {visible(told["label"])}\n' if step == last else ''
                 live.update(picture.append(label), refresh=True)
@@ -217,7 +237,9 @@ def watch(judge, meta, fixed, samples, verdict, title, subtitle, in_terminal, pa
     for given, sample in zip(fixed, samples[:20]):
         trace = sample['trace']                                                 # (S, T)
         doubts = judge_steps(judge, trace, writer) if judge else torch.full(trace.shape, float('nan'))
-        label = f"{sample['text']}   {verdict(sample['text'])}" if verdict else sample['text'][:60]
+        label = sample['text'][:60]
+        if verdict:
+            label = f"{sample['text']}   {verdict(sample['text'])}".replace('\n', ' ')
         stories.append(story(meta, trace, given, doubts, label))
     if in_terminal:
         animate(stories)

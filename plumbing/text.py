@@ -12,6 +12,7 @@ import torch
 
 from configurator import UserError
 from data.common import gpt2
+from data.loader import load_data
 
 
 PAD = '·'                   # one token of padding in a text
@@ -137,8 +138,8 @@ def visible(text):
 
 
 def sample_line(text, task):
-    """The line that training prints of a sample; task: what load_task knows, or None."""
-    return visible(f'    {text}   {task.verdict(text)}') if task else f'    {text!r}'
+    """What training prints of a sample; task: what load_task knows, or None."""
+    return visible(pictured(task, text)) if task else repr(text)
 
 
 def stop_at(meta, samples, stop, given):
@@ -165,8 +166,16 @@ def rows_of(samples, meta, T):
 
 
 def modelled(x0, meta):
-    """Masks of x0 (B, T): (free, all positions but the start symbol; real, those without padding)."""
+    """
+    Masks of x0 (B, T): (free, all positions but the start symbol and what is given; real, those without
+    padding).
+
+    A dataset may name tokens that are given wherever they stand, meta['given']. The causal mode sees them
+    only where it has passed.
+    """
     free = torch.ones_like(x0, dtype=torch.bool) if meta['bos'] is None else x0 != meta['bos']
+    if meta.get('given'):
+        free = free & ~torch.isin(x0, torch.tensor(meta['given'], device=x0.device))
     return free, free if meta['pad'] is None else free & (x0 != meta['pad'])
 
 
@@ -196,11 +205,19 @@ def text_canvas(model, meta, texts, ends):
 
 def start_canvas(model, meta, num, prompt=(), lengths=None):
     """
-    An empty canvas for num samples: (canvas (B, T) ids, fixed (B, T) bool).
+    A canvas for num samples: (canvas (B, T) ids, fixed (B, T) bool), empty, or held-out texts with holes if
+    task.py has starts.
 
     prompt: ids that every sample starts with. lengths: tokens in each sample (B,), None: the model decides
     (without an end token the canvas is as long as the longest length). Raises UserError if it does not fit.
     """
+    task = load_task(meta['name'])
+    if hasattr(task, 'starts'):
+        if prompt or lengths is not None:
+            raise UserError(f"{meta['name']} starts from what is given: it takes no prompt and no length")
+        texts = task.starts(load_data(meta.get('dataset', meta['name']))[1]['val'], num)
+        ids = [holes(meta, text, '_', model.mask_token_id)[0] for text in texts]
+        return text_canvas(model, meta, ids, ends=True)
     if lengths is None:
         return text_canvas(model, meta, [list(prompt)] * num, ends=False)
     if lengths.min() < max(1, len(prompt)):
@@ -293,6 +310,13 @@ def load_task(dataset):
         raise UserError(f'{path} has no function {missing[0]}: training calls score(texts), verdict(text), '
                         'see data/arithmetic/task.py')
     return module
+
+
+def pictured(task, text):
+    """What is printed of a text: as task.py draws it, and what it says of it; without a task the text."""
+    if hasattr(task, 'picture'):
+        return f'{task.picture(text)}\n{task.verdict(text)}\n'
+    return f'{text}   {task.verdict(text)}' if task else text
 
 
 def read_text(path):

@@ -139,10 +139,11 @@ def test_no_control_character_reaches_the_terminal(capsys):
     assert clean(visible(hostile)) and visible('é\u4f60\U0001f600\xa0') == 'é\u4f60\U0001f600\xa0'
     ids = encode(CHARS, '\x1b\x00\r\x9ba')
     sample = dict(text=decode(CHARS, ids)[0], tokens=ids, marks='^' * 5)
-    assert show.report(sample, CHARS, str.upper, hostile).splitlines()[-2:] == [
+    assert show.report(sample, CHARS, SimpleNamespace(verdict=str.upper), hostile).splitlines()[-2:] == [
         '-> ␛␀␍\\x9ba   ␛␀␍\\x9bA', '   ^^^^^^^^   (^ changed, ? doubted and kept)']
-    for text in (show.report(sample, CHARS, None, hostile), show.report(sample, CHARS, str, None),
-                 sample_line(hostile, None), sample_line(hostile, SimpleNamespace(verdict=str)),
+    task = SimpleNamespace(verdict=str)
+    for text in (show.report(sample, CHARS, None, hostile), show.report(sample, CHARS, task, None),
+                 sample_line(hostile, None), sample_line(hostile, task),
                  *(show.printable(CHARS, id) for id in range(12))):
         assert clean(text)
     pytest.importorskip('rich')
@@ -160,7 +161,8 @@ def test_no_control_character_reaches_the_terminal(capsys):
     ('\x1ba\x9bb', '^ ^?', ['␛a\\x9bb', '^ ^^^^?'])])
 def test_marks_stand_under_what_they_mark(text, marks, expected):
     sample = dict(text=text, tokens=encode(dict(CHARS, itos=CHARS['itos'][:-1]), text), marks=marks)
-    out = show.report(sample, CHARS, lambda text: '!').replace('   (^ changed, ? doubted and kept)', '')
+    out = show.report(sample, CHARS, SimpleNamespace(verdict=lambda text: '!'))
+    out = out.replace('   (^ changed, ? doubted and kept)', '')
     last = max(i for i, line in enumerate(expected) if set(line) - set(' ^?'))
     assert out.split('\n') == [line + '   !' * (i == last) for i, line in enumerate(expected)]
 
