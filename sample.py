@@ -391,8 +391,7 @@ def main():
     meta, config = checkpoint['meta'], checkpoint['config']
     shown = partial(show_samples, s, model, judge, meta, supports(config))
     if s.export:
-        export_safetensors(s.export, model, checkpoint)
-        return print(f'written to {s.export}; sample from it: python sample.py --init_from={s.export}')
+        return export_safetensors(s.export, model, checkpoint)
     if s.task == 'score':
         return shown(given_samples(s, model, meta))
 

@@ -4,8 +4,8 @@ import difflib
 from typing import NamedTuple
 
 from configurator import UserError
-from plumbing.checkpoint import import_safetensors
-from plumbing.files import check_folder
+from plumbing.checkpoint import find_checkpoint, import_safetensors
+from plumbing.files import check_output
 
 
 class Abilities(NamedTuple):
@@ -176,8 +176,12 @@ def check_sampling(settings, how):
          f"export expects the name of a .safetensors file, got '{export}'"))
     if export:
         import_safetensors()
-    for name in ('save', 'html', 'export'):
-        check_folder(settings[name])
+    outputs = [settings[name] for name in ('export', 'save', 'html')]
+    if any(outputs):
+        networks = filter(None, (settings[name] for name in ('init_from', 'merge_from', 'remask_from')))
+        inputs = [settings['file'], *(find_checkpoint(name, settings['out_dir']) for name in networks)]
+        for number, path in enumerate(outputs):
+            check_output(path, *inputs, *outputs[:number], text=number > 0)
 
 
 def conflicts_of_task(settings):

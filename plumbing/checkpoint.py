@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import shlex
 from dataclasses import asdict, fields
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from configurator import UserError, expected
 from data.loader import other_data, read_meta
 from plumbing import distributed
-from plumbing.files import atomically
+from plumbing.files import atomically, to_json
 from plumbing.oldnames import modernised
 from plumbing.vocabulary import other_characters
 
@@ -30,8 +31,8 @@ NEEDED_META = ('name', 'vocab_size', 'tokenizer', 'itos', 'bos', 'eos', 'pad')
 def save_checkpoint(path, checkpoint):
     """Writes a checkpoint atomically. Raises UserError if it cannot be written."""
     try:
-        with atomically(path) as temporary:
-            torch.save(checkpoint, temporary)
+        with atomically(path) as half:
+            torch.save(checkpoint, half)
     except (OSError, RuntimeError) as error:             # a full disk is a RuntimeError of torch.save
         why = getattr(error, 'strerror', None) or f'is the disk full? {str(error).splitlines()[0]}'
         raise UserError(f'{path}: cannot be written: {why}') from error
@@ -50,19 +51,20 @@ def import_safetensors():
 def export_safetensors(path, model, checkpoint):
     """
     The weights of a network as a .safetensors file, and what sampling needs beside them as JSON in its
-    metadata.
+    metadata; says how to use it.
 
     model: as load_checkpoint returned it, so the averaged weights where there are some. load_checkpoint reads
     the result.
     """
     safetensors = import_safetensors()
-    keep = json.dumps({key: checkpoint[key] for key in ('model_args', 'config', 'meta', 'iter_num')})
+    keep = to_json({key: checkpoint[key] for key in ('model_args', 'config', 'meta', 'iter_num')})
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     try:
-        with atomically(path) as temporary:
-            safetensors.torch.save_file(weights, temporary, {'nanoremask': keep})
+        with atomically(path) as half:
+            safetensors.torch.save_file(weights, half, {'nanoremask': keep})
     except Exception as error:                                      # safetensors has errors of its own
         raise UserError(f'{path}: cannot be written: {str(error).splitlines()[0]}') from error
+    print(f'written to {path}; sample from it: python sample.py --init_from={shlex.quote(path)}')
 
 
 def read_safetensors(path, device):
@@ -112,12 +114,18 @@ def first_line(error):
 
 
 def find_checkpoint(name, out_dir):
-    """'ckpt': the newest ckpt_*.pt under out_dir, else the path itself. Raises UserError if there is none."""
-    if name != 'ckpt':
+    """
+    'ckpt': the newest ckpt_*.pt under out_dir; a folder: under that one; else the path itself.
+
+    Raises UserError if there is none.
+    """
+    if name != 'ckpt' and not os.path.isdir(name):
         return name
-    found = glob.glob(os.path.join(glob.escape(out_dir), '**', 'ckpt_*.pt'), recursive=True)
+    folder = out_dir if name == 'ckpt' else name
+    found = glob.glob(os.path.join(glob.escape(folder), '**', 'ckpt_*.pt'), recursive=True)
+    found = [path for path in found if os.path.isfile(path)]        # no link that leads nowhere
     if not found:
-        raise UserError(f'no checkpoint under {out_dir}; '
+        raise UserError(f'no checkpoint under {folder}; '
                         'train one first: python train.py config/remask_all.py')
     return max(found, key=os.path.getmtime)
 

@@ -4,7 +4,7 @@ import json
 import os
 
 from configurator import UserError
-from plumbing.files import atomically, write_atomically
+from plumbing.files import atomically, to_json, write_atomically
 from plumbing.optim import ramp
 from plumbing.text import encode, load_task
 
@@ -29,7 +29,7 @@ def start_log(path, start):
     if not start and os.path.exists(path) and os.path.getsize(path):
         os.replace(path, path.removesuffix('.jsonl') + '_before.jsonl')
     records = [record for record in read_log(path) if 0 < start >= record['step']]
-    write_atomically(path, ''.join(json.dumps(record) + '\n' for record in records))
+    write_atomically(path, ''.join(to_json(record) + '\n' for record in records))
 
 
 def draw_curves(log, path):
@@ -62,12 +62,13 @@ def curves(log, path):
     for number, (title, names) in enumerate(panels, 1):
         axes = figure.add_subplot(rows, 2, number, title=title)
         for name in names:
-            points = [(record['step'], record[name]) for record in records if name in record]
+            points = [(record['step'], record[name]) for record in records
+                      if record.get(name) is not None]
             axes.plot(*zip(*points), label=name, marker='.' if len(points) < 20 else None)
         axes.legend(fontsize='small')
         axes.grid(alpha=0.3)
-    with atomically(path) as temporary:
-        figure.savefig(temporary, format='png', dpi=110)
+    with atomically(path) as half:
+        figure.savefig(half, format='png', dpi=110)
     return True
 
 

@@ -6,7 +6,6 @@ HTML file that needs nothing else. report() says the end of it in lines of text,
 """
 
 import html
-import json
 import time
 from pathlib import Path
 from string import Template
@@ -15,7 +14,7 @@ import torch
 
 from configurator import UserError
 from data.common import gpt2
-from plumbing.files import write_atomically
+from plumbing.files import to_json, write_atomically
 from plumbing.evaluate import p_wrong
 
 # how the terminal shows what a position can be in a frame; the first letter is its name in the page
@@ -143,7 +142,7 @@ def write_page(path, title, subtitle, stories):
                    [None if doubt is None else round(100 * doubt) for doubt in frame['doubts']]]
                   for frame in story['frames']]
         told.append(dict(label=story['label'], frames=frames))
-    data = json.dumps(dict(tokens=list(table), stories=told), separators=(',', ':'))
+    data = to_json(dict(tokens=list(table), stories=told), separators=(',', ':'))
     for sign, escaped in (('<', r'\u003c'), ('>', r'\u003e'), ('&', r'\u0026')):  # no text can end the script
         data = data.replace(sign, escaped)
     page = Template(Path(__file__).with_suffix('.html').read_text(encoding='utf-8'))

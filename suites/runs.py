@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import configurator
 from model import GPT
-from plumbing.files import append_line, make_folder, write_atomically
+from plumbing.files import append_line, finite, make_folder, to_json, write_atomically
 from configurator import UserError
 from suites.common import load
 
@@ -156,10 +156,10 @@ def measure_all(s, network, asked, measures, key_of, tables):
     known, found, failed = read_rows(cache), [], []
     for name, table, run, how in tqdm(asked, desc='rows', leave=False):
         try:
-            key = json.dumps([table, name, how, s.num_samples, s.seed, *key_of(table, run, how)])
+            key = to_json([table, name, how, s.num_samples, s.seed, *key_of(table, run, how)])
             if key not in known:
-                rows = [dict(row, table=table) for row in measures[table](s, network, name, run, how)]
-                append_line(cache, json.dumps(dict(key=key, rows=rows)))
+                rows = finite([dict(row, table=table) for row in measures[table](s, network, name, run, how)])
+                append_line(cache, to_json(dict(key=key, rows=rows)))
                 known[key] = rows
             found += known[key]
         except UserError as error:
