@@ -12,6 +12,7 @@ import re
 import socket
 import sys
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -147,17 +148,17 @@ def encode_chars(texts):
 
 def temporary(path):
     """
-    The name NAME.HOST.PID.tmp under which this process writes a file of this path, until it is whole.
+    The name NAME.MACHINE.PID.tmp under which this process writes a file of this path, until it is whole.
 
     What dead processes of this machine left half written of the same file is removed.
     """
-    host = socket.gethostname()
+    machine = f'{zlib.crc32(socket.gethostname().encode()):08x}'    # PyTorch keeps the name in its files
     for torn in glob.glob(f'{glob.escape(path)}.*.tmp'):
         there, _, number = torn[len(path) + 1:-len('.tmp')].rpartition('.')
-        if there in ('', host) and number.isdigit() and not is_alive(int(number)):
+        if there in ('', machine) and number.isdigit() and not is_alive(int(number)):
             with contextlib.suppress(OSError):                      # another process may be as tidy
                 os.remove(torn)
-    return f'{path}.{host}.{os.getpid()}.tmp'
+    return f'{path}.{machine}.{os.getpid()}.tmp'
 
 
 def is_alive(number):
