@@ -2,11 +2,11 @@
 Checkpoints: what is in them, how they are written and how they are read, without trust.
 """
 
+import errno
 import glob
 import json
 import math
 import os
-import pickle
 import shlex
 from dataclasses import asdict, fields
 
@@ -17,6 +17,7 @@ from data.loader import other_data, read_meta
 from plumbing import distributed
 from plumbing.files import atomically, to_json
 from plumbing.oldnames import modernised
+from plumbing.trust import AtMost, check_fields, check_readable, damaged, first_line, is_dense, unpack
 from plumbing.vocabulary import other_characters
 
 # what a network and what a run is made of: fields of model.GPTConfig, settings of train.py
@@ -81,36 +82,22 @@ def read_checkpoint(path, device='cpu'):
 
     Raises UserError, naming the file and what is wrong with it.
     """
-    if not os.path.isfile(path):
-        raise UserError(f'{path}: no such checkpoint; train one with python train.py config/remask_all.py')
+    check_readable(path)
     try:
-        if path.endswith('.safetensors'):
-            checkpoint = read_safetensors(path, device)
-        else:
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except UserError:
+        checkpoint = (read_safetensors if path.endswith('.safetensors') else unpack)(path, device)
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except pickle.UnpicklingError as error:
-        raise UserError(f'{path}: refused, because it is no plain checkpoint: {first_line(error)}') from error
     except Exception as error:  # whatever a reader of damaged bytes may raise
-        raise UserError(f'{path}: truncated or damaged ({first_line(error)}); '
-                        'take an older one or train again') from error
+        raise damaged(path, error) from error
     for key in ('model', 'model_args', 'config', 'meta', 'iter_num'):
-        kind = int if key == 'iter_num' else dict
         if not isinstance(checkpoint, dict) or key not in checkpoint:
             raise UserError(f"{path}: not a checkpoint of train.py: it has no '{key}'")
-        if not isinstance(checkpoint[key], kind):
-            raise UserError(f"{path}: not a checkpoint of train.py: its '{key}' is no {kind.__name__}")
+    check_fields(path, checkpoint)
     for part, names in (('config', NEEDED), ('meta', NEEDED_META)):
         missing = [name for name in names if name not in checkpoint[part]]
         if missing:
             raise UserError(f"{path}: not a checkpoint of train.py: its {part} has no '{missing[0]}'")
     return modernised(checkpoint)
-
-
-def first_line(error):
-    """The first line of what an error says; its kind if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def find_checkpoint(name, out_dir):
@@ -122,6 +109,8 @@ def find_checkpoint(name, out_dir):
     if name != 'ckpt' and not os.path.isdir(name):
         return name
     folder = out_dir if name == 'ckpt' else name
+    if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f'{folder}: cannot be read: {os.strerror(errno.EACCES)}')
     found = glob.glob(os.path.join(glob.escape(folder), '**', 'ckpt_*.pt'), recursive=True)
     found = [path for path in found if os.path.isfile(path)]        # no link that leads nowhere
     if not found:
@@ -146,8 +135,13 @@ def load_checkpoint(path, network, sizes, device='cpu', ema=True):
     checkpoint['model_args'] = args
     check_args(path, args, known, checkpoint['meta'])
     weights = checkpoint['ema'] if ema and checkpoint.get('ema') else checkpoint['model']
+    check_tensors(path, weights)
+    numbers = sum(tensor.numel() for tensor in weights.values())
+    width = weights['causal_embd'].numel() if 'causal_embd' in weights else 0
     try:
-        model = network(sizes(**args)).to(device)
+        with AtMost(8 * numbers + 16 * width * args['block_size'] + 2**20):
+            model = network(sizes(**args))
+        model = model.to(device)
     except Exception as error:                                      # of check_sizes, or too much memory
         raise UserError(f'{path}: its model_args make no network: {first_line(error)}') from error
     check_weights(path, weights, model.state_dict())
@@ -185,30 +179,35 @@ def load_merged(load, supports, path, other_path, weight):
 def check_args(path, args, known, meta):
     """Raises UserError if model_args of a file are no numbers or do not fit the vocabulary in its meta."""
     for name, default in known.items():
-        kinds = (int, float) if isinstance(default, float) else str if isinstance(default, str) else int
-        if not isinstance(args[name], kinds):
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if type(args[name]) not in kinds:
             raise UserError(f'{path}: damaged: {name} is {args[name]!r}, not {expected(type(default))}')
     itos, size = meta['itos'], meta['vocab_size']
-    fits = isinstance(size, int) and size == args['vocab_size']
-    if not fits or not (itos is None or isinstance(itos, list) and len(itos) == size):
-        there = len(itos) if isinstance(itos, list) else repr(size)
+    if size != args['vocab_size'] or itos is not None and len(itos) != size:
+        there = size if itos is None else len(itos)
         raise UserError(f"{path}: damaged: the network knows {args['vocab_size']} tokens, "
                         f'its vocabulary has {there}')
+    if any(meta[name] is not None and meta[name] >= size for name in ('bos', 'eos', 'pad')):
+        raise UserError(f'{path}: damaged: its vocabulary of {size} tokens ends before its bos, eos or pad')
     for name in (meta['name'], meta.get('dataset', meta['name'])):  # code of that name will be run
-        if not isinstance(name, str) or os.path.basename(name) != name:
+        if os.path.basename(name) != name or name in ('', '.', '..'):
             raise UserError(f'{path}: damaged: {name!r} is no name of a dataset')
+
+
+def check_tensors(path, weights):
+    """Raises UserError if weights from a file are no plain tensors."""
+    for name, tensor in weights.items():
+        if not is_dense(tensor):
+            raise UserError(f"{path}: '{name}' is no tensor of floating-point numbers")
 
 
 def check_weights(path, weights, own):
     """Raises UserError if weights from a file are not like own, the state dict of the network."""
-    if not isinstance(weights, dict):
-        raise UserError(f'{path}: damaged: its averaged weights are no dict')
+    check_tensors(path, weights)
     for name in sorted({*own, *weights}, key=str):
         if name not in own or name not in weights:
             raise UserError(f'{path}: made by another version of model.py: '
                             f"they differ in the tensor '{name}'")
-        if not isinstance(weights[name], torch.Tensor) or not weights[name].is_floating_point():
-            raise UserError(f"{path}: '{name}' is no tensor of floating-point numbers")
         if own[name].shape != weights[name].shape:
             raise UserError(f"{path}: tensor '{name}' has shape {tuple(weights[name].shape)}, "
                             f"the network needs {tuple(own[name].shape)}")
@@ -345,10 +344,16 @@ def restore(run, path, checkpoint):
 
 
 def restore_optimizer(optim, state):
-    """Loads the state of an optimiser, but keeps the betas and the decay that it was made with."""
+    """Loads the state of an optimiser, but keeps the settings that it was made with."""
     params = [p for group in optim.param_groups for p in group['params']]
-    chosen = [{name: group[name] for name in ('betas', 'weight_decay') if name in group}
-              for group in optim.param_groups]
+    chosen = [{name: group[name] for name in group if name != 'params'} for group in optim.param_groups]
+    names = {'momentum_buffer'} if 'momentum' in chosen[0] else {'step', 'exp_avg', 'exp_avg_sq'}
+    for number, own in state['state'].items():
+        shapes = {name: torch.Size() if name == 'step' else params[number].shape for name in names}
+        if {name: is_dense(part) and part.shape for name, part in own.items()} != shapes:
+            raise ValueError('an optimiser knows other weights')
+        if not all(part.isfinite().all() for part in own.values()):
+            raise ValueError('an optimiser holds NaN or infinity')
     optim.load_state_dict(dict(state, state=distributed.like(state['state'], params)))
     for group, settings in zip(optim.param_groups, chosen):
         group.update(settings)
