@@ -43,6 +43,8 @@ def load_data(dataset, coarse=''):
             raise UserError(f'the dataset {dataset} is not there; make it with {how_to_make(dataset)}')
     try:
         meta, data = read_dataset(folder)
+    except PermissionError as error:
+        raise UserError(f'{error.filename}: cannot be read: {error.strerror}') from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f'the dataset in data/{dataset} is damaged ({error}); make it again: '
                         f'{how_to_make(dataset)}') from error

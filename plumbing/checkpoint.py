@@ -333,8 +333,9 @@ def restore(run, path, checkpoint):
             raise ValueError('its controller holds no numbers')
         run.control = control
         run.sums = {name: part.to(run.device) for name, part in checkpoint['sums'].items()}
-        run.skipped = checkpoint.get('skipped', run.skipped)
-        run.best = checkpoint.get('best')
+        run.skipped = {name: checkpoint.get('skipped', run.skipped)[name] for name in run.skipped}
+        best = checkpoint.get('best')
+        run.best = None if best is None else {name: best[name] for name in ('value', 'step', 'last')}
         run.step = checkpoint['iter_num']
     except UserError:
         raise
@@ -347,6 +348,9 @@ def restore_optimizer(optim, state):
     """Loads the state of an optimiser, but keeps the settings that it was made with."""
     params = [p for group in optim.param_groups for p in group['params']]
     chosen = [{name: group[name] for name in group if name != 'params'} for group in optim.param_groups]
+    numbers = [[group['params'] for group in one['param_groups']] for one in (optim.state_dict(), state)]
+    if numbers[0] != numbers[1]:
+        raise ValueError('an optimiser knows other weights')
     names = {'momentum_buffer'} if 'momentum' in chosen[0] else {'step', 'exp_avg', 'exp_avg_sq'}
     for number, own in state['state'].items():
         shapes = {name: torch.Size() if name == 'step' else params[number].shape for name in names}

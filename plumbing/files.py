@@ -88,6 +88,21 @@ def to_json(value, **how):
     return json.dumps(finite(value), allow_nan=False, **how)
 
 
+def read_records(path):
+    """
+    The objects in a file that has one on each line, as JSON; none if there is no such file.
+
+    A line that is something else is skipped: a crash has torn it, or it was never ours.
+    """
+    records = []
+    if os.path.exists(path):
+        with open(path, encoding='utf-8', errors='replace') as file:
+            for line in file:
+                with contextlib.suppress(ValueError, RecursionError):
+                    records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
+
+
 def copy_file(source, path):
     """Copies a file, whole or not at all."""
     with atomically(path) as half:
@@ -97,10 +112,12 @@ def copy_file(source, path):
 def append_line(path, line):
     """Adds a line to a text file, whole or not at all. Raises UserError if there is no room for it."""
     try:
-        with open(path, 'ab') as file:
-            size = file.tell()
+        with open(path, 'ab+') as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            torn = file.read(1) not in (b'', b'\n')                 # what a crash left must stay a line alone
             try:
-                file.write(line.encode() + b'\n')
+                file.write(b'\n' * torn + line.encode() + b'\n')
                 file.flush()
             except OSError:
                 os.truncate(path, size)                             # half a line would harm the next

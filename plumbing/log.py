@@ -1,10 +1,9 @@
 """What a training run tells: its log, a JSON object a line, its curves, its lines on screen, its samples."""
 
-import json
 import os
 
 from configurator import UserError
-from plumbing.files import atomically, to_json, write_atomically
+from plumbing.files import atomically, read_records, to_json, write_atomically
 from plumbing.optim import ramp
 from plumbing.text import encode, load_task
 
@@ -13,15 +12,7 @@ PARTS = ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)')  # of the los
 
 def read_log(path):
     """The records of a log, as far as its lines are whole."""
-    records = []
-    if os.path.exists(path):
-        with open(path, encoding='utf-8', errors='replace') as file:
-            for line in file:
-                try:
-                    records.append(json.loads(line))
-                except ValueError:                                  # torn by a crash
-                    break
-    return records
+    return [record for record in read_records(path) if type(record.get('step')) is int]
 
 
 def start_log(path, start):

@@ -108,6 +108,7 @@ KINDS = {
     'flag': lambda x: type(x) is bool,
     'count': lambda x: type(x) is int and 0 <= x < 2**62,
     'number': is_number,
+    'float': lambda x: type(x) is float,
     'fraction': lambda x: type(x) is float and math.isfinite(x),
     'share': lambda x: is_number(x) and 0 <= x <= 1,
     'nothing': lambda x: x is None,
@@ -135,13 +136,14 @@ FIELDS = dict(
         sha256='dict of plain values'),
     optimizers='list of dicts', rng=RANDOM, sums='dict of pairs', seconds='number',
     control=dict(p_mask='fraction or nothing', bias='fraction', price='fraction'),
-    skipped=dict(steps='count', in_a_row='count'), best='dict or nothing', distilled='dict of plain values')
+    skipped=dict(steps='count', in_a_row='count'),
+    best=dict(value='float', step='count', last='flag'), distilled='dict of plain values')
 
 
 def check_fields(path, values, fields=FIELDS, where='its'):
     """Raises UserError if a value of a checkpoint, a dict, is not of the kind that fields say."""
     for name, kind in fields.items():
-        if name not in values:
+        if name not in values or name == 'best' and values[name] is None:
             continue
         value = values[name]
         if isinstance(kind, tuple):

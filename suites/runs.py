@@ -10,7 +10,6 @@ import ast
 import functools
 import glob
 import hashlib
-import json
 import os
 import re
 import subprocess
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 import configurator
 from model import GPT
-from plumbing.files import append_line, finite, make_folder, to_json, write_atomically
+from plumbing.files import append_line, finite, make_folder, read_records, to_json, write_atomically
 from configurator import UserError
 from suites.common import load
 
@@ -177,18 +176,5 @@ def measure_all(s, network, asked, measures, key_of, tables):
 
 def read_rows(path):
     """The rows that were measured before: {key: rows}. A line that a crash has torn is skipped."""
-    known = {}
-    if not os.path.exists(path):
-        return known
-    with open(path, encoding='utf-8', errors='replace') as file:
-        text = file.read()
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-            known[entry['key']] = entry['rows']
-        except (ValueError, KeyError, TypeError):
-            continue
-    # the next line must not be glued to a torn one
-    if text and not text.endswith('\n'):
-        append_line(path, '')
-    return known
+    return {entry['key']: entry['rows'] for entry in read_records(path)
+            if isinstance(entry.get('key'), str) and isinstance(entry.get('rows'), list)}

@@ -17,7 +17,8 @@ import configurator
 from configurator import UserError
 from data.common import dataset_writer, temporary
 from plumbing.checkpoint import find_checkpoint, save_checkpoint
-from plumbing.files import check_output, finite, to_json, write_atomically
+from plumbing.files import append_line, check_output, finite, read_records, to_json, write_atomically
+from plumbing.log import read_log, start_log
 
 # -----------------------------------------------------------------------------
 # what lies at the path
@@ -140,6 +141,22 @@ def test_json_that_every_reader_takes(bad):
     assert finite((1, 2.5)) == [1, 2.5] and to_json({'x': 0.1}, indent=1) == json.dumps({'x': 0.1}, indent=1)
 
 
+ODD = (b'{"step": 1', b'[1, 2]', b'"step"', b'null', b'{"step": "x"}', b'{"no": 1}', b'\0\xff', b'[' * 10**5)
+
+
+@pytest.mark.parametrize('odd', ODD, ids=range(len(ODD)))
+def test_a_log_with_an_odd_line(tmp_path, odd):
+    """It is skipped, those behind it are not; a run that goes on drops it, and what came after its step."""
+    path, good = tmp_path / 'log.jsonl', [{'step': 1, 'nelbo': 2.0}, {'step': 2, 'nelbo': None}, {'step': 3}]
+    lines = [json.dumps(record).encode() for record in good]
+    path.write_bytes(b'\n'.join([lines[0], odd, lines[1], odd]))
+    append_line(str(path), lines[2].decode())  # to the half line that a crash left
+    assert path.read_bytes() == b'\n'.join([lines[0], odd, lines[1], odd, lines[2], b''])
+    assert read_log(str(path)) == good and all(isinstance(record, dict) for record in read_records(str(path)))
+    start_log(str(path), 2)
+    assert path.read_bytes() == b'\n'.join([*lines[:2], b''])
+
+
 # -----------------------------------------------------------------------------
 # paths
 
@@ -182,6 +199,26 @@ def dead_process():
     child = subprocess.Popen([sys.executable, '-c', ''])
     child.wait()
     return child.pid
+
+
+def test_of_many_runs_that_want_a_folder_one_gets_it(tmp_path):
+    """All begin at the same moment, and hold on to what they got until all have tried."""
+    code = (
+        'import sys\nfrom plumbing.files import lock\nprint("ready", flush=True)\nsys.stdin.readline()\n'
+        'try:\n    lock(sys.argv[1])\n    print("mine", flush=True)\n'
+        'except ValueError as error:\n    print("in use" in str(error), flush=True)\nsys.stdin.readline()'
+    )
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, cwd=ROOT)
+    runs = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], **pipes) for _ in range(8)]
+    said = [[run.stdout.readline() for run in runs]]
+    for round in range(2):
+        for run in runs:
+            run.stdin.write('go\n')
+        if not round:
+            said.append(sorted(run.stdout.readline() for run in runs))
+    for run in runs:
+        run.communicate(timeout=10)
+    assert said == [['ready\n'] * 8, ['True\n'] * 7 + ['mine\n']]
 
 
 def test_leftovers_of_dead_writers_are_swept(tmp_path):
