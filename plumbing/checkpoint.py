@@ -187,6 +187,9 @@ def check_args(path, args, known, meta):
         there = size if itos is None else len(itos)
         raise UserError(f"{path}: damaged: the network knows {args['vocab_size']} tokens, "
                         f'its vocabulary has {there}')
+    if (meta['tokenizer'] == 'char') != (itos is not None):
+        raise UserError(f"{path}: damaged: with the tokenizer {meta['tokenizer']} there are"
+                        f"{' no' if itos is None else ''} characters in its vocabulary")
     if any(meta[name] is not None and meta[name] >= size for name in ('bos', 'eos', 'pad')):
         raise UserError(f'{path}: damaged: its vocabulary of {size} tokens ends before its bos, eos or pad')
     for name in (meta['name'], meta.get('dataset', meta['name'])):  # code of that name will be run
@@ -218,9 +221,9 @@ def check_weights(path, weights, own):
 def check_same_model(path, model_args, other_path, other_args, names=None):
     """Raises UserError if the model_args of two checkpoints or runs differ in names (None: in any field)."""
     for name in names or model_args:
-        if comparable(name, model_args[name]) != comparable(name, other_args[name]):
-            raise UserError(f'{path} and {other_path} do not fit together: '
-                            f'{name} is {model_args[name]} and {other_args[name]}')
+        mine, theirs = model_args.get(name), other_args.get(name)
+        if comparable(name, mine) != comparable(name, theirs):
+            raise UserError(f'{path} and {other_path} do not fit together: {name} is {mine} and {theirs}')
 
 
 def comparable(name, value):
