@@ -21,6 +21,7 @@ configurator.help_first(globals())           # --help does not wait for torch
 import glob
 import importlib
 import os
+import shlex
 import sys
 from types import SimpleNamespace
 
@@ -72,7 +73,7 @@ def main():
     rows, table = importlib.import_module(f'suites.{suite}').run(SimpleNamespace(**settings))
     print(table)
     if json:
-        written = dict(command=' '.join(['python bench.py', *sys.argv[1:]]), rows=rows)
+        written = dict(command=f'python bench.py {shlex.join(sys.argv[1:])}'.strip(), rows=rows)
         write_atomically(json, to_json(written, indent=1) + '\n')
         print(f'written to {json}')
     problems = [row['name'] for row in rows if row.get('status') == 'problem']     # of diagnose

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -23,7 +24,7 @@ def how_to_make(dataset):
     """The command that makes a dataset: its own prepare.py, or for a user's text the one of data/text."""
     if dataset != 'text' and os.path.exists(os.path.join(HERE, dataset, 'prepare.py')):
         return f'python data/{dataset}/prepare.py'
-    out = '' if dataset == 'text' else f' --out=data/{dataset}'
+    out = '' if dataset == 'text' else f" --out={shlex.quote(f'data/{dataset}')}"
     return f'python data/text/prepare.py --input=PATH{out}'
 
 
@@ -56,7 +57,7 @@ def check_name(dataset):
     """Raises UserError if this is not the name of a dataset in data/."""
     name = os.path.basename(dataset)
     if name != dataset:  # a checkpoint remembers the name alone
-        hint = f'a folder from elsewhere can be linked there: ln -s {os.path.abspath(dataset)} data/'
+        hint = f'a folder from elsewhere can be linked there: ln -s {shlex.quote(os.path.abspath(dataset))} data/'
         if is_dataset(name):
             hint = f'did you mean {name}?'
         raise UserError(f'dataset expects the name of a folder in data/, got {dataset}; {hint}')

@@ -344,7 +344,7 @@ def restore(run, path, checkpoint):
         raise
     except Exception as error:                                      # whatever a damaged state may raise
         raise UserError(f'{path}: damaged: the state of its run does not fit this one ({first_line(error)}); '
-                        f'start a new run from its weights with --init_from={path}') from error
+                        f'start a new run from its weights with --init_from={shlex.quote(path)}') from error
 
 
 def restore_optimizer(optim, state):
@@ -412,11 +412,11 @@ def check_resume(path, config, checkpoint, meta):
     if other_data(checkpoint['meta'], meta):
         raise UserError(f"{path} was trained on other data than what data/{config['dataset']} holds now: "
                         'make that again as it was, or start a new run from its weights with '
-                        f'--init_from={path}')
+                        f'--init_from={shlex.quote(path)}')
     missing = [key for key in ('optimizers', 'rng', 'sums', 'control') if key not in checkpoint]
     if missing:
         raise UserError(f"{path}: made by another version of train.py, it has no '{missing[0]}' "
-                        f'to resume with; start a new run from its weights with --init_from={path}')
+                        f'to resume with; start a new run from its weights with --init_from={shlex.quote(path)}')
     check_same_model(path, {'coarse': '', 'k1_credit': False, **checkpoint['config']}, 'this run', config,
                      ('optimizer', 'dataset', 'training_type', 'coarse', 'k1_credit'))
     if checkpoint['iter_num'] >= config['max_iters'] and not config['eval_only']:

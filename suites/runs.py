@@ -12,6 +12,7 @@ import glob
 import hashlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -93,7 +94,7 @@ def trained(s, runs, name):
     if path:
         command.append('--init_from=resume')
     log = os.path.join(folder, 'train.txt')
-    tqdm.write(f"{name}: python {' '.join(command)} > {log}")
+    tqdm.write(f"{name}: python {shlex.join(command)} > {shlex.quote(log)}")
     make_folder(folder)
     status = execute(command, log, 'a' if path else 'w')
 

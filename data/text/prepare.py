@@ -7,6 +7,7 @@ $ python data/text/prepare.py --input=notes/ --tokenizer=gpt2 --out=data/notes  
 
 import fnmatch
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -60,9 +61,10 @@ def prepare(out_dir, input, tokenizer='char', val_share=0.1, glob='*.txt,*.md'):
     split = int(len(text) * (1 - val_share))
     meta = write_text(out_dir, os.path.basename(out_dir), text[:split], text[split:], tokenizer)
     if os.path.dirname(out_dir) == DATA:
+        name = shlex.quote(meta['name'])
         config = 'shakespeare_char_cpu' if tokenizer == 'char' else 'shakespeare_bpe'
-        print(f"train on it: python train.py config/{config}.py --dataset={meta['name']} --sample_prompt= "
-              f"--out_dir=out-{meta['name']}")
+        print(f"train on it: python train.py config/{config}.py --dataset={name} --sample_prompt= "
+              f'--out_dir=out-{name}')
     return meta
 
 
