@@ -57,7 +57,8 @@ def check_name(dataset):
     """Raises UserError if this is not the name of a dataset in data/."""
     name = os.path.basename(dataset)
     if name != dataset:  # a checkpoint remembers the name alone
-        hint = f'a folder from elsewhere can be linked there: ln -s {shlex.quote(os.path.abspath(dataset))} data/'
+        there = shlex.quote(os.path.abspath(dataset))
+        hint = f'a folder from elsewhere can be linked there: ln -s {there} data/'
         if is_dataset(name):
             hint = f'did you mean {name}?'
         raise UserError(f'dataset expects the name of a folder in data/, got {dataset}; {hint}')

@@ -416,7 +416,8 @@ def check_resume(path, config, checkpoint, meta):
     missing = [key for key in ('optimizers', 'rng', 'sums', 'control') if key not in checkpoint]
     if missing:
         raise UserError(f"{path}: made by another version of train.py, it has no '{missing[0]}' "
-                        f'to resume with; start a new run from its weights with --init_from={shlex.quote(path)}')
+                        'to resume with; start a new run from its weights with '
+                        f'--init_from={shlex.quote(path)}')
     check_same_model(path, {'coarse': '', 'k1_credit': False, **checkpoint['config']}, 'this run', config,
                      ('optimizer', 'dataset', 'training_type', 'coarse', 'k1_credit'))
     if checkpoint['iter_num'] >= config['max_iters'] and not config['eval_only']:
