@@ -58,6 +58,8 @@ def atomically(path):
         yield half
         with open(half, 'rb+') as file:
             os.fsync(file.fileno())
+        if os.path.exists(path):                                    # who may read it stays as it was
+            shutil.copymode(path, half)
         os.replace(half, path)
     finally:
         if os.path.exists(half):
@@ -151,7 +153,8 @@ def check_output(path, *inputs, text=True):
             raise UserError(f'{path} is a folder: give the path of a file in it')
         if not os.path.isdir(folder):
             raise UserError(f'{path}: there is no folder {os.path.dirname(path) or folder}')
-        if not os.access(path if is_written_to(path) else folder, os.W_OK):
+        needed = [path] * os.path.exists(path) + [folder] * (not is_written_to(path))
+        if not all(os.access(place, os.W_OK) for place in needed):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f'{path}: cannot be written: {error.strerror}') from error

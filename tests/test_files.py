@@ -1,5 +1,6 @@
 """Files: what is written where, what is refused before the work, what is left behind and found again."""
 
+import errno
 import io
 import json
 import math
@@ -11,12 +12,14 @@ import threading
 
 import pytest
 import torch
-from conftest import ROOT, write_checkpoint
+from conftest import ROOT, default_config, write_checkpoint
 
 import configurator
 from configurator import UserError
 from data.common import dataset_writer, temporary
-from plumbing.checkpoint import find_checkpoint, save_checkpoint
+from data.loader import load_data
+from model import GPT
+from plumbing.checkpoint import check_overwrite, find_checkpoint, save_checkpoint
 from plumbing.files import append_line, check_output, finite, read_records, to_json, write_atomically
 from plumbing.log import read_log, start_log
 
@@ -90,9 +93,38 @@ def test_what_cannot_be_written_is_refused_before(tmp_path, monkeypatch):
             check_output(str(tmp_path / bad), None, str(tmp_path / 'in.pt'))
     with pytest.raises(UserError, match='- is for text'):
         check_output('-', text=False)
-    monkeypatch.setattr(os, 'access', lambda path, mode: path != str(tmp_path))  # root may write anywhere
-    with pytest.raises(UserError, match='new: cannot be written: Permission denied'):
-        check_output(str(tmp_path / 'new'))
+    (tmp_path / 'old').write_text('old')
+    for closed, path in ((tmp_path, 'new'), (tmp_path, 'old'), (tmp_path / 'old', 'old')):
+        with monkeypatch.context() as m, pytest.raises(UserError, match='be written: Permission denied'):
+            m.setattr(os, 'access', lambda path, mode: path != str(closed))  # root may write anywhere
+            check_output(str(tmp_path / path))
+
+
+def test_who_may_read_a_file_stays(tmp_path):
+    path = tmp_path / 'a'
+    path.write_text('old')
+    path.chmod(0o640)
+    text_to(path)
+    assert path.read_text() == 'new\n' and stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize('action', [
+    lambda folder: GPT.load(str(folder / 'ckpt.pt')),
+    lambda folder: check_overwrite(str(folder / 'ckpt.pt'), default_config()),
+    lambda folder: load_data('arithmetic'),
+    lambda folder: find_checkpoint('ckpt', str(folder)),
+])
+def test_what_must_not_be_read_is_not_called_damaged(tmp_path, monkeypatch, action):
+    write_checkpoint(tmp_path / 'ckpt.pt')
+
+    def closed(path, *more, **how):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr('builtins.open', closed)
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)
+    with pytest.raises(UserError, match='cannot be read: Permission denied') as error:
+        action(tmp_path)
+    assert 'damaged' not in str(error.value)
 
 
 @pytest.mark.parametrize('option', ['save', 'html', 'export', 'json'])
