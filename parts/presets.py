@@ -4,7 +4,7 @@ import difflib
 from typing import NamedTuple
 
 from configurator import UserError
-from plumbing.checkpoint import find_checkpoint, import_safetensors
+from plumbing.checkpoint import import_safetensors
 from plumbing.files import check_output
 
 
@@ -177,11 +177,8 @@ def check_sampling(settings, how):
     if export:
         import_safetensors()
     outputs = [settings[name] for name in ('export', 'save', 'html')]
-    if any(outputs):
-        networks = filter(None, (settings[name] for name in ('init_from', 'merge_from', 'remask_from')))
-        inputs = [settings['file'], *(find_checkpoint(name, settings['out_dir']) for name in networks)]
-        for number, path in enumerate(outputs):
-            check_output(path, *inputs, *outputs[:number], text=number > 0)
+    for number, path in enumerate(outputs):
+        check_output(path, settings['file'], *outputs[:number], text=number > 0)
 
 
 def conflicts_of_task(settings):

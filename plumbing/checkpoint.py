@@ -135,6 +135,8 @@ def load_checkpoint(path, network, sizes, device='cpu', ema=True):
     checkpoint['model_args'] = args
     check_args(path, args, known, checkpoint['meta'])
     weights = checkpoint['ema'] if ema and checkpoint.get('ema') else checkpoint['model']
+    if checkpoint['config'].get('energy_head') and not args['energy_head']:
+        raise UserError(f'{path}: damaged: its config has an energy head, its network has none')
     check_tensors(path, weights)
     numbers = sum(tensor.numel() for tensor in weights.values())
     width = weights['causal_embd'].numel() if 'causal_embd' in weights else 0
@@ -179,7 +181,7 @@ def load_merged(load, supports, path, other_path, weight):
 def check_args(path, args, known, meta):
     """Raises UserError if model_args of a file are no numbers or do not fit the vocabulary in its meta."""
     for name, default in known.items():
-        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        kinds = {float: (int, float), str: (str,)}.get(type(default), (int, bool))
         if type(args[name]) not in kinds:
             raise UserError(f'{path}: damaged: {name} is {args[name]!r}, not {expected(type(default))}')
     itos, size = meta['itos'], meta['vocab_size']

@@ -12,7 +12,7 @@ from configurator import UserError
 from plumbing import show
 from plumbing.checkpoint import best_of, check_same_model, find_checkpoint, identity, load_merged
 from plumbing.device import configure_compute, freeze
-from plumbing.files import to_json, write_atomically
+from plumbing.files import check_output, to_json, write_atomically
 from plumbing.score import given_sample, judge_samples
 from plumbing.text import encode, load_task, read_lines, start_canvas, task_canvas
 
@@ -21,6 +21,8 @@ def load_networks(s, load, supports):
     """The network, its checkpoint and the judge (or None), ready to compute; says on screen what they are."""
     path = find_checkpoint(s.init_from, s.out_dir)
     other, judging = (name and find_checkpoint(name, s.out_dir) for name in (s.merge_from, s.remask_from))
+    for output in (s.save, s.html, s.export):
+        check_output(output, path, other, judging)
     merged = ''
     if other:
         model, checkpoint = load_merged(load, supports, path, other, s.merge_weight)
