@@ -128,7 +128,8 @@ FIELDS = dict(
         training_type=CHOICES['training_type'], remasking_loss_type=CHOICES['remasking_loss_type'],
         causal_ratio='share', corruption='text', block_size='count', parts='text', coarse='text',
         dataset='text', init_from='text', allow_abstain='flag', draft_head='flag',
-        energy_head='count or flag', max_iters='count', batch_size='count', gradient_accumulation_steps='count'),
+        energy_head='count or flag', max_iters='count', batch_size='count',
+        gradient_accumulation_steps='count'),
     meta=dict(
         name='text', dataset='text', format=('rows', 'stream'), block_size='count or nothing',
         vocab_size='count', tokenizer=('char', 'gpt2'), itos='list of texts or nothing',

@@ -1,10 +1,12 @@
 """Files: what is written where, what is refused before the work, what is left behind and found again."""
 
 import errno
+import importlib.util
 import io
 import json
 import math
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -12,14 +14,20 @@ import threading
 
 import pytest
 import torch
-from conftest import ROOT, default_config, write_checkpoint
+from conftest import ARITHMETIC, ROOT, default_config, write_checkpoint
 
 import configurator
 from configurator import UserError
 from data.common import dataset_writer, temporary
 from data.loader import load_data
 from model import GPT
-from plumbing.checkpoint import check_overwrite, find_checkpoint, save_checkpoint
+from plumbing.checkpoint import (
+    check_overwrite,
+    check_resume,
+    export_safetensors,
+    find_checkpoint,
+    save_checkpoint,
+)
 from plumbing.files import append_line, check_output, finite, read_records, to_json, write_atomically
 from plumbing.log import read_log, start_log
 
@@ -63,8 +71,9 @@ def test_links_devices_and_pipes_stay(tmp_path, write):
     (tmp_path / 'circle').symlink_to('circle')
     with pytest.raises(UserError, match='circle: cannot be written: Too many levels'):
         write(tmp_path / 'circle')
-    with pytest.raises(UserError, match='/dev/full: cannot be written: No space'):
-        write('/dev/full')
+    if os.path.exists('/dev/full'):
+        with pytest.raises(UserError, match='/dev/full: cannot be written: No space'):
+            write('/dev/full')
     left = ['circle', 'new.link', 'null', 'old.link', 'pipe', 'plain', 'there']
     assert sorted(os.listdir(tmp_path)) == left and sorted(os.listdir(tmp_path / 'there')) == ['new', 'old']
 
@@ -220,6 +229,18 @@ def test_a_folder_stands_for_its_newest_checkpoint(tmp_path):
         assert find_checkpoint(name, out_dir) == str(folder / 'deep' / 'ckpt_b.pt')
     with pytest.raises(UserError, match='no checkpoint under .*ckpt_folder.pt'):
         find_checkpoint(str(folder / 'ckpt_folder.pt'), '')
+
+
+def test_commands_on_screen_can_be_pasted(tmp_path, capsys):
+    path = write_checkpoint(tmp_path / "a 'b'" / 'ckpt.pt')
+    model, checkpoint = GPT.load(path)
+    with pytest.raises(UserError) as error:
+        check_resume(path, default_config(), checkpoint, ARITHMETIC)
+    said = [str(error.value).partition('its weights with ')[2]]
+    if importlib.util.find_spec('safetensors'):
+        export_safetensors(path[:-2] + 'safetensors', model, checkpoint)
+        said.append(capsys.readouterr().out.partition('sample.py ')[2].replace('safetensors', 'pt'))
+    assert all(shlex.split(words) == [f'--init_from={path}'] for words in said)
 
 
 # -----------------------------------------------------------------------------
