@@ -52,7 +52,7 @@ animate = False            # play the denoising in the terminal (pip install ric
 html: str = None           # write it to this file, a page with a slider over the steps
 save: str = None           # also write the samples to this file, one JSON object a line
 # the checkpoint
-init_from = 'ckpt'         # 'ckpt': the newest checkpoint under out_dir; or the path of one
+init_from = 'ckpt'         # 'ckpt': the newest checkpoint under out_dir; or the path of one, or a folder
 out_dir = 'out'            # where 'ckpt' looks
 remask_from: str = None    # path of a second, remasking checkpoint that judges the visible tokens
 merge_from: str = None     # path of a second checkpoint of the same architecture to merge with the first
@@ -392,8 +392,7 @@ def main():
     meta, config = checkpoint['meta'], checkpoint['config']
     shown = partial(show_samples, s, model, judge, meta, supports(config))
     if s.export:
-        export_safetensors(s.export, model, checkpoint)
-        return print(f'written to {s.export}; sample from it: python sample.py --init_from={s.export}')
+        return export_safetensors(s.export, model, checkpoint)
     if s.task == 'score':
         return shown(given_samples(s, model, meta))
 

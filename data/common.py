@@ -9,8 +9,10 @@ import importlib
 import json
 import os
 import re
+import socket
 import sys
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +166,34 @@ def encode_chars(texts, special=()):
 # files
 
 
+def temporary(path):
+    """
+    The name NAME.MACHINE.PID.tmp under which this process writes a file of this path, until it is whole.
+
+    What dead processes of this machine left half written of the same file is removed.
+    """
+    machine = f'{zlib.crc32(socket.gethostname().encode()):08x}'    # PyTorch keeps the name in its files
+    for torn in glob.glob(f'{glob.escape(path)}.*.tmp'):
+        there, _, number = torn[len(path) + 1:-len('.tmp')].rpartition('.')
+        if there in ('', machine) and number.isdigit() and not is_alive(int(number)):
+            with contextlib.suppress(OSError):                      # another process may be as tidy
+                os.remove(torn)
+    return f'{path}.{machine}.{os.getpid()}.tmp'
+
+
+def is_alive(number):
+    """Whether there is a process of that number on this machine, as far as one can tell."""
+    if os.name == 'nt':                                             # where signal 0 is Ctrl-C
+        return True
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:                                                 # it is there, but someone else's
+        pass
+    return True
+
+
 def text_meta(name, tokenizer, itos=None, seed=None):
     """The meta.json of a stream of text, as far as it is known. itos: the characters, None for 'gpt2'."""
     # no end token: the text runs on, and <|endoftext|> between two documents is a token like any other
@@ -281,7 +311,7 @@ def dataset_writer(out_dir, meta):
     """
     names = [f'{split}.bin' for split in SPLITS] + ['meta.json']  # the last is the last to be renamed
     path = {name: os.path.join(out_dir, name) for name in names}
-    tmp = {name: f'{path[name]}.{os.getpid()}.tmp' for name in names}
+    tmp = {name: temporary(path[name]) for name in names}
     sums, counts = {split: hashlib.sha256() for split in SPLITS}, dict.fromkeys(SPLITS, 0)
     if not 0 < meta['vocab_size'] <= 2**16 - 2:  # [MASK] and [WRONG] fit as well
         raise ValueError(f"vocab_size={meta['vocab_size']} does not fit into uint16")

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import shlex
 import subprocess
 import sys
 
@@ -25,7 +26,7 @@ def how_to_make(dataset):
     """The command that makes a dataset: its own prepare.py, or for a user's text the one of data/text."""
     if dataset != 'text' and os.path.exists(os.path.join(HERE, dataset, 'prepare.py')):
         return f'python data/{dataset}/prepare.py'
-    out = '' if dataset == 'text' else f' --out=data/{dataset}'
+    out = '' if dataset == 'text' else f" --out={shlex.quote(f'data/{dataset}')}"
     return f'python data/text/prepare.py --input=PATH{out}'
 
 
@@ -46,6 +47,8 @@ def load_data(dataset, coarse=''):
             raise UserError(f'the dataset {dataset} is not there; make it with {how_to_make(dataset)}')
     try:
         meta, data = read_dataset(folder, dataset)
+    except PermissionError as error:
+        raise UserError(f'{error.filename}: cannot be read: {error.strerror}') from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(f'the dataset in data/{dataset} is damaged ({error}); make it again: '
                         f'{how_to_make(dataset)}') from error
@@ -73,7 +76,8 @@ def check_name(dataset):
     """Raises UserError if this is not the name of a dataset in data/."""
     name = os.path.basename(dataset)
     if name != dataset:  # a checkpoint remembers the name alone
-        hint = f'a folder from elsewhere can be linked there: ln -s {os.path.abspath(dataset)} data/'
+        there = shlex.quote(os.path.abspath(dataset))
+        hint = f'a folder from elsewhere can be linked there: ln -s {there} data/'
         if is_dataset(name):
             hint = f'did you mean {name}?'
         raise UserError(f'dataset expects the name of a folder in data/, got {dataset}; {hint}')

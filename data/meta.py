@@ -29,8 +29,9 @@ def check_meta(meta):
     Raises ValueError if this is not the meta of a dataset, which is
 
     name: that of a folder in data/. format: 'stream', or 'rows' of block_size ids. vocab_size. tokenizer:
-    'char', with itos, the text of every id, or 'gpt2', with None. bos, eos, pad: ids of their own, or None.
-    Maybe train_tokens, val_tokens; sha256 of the files; seed; dataset, the folder it was read from.
+    'gpt2', or 'char' or another name with itos, the text of every id. bos, eos, pad: ids of their own, or
+    None. Maybe given, ids that never change; train_tokens, val_tokens; sha256 of the files; seed; dataset,
+    the folder it was read from.
     """
     if not isinstance(meta, dict):
         raise ValueError('the meta is no dict')
@@ -47,11 +48,12 @@ def check_meta(meta):
         format=meta['format'] in ('stream', 'rows'),
         block_size=is_count(meta['block_size']) or meta['block_size'] is None and meta['format'] == 'stream',
         vocab_size=sized,
-        tokenizer=tokenizer in ('char', 'gpt2'),
+        tokenizer=isinstance(tokenizer, str) and tokenizer != '',
         itos=itos is None if tokenizer == 'gpt2' else isinstance(itos, list) and len(itos) == V
         and all(isinstance(text, str) and text for text in itos) and len({*itos}) == V,
         train_tokens=is_count(meta.get('train_tokens', 1)),
         val_tokens=is_count(meta.get('val_tokens', 1)),
+        given=all(is_count(id, 0, V - 1) for id in meta.get('given') or ()),
         sha256=isinstance(meta.get('sha256') or {}, dict))
     for name, fits in rules.items():
         if not fits:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from configurator import UserError
 from plumbing.checkpoint import import_safetensors
-from plumbing.files import check_folder
+from plumbing.files import check_output
 
 
 class Abilities(NamedTuple):
@@ -176,8 +176,9 @@ def check_sampling(settings, how):
          f"export expects the name of a .safetensors file, got '{export}'"))
     if export:
         import_safetensors()
-    for name in ('save', 'html', 'export'):
-        check_folder(settings[name])
+    outputs = [settings[name] for name in ('export', 'save', 'html')]
+    for number, path in enumerate(outputs):
+        check_output(path, settings['file'], *outputs[:number], text=number > 0)
 
 
 def conflicts_of_task(settings):

@@ -14,7 +14,7 @@ from configurator import UserError
 from plumbing import show
 from plumbing.checkpoint import best_of, check_same_model, find_checkpoint, identity, load_merged
 from plumbing.device import configure_compute, freeze
-from plumbing.files import write_atomically
+from plumbing.files import check_output, to_json, write_atomically
 from plumbing.score import given_sample, judge_samples, total
 from plumbing.text import (
     can_have,
@@ -33,10 +33,13 @@ from plumbing.text import (
 def load_networks(s, load, supports):
     """The network, its checkpoint and the judge (or None), ready to compute; says on screen what they are."""
     path = find_checkpoint(s.init_from, s.out_dir)
+    other, judging = (name and find_checkpoint(name, s.out_dir) for name in (s.merge_from, s.remask_from))
+    for output in (s.save, s.html, s.export):
+        check_output(output, path, other, judging)
     merged = ''
-    if s.merge_from:
-        model, checkpoint = load_merged(load, supports, path, s.merge_from, s.merge_weight)
-        merged = f', merged with {s.merge_weight:g} of {s.merge_from}'
+    if other:
+        model, checkpoint = load_merged(load, supports, path, other, s.merge_weight)
+        merged = f', merged with {s.merge_weight:g} of {other}'
     else:
         model, checkpoint = load(path)
     print(f"{path}: {checkpoint['config']['training_type']} on {checkpoint['meta']['name']}, "
@@ -45,13 +48,13 @@ def load_networks(s, load, supports):
         print(f'its validation loss was lower before: --init_from={shlex.quote(best_of(path))}')
 
     judge = None
-    if s.remask_from:
-        judge, other = load(s.remask_from)
-        check_same_model(path, identity(checkpoint), s.remask_from, identity(other),
+    if judging:
+        judge, second = load(judging)
+        check_same_model(path, identity(checkpoint), judging, identity(second),
                          ('vocab_size', 'block_size', 'itos'))
-        if not supports(other['config']).detects:
-            raise UserError(f'{s.remask_from} was not trained to find wrong tokens '
-                            f"(training_type={other['config']['training_type']})")
+        if not supports(second['config']).detects:
+            raise UserError(f'{judging} was not trained to find wrong tokens '
+                            f"(training_type={second['config']['training_type']})")
         configure_compute(judge, s.device, s.dtype, s.attention, s.compile)
     model, choices = configure_compute(model, s.device, s.dtype, s.attention, s.compile)
     print(f'{model.num_params():,} parameters, {choices}')
@@ -171,7 +174,7 @@ def show_samples(s, model, judge, meta, can, samples, texts=None, canvas=None, *
                        s.animate, s.html, writer=model if judge else None)
     if s.save:
         lines = [{key: value for key, value in sample.items() if key != 'trace'} for sample in samples]
-        write_atomically(s.save, ''.join(json.dumps(line, ensure_ascii=False) + '\n' for line in lines))
+        write_atomically(s.save, ''.join(to_json(line, ensure_ascii=False) + '\n' for line in lines))
         print(f'written to {s.save}')
     if hasattr(s, 'left_out'):
         print(s.left_out)

@@ -1,11 +1,10 @@
 """What a training run tells: its log, a JSON object a line, its curves, its lines on screen, its samples."""
 
 import itertools
-import json
 import os
 
 from configurator import UserError
-from plumbing.files import atomically, write_atomically
+from plumbing.files import atomically, read_records, to_json, write_atomically
 from plumbing.optim import ramp
 from plumbing.text import encode, load_task, sample_line
 
@@ -14,15 +13,7 @@ PARTS = ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)')  # of the los
 
 def read_log(path):
     """The records of a log, as far as its lines are whole."""
-    records = []
-    if os.path.exists(path):
-        with open(path, encoding='utf-8', errors='replace') as file:
-            for line in file:
-                try:
-                    records.append(json.loads(line))
-                except ValueError:                                  # torn by a crash
-                    break
-    return records
+    return [record for record in read_records(path) if type(record.get('step')) is int]
 
 
 def start_log(path, start):
@@ -30,7 +21,7 @@ def start_log(path, start):
     if not start and os.path.exists(path) and os.path.getsize(path):
         os.replace(path, path.removesuffix('.jsonl') + '_before.jsonl')
     records = [record for record in read_log(path) if 0 < start >= record['step']]
-    write_atomically(path, ''.join(json.dumps(record) + '\n' for record in records))
+    write_atomically(path, ''.join(to_json(record) + '\n' for record in records))
 
 
 def draw_curves(log, path):
@@ -68,8 +59,8 @@ def curves(log, path):
             axes.plot(*zip(*points), label=name, marker='.' if len(points) < 20 else None)
         axes.legend(fontsize='small')
         axes.grid(alpha=0.3)
-    with atomically(path) as temporary:
-        figure.savefig(temporary, format='png', dpi=110)
+    with atomically(path) as half:
+        figure.savefig(half, format='png', dpi=110)
     return True
 
 

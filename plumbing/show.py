@@ -6,7 +6,6 @@ HTML file that needs nothing else. report() says the end of it in lines of text,
 """
 
 import html
-import json
 import time
 import unicodedata
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from configurator import UserError
 from data.common import gpt2
-from plumbing.files import write_atomically
+from plumbing.files import to_json, write_atomically
 from plumbing.evaluate import p_wrong
 from plumbing.score import NAMES
 from plumbing.text import pictured, pieces, visible
@@ -218,7 +217,7 @@ def write_page(path, title, subtitle, stories):
                    [None if doubt is None else round(100 * doubt) for doubt in frame['doubts']]]
                   for frame in story['frames']]
         told.append(dict(label=story['label'], frames=frames))
-    data = json.dumps(dict(tokens=list(table), stories=told), separators=(',', ':'))
+    data = to_json(dict(tokens=list(table), stories=told), separators=(',', ':'))
     for sign, escaped in (('<', r'\u003c'), ('>', r'\u003e'), ('&', r'\u0026')):  # no text can end the script
         data = data.replace(sign, escaped)
     page = Template(Path(__file__).with_suffix('.html').read_text(encoding='utf-8'))

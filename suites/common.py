@@ -101,6 +101,7 @@ def table_of(rows, columns, metrics):
 def load(s, path, other=None, learns=False):
     """(model, checkpoint), merged with the other if there is one. The model is frozen unless it learns."""
     if other:
+        other = find_checkpoint(other, s.out_dir)
         model, checkpoint = load_merged(GPT.load, supports, path, other, s.merge_weight)
     else:
         model, checkpoint = GPT.load(path)

@@ -344,7 +344,7 @@ def test_an_error_is_one_line_in_a_real_process(tmp_path):
 
 # an alphabet in another order, and one without a letter
 OTHER = dict(ARITHMETIC, itos=[*'9876543210()+*=', '<bos>', '<eos>', '<pad>'])
-SMALL = dict(ARITHMETIC, vocab_size=17, itos=ARITHMETIC['itos'][1:])
+SMALL = dict(ARITHMETIC, vocab_size=17, itos=ARITHMETIC['itos'][1:], bos=14, eos=15, pad=16)
 
 
 def test_train_refuses_a_checkpoint_of_another_size(run, tmp_path):

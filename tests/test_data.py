@@ -772,7 +772,7 @@ def small(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name, values', [
     ('name', ['../../x', '..', '', 'a/b', 'a\\b', 'a\n', 3]), ('dataset', ['/etc', None]),
-    ('format', ['row', [], None]), ('block_size', [-3, '8']), ('tokenizer', ['bpe', None]),
+    ('format', ['row', [], None]), ('block_size', [-3, '8']), ('tokenizer', ['', None, 3]),
     ('vocab_size', [0, 4.0, True, '4', 65535]), ('train_tokens', [0, '9']), ('sha256', ['x']),
     ('itos', [None, [*'abc'], [*'abca'], [*'abc', 4], [*'abc', ''], 'abcd', {'a': 0}])])
 def test_a_meta_is_not_believed(name, values):

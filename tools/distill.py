@@ -20,6 +20,7 @@ configurator.help_first(globals())           # --help must not wait for torch
 # ruff: noqa: E402 (so the imports come after it)
 
 import copy
+import shlex
 
 import torch
 
@@ -31,7 +32,6 @@ from parts.presets import PRESETS, choose_rules
 from plumbing.checkpoint import save_checkpoint
 from plumbing.checks import check_ranges
 from plumbing.device import configure_compute
-from plumbing.files import make_folder
 from plumbing.optim import make_optimizers
 from plumbing.rows import Ends
 from plumbing.text import load_task, modelled, sample_line
@@ -99,7 +99,6 @@ def main():
     teacher, choices = configure_compute(teacher, device, dtype, attention)
     words = ', '.join(f'{name}={value}' for name, value in rules.items())
     print(f'{path} teaches: {words}\n{choices}')
-    make_folder(out_dir)
     student, average = copy.deepcopy(teacher).train(), copy.deepcopy(teacher)
     study(student, average, teacher, data['train'], meta, rules)
 
@@ -110,7 +109,7 @@ def main():
     task = load_task(meta['name'])
     for sample in generate(average.eval(), meta, 4, seed=seed, steps=8):
         print(sample_line(sample['text'], task))
-    print(f'saved {goal}; sample from it: python sample.py --init_from={goal} --steps=4')
+    print(f'saved {goal}; sample from it: python sample.py --init_from={shlex.quote(goal)} --steps=4')
 
 
 if __name__ == '__main__':
