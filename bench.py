@@ -4,6 +4,7 @@ Everything that is measured. Each suite is a file in suites/.
     python bench.py --suite=arithmetic --init_from=ckpt   the samplers of one checkpoint
     python bench.py --suite=samplers --json=table.json    every rule and preset, at several numbers of passes
     python bench.py --suite=tasks --num_samples=200       infill, repair and edit held-out strings
+    python bench.py --suite=sudoku --num_samples=200      held-out puzzles to solve, boards to repair
     python bench.py --suite=checkpoints --init_from='out/*/ckpt_*.pt'    training runs side by side
     python bench.py --suite=universal                     the universal denoiser's table; trains what it needs
     python bench.py --suite=text --budgets=64,128         likelihood, samples, infill, repair; trains too
@@ -18,12 +19,14 @@ import configurator
 configurator.help_first(globals())           # --help does not wait for torch
 # ruff: noqa: E402 (so the imports come after it)
 
+import glob
 import importlib
-import json as jsonlib
+import os
+import shlex
 import sys
 from types import SimpleNamespace
 
-from plumbing.files import check_folder, write_atomically
+from plumbing.files import check_output, to_json, write_atomically
 from configurator import UserError
 
 # -----------------------------------------------------------------------------
@@ -49,7 +52,7 @@ attention = 'auto'       # auto | plain | sdpa
 compile = False          # torch.compile the network
 # -----------------------------------------------------------------------------
 
-SUITES = 'arithmetic samplers tasks checkpoints universal text stages diagnose faults speed'.split()
+SUITES = 'arithmetic samplers tasks sudoku checkpoints universal text stages diagnose faults speed'.split()
 
 
 def main():
@@ -64,13 +67,15 @@ def main():
             raise UserError(f'{name} must be in 0..1, got {settings[name]}')
     if not budgets or any(type(n) is not int or n < 1 for n in budgets):
         raise UserError(f'budgets expects numbers of passes, each at least 1, got {budgets}')
-    check_folder(json)
+    inputs = (init_from, merge_from or '', os.path.join(out_dir, '**', 'ckpt_*.pt'))
+    check_output(json, *[path for patterns in inputs for pattern in patterns.split(',')
+                         for path in glob.glob(pattern, recursive=True)])
 
     rows, table = importlib.import_module(f'suites.{suite}').run(SimpleNamespace(**settings))
     print(table)
     if json:
-        written = dict(command=' '.join(['python bench.py', *sys.argv[1:]]), rows=rows)
-        write_atomically(json, jsonlib.dumps(written, indent=1) + '\n')
+        written = dict(command=f'python bench.py {shlex.join(sys.argv[1:])}'.strip(), rows=rows)
+        write_atomically(json, to_json(written, indent=1) + '\n')
         print(f'written to {json}')
     problems = [row['name'] for row in rows if row.get('status') == 'problem']     # of diagnose
     if problems:

@@ -32,6 +32,9 @@ from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 TYPES = {t.__name__: t for t in (int, float, bool, str, tuple, list)}  # what a setting can be
+# settings that are paths, where ~ is the home folder, and those of them that are written; - is the screen
+OUTPUTS = ('save', 'html', 'json', 'export')
+PATHS = (*OUTPUTS, 'out_dir', 'init_from', 'merge_from', 'remask_from', 'file', 'input', 'out')
 # what a word of the command line may be beyond Python's literals
 WORDS = {'true': True, 'false': False, 'none': None, 'nan': math.nan, 'inf': math.inf}
 
@@ -126,6 +129,8 @@ def check(setting, value):
         raise UserError(f'{setting.name} is empty: give it a value, or leave it out')
     if kind in (tuple, list) and type(value) in (tuple, list):
         return kind(value)
+    if setting.name in PATHS and type(value) is str:
+        value = os.path.expanduser(value)  # the shell leaves it as it is behind =
     if kind is not None and type(value) is not kind:  # isinstance would let True pass for 1
         one = f'; one value is written {value!r},' if kind is tuple and type(value) in (int, float) else ''
         raise UserError(f'{setting.name} expects {expected(kind)}, got {value!r}{one}')
@@ -251,6 +256,8 @@ def configure(scope, argv):
     known = {**known, **former}
     values.update(scope.get('FORMER', {}))
     files, overrides = parse(argv, known)
+    if any(name in OUTPUTS and value == '-' for name, value in overrides):
+        sys.stdout = sys.stderr  # which leaves the stream to what is written there; run() puts it back
     for file in files:
         apply_file(file, values, known)
         print(f'using {file}')

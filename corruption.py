@@ -92,7 +92,8 @@ def ask(x0, free, real, task, tokens, generator, guess=None):
                                 pad=pad, rng=generator, guess=guess)
         for name, rows in split(mixture, proofread, generator):
             where, ids = CORRUPTIONS[name](batch, chosen & rows)
-            input = torch.where(where & rows, ids, torch.where(rows & full, x0, input))
+            where = where & rows & free                             # what is given stays, whatever moves
+            input = torch.where(where, ids, torch.where(rows & full, x0, input))
             noisy = rows if name == 'noise' else noisy
     elif task.training_type == 'joint' and 'own' in dict(mixture) and guess:
         guess(input, proofread)                                     # nowhere, but see own_guesses

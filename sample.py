@@ -33,7 +33,7 @@ from parts.look import Sampling
 from parts.presets import check_rules, check_sampling, choose_rules, supports
 from parts.speculate import write, write_prefix
 from plumbing.checkpoint import export_safetensors
-from plumbing.command import canvases, given_samples, load_networks, show_samples
+from plumbing.command import by_length, canvases, given_samples, load_networks, show_samples
 from plumbing.evaluate import p_wrong
 from plumbing.rows import Ends, close_rows, first_of, places, random_subset, spread
 from plumbing.text import decode, encode, start_canvas, until_end
@@ -41,9 +41,9 @@ from plumbing.text import decode, encode, start_canvas, until_end
 # -----------------------------------------------------------------------------
 # what a newcomer turns: the task
 task = 'generate'          # generate | infill | repair | edit | score (says what it thinks of a text)
-prompt = ''                # generate: text that every sample starts with
-text: str = None           # infill, repair, edit, score: the text
-file: str = None           # or a file of texts, one a line
+prompt = ''                # generate: text that every sample starts with; FILE:PATH is all of that file
+text: str = None           # infill, repair, edit, score: the text; \n is a line end where texts have no \
+file: str = None           # or a file of texts, one a line; - is standard input
 mask: str = None           # edit: the tokens to write anew, 3:5 for the fourth and fifth; or 3:5,8:9
 num_samples: int = None    # how many samples to draw; None: 10, with a text 1 each
 preset: str = None         # rules with a name, see parts/presets.py; None: the checkpoint's best
@@ -53,15 +53,16 @@ animate = False            # play the denoising in the terminal (pip install ric
 html: str = None           # write it to this file, a page with a slider over the steps
 save: str = None           # also write the samples to this file, one JSON object a line
 # the checkpoint
-init_from = 'ckpt'         # 'ckpt': the newest checkpoint under out_dir; or the path of one
+init_from = 'ckpt'         # 'ckpt': the newest checkpoint under out_dir; or the path of one, or a folder
 out_dir = 'out'            # where 'ckpt' looks
 remask_from: str = None    # path of a second, remasking checkpoint that judges the visible tokens
 merge_from: str = None     # path of a second checkpoint of the same architecture to merge with the first
 merge_weight = 0.5         # its share in the merged weights: 0 is the first checkpoint, 1 the second
 export: str = None         # only write the weights (averaged, merged) to this .safetensors file
 # rarely turned
+stop: str = None           # generate: a sample ends before this text (that of the prompt does not count)
 length: int = None         # generate: number of tokens; None: the model decides (or block_size)
-hole = '_'                 # infill: stands for one token; at the very end of the text for any number of them
+hole: str = None           # infill: a token, at the very end any number; None: _ if no text has it, or [MASK]
 batch_size = 256           # samples drawn at a time; what causal sampling keeps of the text grows with it
 device = 'auto'            # auto | cpu | cuda | cuda:1 | mps
 dtype = 'auto'             # auto | float32 | bfloat16
@@ -397,23 +398,24 @@ def main():
     meta, config = checkpoint['meta'], checkpoint['config']
     shown = partial(show_samples, s, model, judge, meta, supports(config))
     if s.export:
-        export_safetensors(s.export, model, checkpoint)
-        return print(f'written to {s.export}; sample from it: python sample.py --init_from={s.export}')
+        return export_safetensors(s.export, model, checkpoint)
     if s.task == 'score':
         return shown(given_samples(s, model, meta))
 
     # what is to be written, and by which rules
     texts, canvas, fixed = canvases(s, model, meta)
-    masked = canvas == model.mask_token_id
-    inside = s.task == 'repair' or bool((masked.cummax(1).values & ~masked).any())    # text right of a hole
+    masked = [row == model.mask_token_id for row in canvas]
+    # whether there is text right of a hole
+    inside = s.task == 'repair' or any((row.cummax(0).values & ~row).any() for row in masked)
     rules = choose_rules(config, preset=s.preset, task=s.task, inside=inside, judge=judge is not None,
                          **vars(how))
     said = ', '.join(f'{name}={value}' for name, value in rules.items())
     print(said)
 
     t0 = time.perf_counter()
-    samples = fill(model, meta, canvas, fixed, batch_size=s.batch_size, seed=s.seed, progress=True,
-                   remask_model=judge, trace=bool(s.animate or s.html) or s.task == 'repair', **rules)
+    sampler = partial(fill, model, meta, batch_size=s.batch_size, seed=s.seed, progress=True,
+                      remask_model=judge, trace=bool(s.animate or s.html) or s.task == 'repair', **rules)
+    samples = by_length(sampler, canvas, fixed)
     shown(samples, texts, canvas, fixed, said, time.perf_counter() - t0)
 
 

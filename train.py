@@ -329,9 +329,10 @@ def check_settings(config):
     task_of(config)
 
 
-def draws(config):
-    """Whether samples are drawn at an evaluation."""
-    return config['eval_samples'] and config['training_type'] != 'remasking'
+def draws(config, meta):
+    """Whether samples are drawn at an evaluation; from left to right none with text given inside."""
+    kinds = ('remasking', 'causal') if 'given' in meta else ('remasking',)
+    return config['eval_samples'] and config['training_type'] not in kinds
 
 
 def examine(run, val, usual):
@@ -345,10 +346,11 @@ def examine(run, val, usual):
                               own_errors=own_errors if detects and can_unmask else None,
                               seed=config['seed'], bounds=block_bounds(config['block_lengths']))
             print(evaluation_line(run.step, result))
-            if draws(config) and (run.step or config['eval_only']):
+            if draws(config, run.meta) and (run.step or config['eval_only']):
                 num = usual['num'] if usual else config['eval_samples']
                 prompt = encode(run.meta, config['sample_prompt'])
-                samples = generate(model, run.meta, num, prompt=prompt, seed=0, **best_rules(config))
+                rules = best_rules(config, lengths_given='given' in run.meta)
+                samples = generate(model, run.meta, num, prompt=prompt, seed=0, **rules)
                 compare = partial(compare_text, usual=usual)
                 result.update(show_samples(samples, run.meta, config, compare))
     return result
@@ -377,7 +379,7 @@ def train(config):
     with distributed.together():
         usual = None
         if distributed.rank() == 0:
-            if draws(config) and not load_task(meta['name']):
+            if draws(config, meta) and not load_task(meta['name']):
                 usual = usual_text(data['train'], meta, config)
             run.open()
 

@@ -9,19 +9,29 @@ import importlib
 import json
 import os
 import re
+import socket
 import sys
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:         # Windows: there is no lock
+    fcntl = None
 
 # a prepare.py may know no more than this folder
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from configurator import UserError  # noqa: E402
 
 SPLITS = ('train', 'val')
+SPECIAL = ['<bos>', '<eos>', '<pad>']
 SHORTEST = 65               # tokens in a split: one more than a window of train.py's default block_size
+WIDEST = 4096               # tokens of a row that nobody asked for
 PIECE = 2**20               # characters that are tokenized at once
+BATCH = 1024                # rows that are written at once
 
 
 def library(name):
@@ -117,6 +127,14 @@ def gpt2():
                         'and here set TIKTOKEN_CACHE_DIR to a copy of that FOLDER') from error
 
 
+def encode_documents(documents, desc):
+    """texts -> the ids of all of them with <|endoftext|> between two, (N,) uint16, see encode_gpt2."""
+    ids = []
+    for text in documents:
+        ids += [np.array([gpt2().eot_token], np.uint16)] * bool(ids) + [encode_gpt2(text, desc)]
+    return np.concatenate(ids or [np.zeros(0, np.uint16)])
+
+
 def encode_gpt2(text, desc):
     """text -> its ids as GPT-2 counts, (N,) uint16, under a progress bar named desc."""
     # no token reaches from a visible character into a line break behind it, so cutting there changes nothing
@@ -130,18 +148,50 @@ def encode_gpt2(text, desc):
     return np.concatenate(ids)
 
 
-def encode_chars(texts):
-    """texts -> (their characters, sorted; the ids of each text, (N,) uint16). Raises UserError."""
-    itos = sorted(set().union(*texts))
-    if len(itos) > 2**16 - 2:
+def encode_chars(texts, special=()):
+    """
+    texts -> (their characters, sorted, and the special tokens behind them; the ids of each text, (N,)
+    uint16). Raises UserError.
+    """
+    itos, most = sorted(set().union(*texts)), 2**16 - 2 - len(special)
+    if len(itos) > most:
         raise UserError(f'{len(itos):,} different characters are more than uint16 can count beside [MASK] '
-                        f'and [WRONG] ({2**16 - 2:,}): use --tokenizer=gpt2')
+                        f'and [WRONG] ({most:,}): use --tokenizer=gpt2')
     table = np.zeros(0x110000, dtype=np.uint16)  # of all code points
     table[[ord(c) for c in itos]] = np.arange(len(itos))
-    return itos, [table[np.frombuffer(text.encode('utf-32-le'), dtype='<u4')] for text in texts]
+    ids = [table[np.frombuffer(text.encode('utf-32-le'), dtype='<u4')] for text in texts]
+    return itos + list(special), ids
 
 # -----------------------------------------------------------------------------
 # files
+
+
+def temporary(path):
+    """
+    The name NAME.MACHINE.PID.tmp under which this process writes a file of this path, until it is whole.
+
+    What dead processes of this machine left half written of the same file is removed.
+    """
+    machine = f'{zlib.crc32(socket.gethostname().encode()):08x}'    # PyTorch keeps the name in its files
+    for torn in glob.glob(f'{glob.escape(path)}.*.tmp'):
+        there, _, number = torn[len(path) + 1:-len('.tmp')].rpartition('.')
+        if there in ('', machine) and number.isdigit() and not is_alive(int(number)):
+            with contextlib.suppress(OSError):                      # another process may be as tidy
+                os.remove(torn)
+    return f'{path}.{machine}.{os.getpid()}.tmp'
+
+
+def is_alive(number):
+    """Whether there is a process of that number on this machine, as far as one can tell."""
+    if os.name == 'nt':                                             # where signal 0 is Ctrl-C
+        return True
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:                                                 # it is there, but someone else's
+        pass
+    return True
 
 
 def text_meta(name, tokenizer, itos=None, seed=None):
@@ -156,13 +206,16 @@ def write_text(out_dir, name, train, val, tokenizer):
     """
     Encodes two texts with the tokenizer 'char' or 'gpt2', writes them into out_dir, says what they are.
 
+    A text may be a list of documents: a blank line is put between two, of GPT-2's tokens <|endoftext|>.
     Returns the meta. Raises UserError if a split is too short for one row of training.
     """
+    check_writable(out_dir)
+    train, val = ([text] if isinstance(text, str) else text for text in (train, val))
     if tokenizer == 'char':
-        itos, ids = encode_chars((train, val))
-        print(f'vocabulary of {len(itos):,} characters: {"".join(itos[:100])!r}')
+        itos, ids = encode_chars(['\n'.join(documents) for documents in (train, val)])
+        show_characters(itos)
     else:
-        itos, ids = None, [encode_gpt2(text, split) for split, text in zip(SPLITS, (train, val))]
+        itos, ids = None, [encode_documents(*both) for both in zip((train, val), SPLITS)]
     for split, part in zip(SPLITS, ids):
         if len(part) < SHORTEST:
             raise UserError(f'the text is too short: {split} has {len(part)} tokens and needs {SHORTEST}, '
@@ -170,6 +223,65 @@ def write_text(out_dir, name, train, val, tokenizer):
     meta = write_dataset(out_dir, *ids, text_meta(name, tokenizer, itos))
     report(out_dir, meta)
     return meta
+
+
+def write_rows(out_dir, name, train, val, tokenizer, block_size=None, drop_long=False, seed=None):
+    """
+    Encodes two lists of texts as rows: start token, text, end token, padding; otherwise like write_text.
+
+    block_size: tokens of a row, None: as many as the longest needs. drop_long: whether longer ones are left
+    out; else they raise UserError. In GPT-2's tokens the end is <|endoftext|>, start and padding are new.
+    """
+    check_writable(out_dir)
+    if tokenizer == 'char':
+        itos, ids = encode_chars(train + val, SPECIAL)
+        show_characters(itos[:-len(SPECIAL)])
+        V = len(itos)
+        bos, eos, pad = range(V - 3, V)
+    else:
+        itos, ids = None, [np.array(row, np.uint16) for row in gpt2().encode_ordinary_batch(train + val)]
+        V, bos, eos, pad = 50259, 50257, 50256, 50258
+    longest = 2 + max(map(len, ids))
+    size = block_size or longest
+    if size > WIDEST and not block_size:
+        raise UserError(f'the longest row has {longest:,} tokens, and all rows would get padding up to that: '
+                        'set --block_size, and --drop_long=True to leave out longer ones')
+    long = sum(len(row) + 2 > size for row in ids)
+    if long and not drop_long:
+        raise UserError(f'{long:,} of {len(ids):,} rows are longer than block_size={size} with their start '
+                        f'and end token: raise it (the longest has {longest:,}), or leave them out by '
+                        '--drop_long=True')
+    meta = dict(text_meta(name, tokenizer, itos, seed), format='rows', block_size=size, vocab_size=V,
+                bos=bos, eos=eos, pad=pad)
+    parts = [[row for row in part if len(row) + 2 <= size] for part in (ids[:len(train)], ids[len(train):])]
+    if not all(parts):
+        raise UserError(f'block_size={size} leaves no row to train on or none that is held out: raise it')
+    with dataset_writer(out_dir, meta) as add:
+        for split, part in zip(SPLITS, parts):
+            print(f'{split}: {len(part):,} rows' + (f', {long:,} longer ones left out' if long else ''))
+            for first in range(0, len(part), BATCH):
+                some = part[first:first + BATCH]
+                block = np.full((len(some), size), pad, np.uint16)
+                for to, row in zip(block, some):
+                    to[:len(row) + 2] = [bos, *row, eos]
+                add(split, block)
+    report(out_dir, meta)
+    return meta
+
+
+def show_characters(itos):
+    """Say which characters there are."""
+    print(f'vocabulary of {len(itos):,} characters: {"".join(itos[:100])!r}')
+
+
+def check_writable(out_dir):
+    """Raises UserError if no file can be made in a folder that may not be there yet."""
+    there = Path(out_dir).absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f'{out_dir}: cannot be made a folder for a dataset: {there} '
+                        + ('cannot be written to' if there.is_dir() else 'is a file'))
 
 
 def report(out_dir, meta):
@@ -199,7 +311,7 @@ def dataset_writer(out_dir, meta):
     """
     names = [f'{split}.bin' for split in SPLITS] + ['meta.json']  # the last is the last to be renamed
     path = {name: os.path.join(out_dir, name) for name in names}
-    tmp = {name: f'{path[name]}.{os.getpid()}.tmp' for name in names}
+    tmp = {name: temporary(path[name]) for name in names}
     sums, counts = {split: hashlib.sha256() for split in SPLITS}, dict.fromkeys(SPLITS, 0)
     if not 0 < meta['vocab_size'] <= 2**16 - 2:  # [MASK] and [WRONG] fit as well
         raise ValueError(f"vocab_size={meta['vocab_size']} does not fit into uint16")
@@ -217,23 +329,65 @@ def dataset_writer(out_dir, meta):
         os.makedirs(out_dir, exist_ok=True)
     except OSError as error:
         raise UserError(f'{out_dir}: cannot be made a folder for a dataset: {error.strerror}') from error
+    with alone(out_dir):
+        try:
+            with contextlib.ExitStack() as stack:
+                files = {split: stack.enter_context(open(tmp[f'{split}.bin'], 'wb')) for split in SPLITS}
+                yield add
+                if not all(counts.values()):
+                    raise ValueError(f'a split has no tokens: {counts}')
+                meta['sha256'] = {f'{split}.bin': sums[split].hexdigest() for split in SPLITS}
+                meta.update({f'{split}_tokens': int(counts[split]) for split in SPLITS})
+                files['meta'] = stack.enter_context(open(tmp['meta.json'], 'wb'))
+                files['meta'].write((json.dumps(meta, indent=1) + '\n').encode())
+                for file in files.values():
+                    file.flush()
+                    os.fsync(file.fileno())
+            put_in_place(tmp, path)
+        except OSError as error:                            # a full disk has no file name
+            error.filename = error.filename or out_dir
+            raise
+        finally:
+            for name in names:
+                Path(tmp[name]).unlink(missing_ok=True)
+
+
+def put_in_place(tmp, path):
+    """Renames the files {name: path} of tmp to path, all or none of them; the last one is meta.json."""
+    # an older meta.json goes before the first .bin changes: it must not describe a mixture of old and new
+    Path(path['meta.json']).unlink(missing_ok=True)
     try:
-        with contextlib.ExitStack() as stack:
-            files = {split: stack.enter_context(open(tmp[f'{split}.bin'], 'wb')) for split in SPLITS}
-            yield add
-            if not all(counts.values()):
-                raise ValueError(f'a split has no tokens: {counts}')
-            meta['sha256'] = {f'{split}.bin': sums[split].hexdigest() for split in SPLITS}
-            meta.update({f'{split}_tokens': int(counts[split]) for split in SPLITS})
-            files['meta'] = stack.enter_context(open(tmp['meta.json'], 'wb'))
-            files['meta'].write((json.dumps(meta, indent=1) + '\n').encode())
-            for file in files.values():
-                file.flush()
-                os.fsync(file.fileno())
-        # an older meta.json goes before the first .bin changes: it must not describe a mixture of old and new
-        Path(path['meta.json']).unlink(missing_ok=True)
-        for name in names:
+        for name in tmp:
             os.replace(tmp[name], path[name])
+    except BaseException:
+        for name in path:                                   # without meta.json nobody knows what the ids mean
+            Path(path[name]).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """Nobody else writes a dataset into the folder meanwhile; waits for who does, removes what is torn."""
+    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl and is_locked(descriptor, folder):
+            for name in ('train.bin', 'val.bin', 'meta.json'):
+                for torn in glob.glob(os.path.join(glob.escape(folder), f'{name}.*.tmp')):
+                    os.remove(torn)
+        yield
     finally:
-        for name in names:
-            Path(tmp[name]).unlink(missing_ok=True)
+        if fcntl:
+            os.close(descriptor)                            # which ends the lock
+
+
+def is_locked(descriptor, folder):
+    """Locks the open folder, once nobody else does; False on a file system that knows no locks."""
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f'waiting: another process is making a dataset in {folder}', flush=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True

@@ -221,9 +221,24 @@ class Previous(Part):
         return self.proj(norm(network.wte(previous)))
 
 
+class Places(Part):
+    """Every position of a text has an embedding of its own: on a board, what is near is not next to it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.block_size, config.n_embd))
+
+    def added(self, network, idx, p):
+        at = torch.arange(idx.size(1), device=idx.device).expand(idx.shape)
+        if p.segment is not None:                                    # each text of a row from its first token
+            begins = beside(p.segment, 1, -1, None) != p.segment
+            at = at - at.masked_fill(~begins, 0).cummax(1).values
+        return self.weight[at if p.at is None else at.gather(1, p.at)]    # (B, T, C), or (B, W, C)
+
+
 # name -> class, in the order in which the parts act, and in which an optimiser knows their parameters
 IN_A_BLOCK = dict(graph=Graph, shortcuts=Shortcuts, short_conv=ShortConv)
-IN_THE_NETWORK = dict(previous=Previous, mu=Mixer, bigrams=Bigrams, level=Level)
+IN_THE_NETWORK = dict(previous=Previous, mu=Mixer, bigrams=Bigrams, level=Level, places=Places)
 
 
 def parse_parts(text):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from configurator import UserError
 from plumbing.checkpoint import import_safetensors
-from plumbing.files import check_folder
+from plumbing.files import check_output
 
 
 class Abilities(NamedTuple):
@@ -178,8 +178,9 @@ def check_sampling(settings, how):
          f"export expects the name of a .safetensors file, got '{export}'"))
     if export:
         import_safetensors()
-    for name in ('save', 'html', 'export'):
-        check_folder(settings[name])
+    outputs = [settings[name] for name in ('export', 'save', 'html')]
+    for number, path in enumerate(outputs):
+        check_output(path, settings['file'], *outputs[:number], text=number > 0)
 
 
 def conflicts_of_task(settings):
@@ -197,6 +198,7 @@ def conflicts_of_task(settings):
          'score writes nothing, so there is nothing to watch: --animate and --html are for the other tasks'),
         (not generates and (settings['prompt'] or settings['length']),
          f'prompt and length are for --task=generate; {task} takes --text or --file'),
+        (not generates and settings['stop'], f'stop is for --task=generate, {task} ends where its text ends'),
         (not generates and (text is None) == (file is None),
          f'--task={task} needs a text: --text="..." or --file=FILE, one text a line{both}'),
         ((task == 'edit') != (mask is not None),

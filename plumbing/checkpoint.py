@@ -2,20 +2,23 @@
 Checkpoints: what is in them, how they are written and how they are read, without trust.
 """
 
+import errno
 import glob
 import json
 import math
 import os
-import pickle
+import shlex
 from dataclasses import asdict, fields
 
 import torch
 
 from configurator import UserError, expected
 from data.loader import other_data, read_meta
+from data.meta import check_meta
 from plumbing import distributed
-from plumbing.files import atomically
+from plumbing.files import atomically, to_json
 from plumbing.oldnames import modernised
+from plumbing.trust import AtMost, check_fields, check_readable, damaged, first_line, is_dense, unpack
 from plumbing.vocabulary import other_characters
 
 # what a network and what a run is made of: fields of model.GPTConfig, settings of train.py
@@ -30,8 +33,8 @@ NEEDED_META = ('name', 'vocab_size', 'tokenizer', 'itos', 'bos', 'eos', 'pad')
 def save_checkpoint(path, checkpoint):
     """Writes a checkpoint atomically. Raises UserError if it cannot be written."""
     try:
-        with atomically(path) as temporary:
-            torch.save(checkpoint, temporary)
+        with atomically(path) as half:
+            torch.save(checkpoint, half)
     except (OSError, RuntimeError) as error:             # a full disk is a RuntimeError of torch.save
         why = getattr(error, 'strerror', None) or f'is the disk full? {str(error).splitlines()[0]}'
         raise UserError(f'{path}: cannot be written: {why}') from error
@@ -50,19 +53,20 @@ def import_safetensors():
 def export_safetensors(path, model, checkpoint):
     """
     The weights of a network as a .safetensors file, and what sampling needs beside them as JSON in its
-    metadata.
+    metadata; says how to use it.
 
     model: as load_checkpoint returned it, so the averaged weights where there are some. load_checkpoint reads
     the result.
     """
     safetensors = import_safetensors()
-    keep = json.dumps({key: checkpoint[key] for key in ('model_args', 'config', 'meta', 'iter_num')})
+    keep = to_json({key: checkpoint[key] for key in ('model_args', 'config', 'meta', 'iter_num')})
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     try:
-        with atomically(path) as temporary:
-            safetensors.torch.save_file(weights, temporary, {'nanoremask': keep})
+        with atomically(path) as half:
+            safetensors.torch.save_file(weights, half, {'nanoremask': keep})
     except Exception as error:                                      # safetensors has errors of its own
         raise UserError(f'{path}: cannot be written: {str(error).splitlines()[0]}') from error
+    print(f'written to {path}; sample from it: python sample.py --init_from={shlex.quote(path)}')
 
 
 def read_safetensors(path, device):
@@ -79,26 +83,17 @@ def read_checkpoint(path, device='cpu'):
 
     Raises UserError, naming the file and what is wrong with it.
     """
-    if not os.path.isfile(path):
-        raise UserError(f'{path}: no such checkpoint; train one with python train.py config/remask_all.py')
+    check_readable(path)
     try:
-        if path.endswith('.safetensors'):
-            checkpoint = read_safetensors(path, device)
-        else:
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except UserError:
+        checkpoint = (read_safetensors if path.endswith('.safetensors') else unpack)(path, device)
+    except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
-    except pickle.UnpicklingError as error:
-        raise UserError(f'{path}: refused, because it is no plain checkpoint: {first_line(error)}') from error
     except Exception as error:  # whatever a reader of damaged bytes may raise
-        raise UserError(f'{path}: truncated or damaged ({first_line(error)}); '
-                        'take an older one or train again') from error
+        raise damaged(path, error) from error
     for key in ('model', 'model_args', 'config', 'meta', 'iter_num'):
-        kind = int if key == 'iter_num' else dict
         if not isinstance(checkpoint, dict) or key not in checkpoint:
             raise UserError(f"{path}: not a checkpoint of train.py: it has no '{key}'")
-        if not isinstance(checkpoint[key], kind):
-            raise UserError(f"{path}: not a checkpoint of train.py: its '{key}' is no {kind.__name__}")
+    check_fields(path, checkpoint)
     for part, names in (('config', NEEDED), ('meta', NEEDED_META)):
         missing = [name for name in names if name not in checkpoint[part]]
         if missing:
@@ -106,18 +101,21 @@ def read_checkpoint(path, device='cpu'):
     return modernised(checkpoint)
 
 
-def first_line(error):
-    """The first line of what an error says; its kind if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def find_checkpoint(name, out_dir):
-    """'ckpt': the newest ckpt_*.pt under out_dir, else the path itself. Raises UserError if there is none."""
-    if name != 'ckpt':
+    """
+    'ckpt': the newest ckpt_*.pt under out_dir; a folder: under that one; else the path itself.
+
+    Raises UserError if there is none.
+    """
+    if name != 'ckpt' and not os.path.isdir(name):
         return name
-    found = glob.glob(os.path.join(glob.escape(out_dir), '**', 'ckpt_*.pt'), recursive=True)
+    folder = out_dir if name == 'ckpt' else name
+    if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f'{folder}: cannot be read: {os.strerror(errno.EACCES)}')
+    found = glob.glob(os.path.join(glob.escape(folder), '**', 'ckpt_*.pt'), recursive=True)
+    found = [path for path in found if os.path.isfile(path)]        # no link that leads nowhere
     if not found:
-        raise UserError(f'no checkpoint under {out_dir}; '
+        raise UserError(f'no checkpoint under {folder}; '
                         'train one first: python train.py config/remask_all.py')
     return max(found, key=os.path.getmtime)
 
@@ -138,8 +136,15 @@ def load_checkpoint(path, network, sizes, device='cpu', ema=True):
     checkpoint['model_args'] = args
     check_args(path, args, known, checkpoint['meta'])
     weights = checkpoint['ema'] if ema and checkpoint.get('ema') else checkpoint['model']
+    if checkpoint['config'].get('energy_head') and not args['energy_head']:
+        raise UserError(f'{path}: damaged: its config has an energy head, its network has none')
+    check_tensors(path, weights)
+    numbers = sum(tensor.numel() for tensor in weights.values())
+    width = weights['causal_embd'].numel() if 'causal_embd' in weights else 0
     try:
-        model = network(sizes(**args)).to(device)
+        with AtMost(8 * numbers + 16 * width * args['block_size'] + 2**20):
+            model = network(sizes(**args))
+        model = model.to(device)
     except Exception as error:                                      # of check_sizes, or too much memory
         raise UserError(f'{path}: its model_args make no network: {first_line(error)}') from error
     check_weights(path, weights, model.state_dict())
@@ -177,30 +182,32 @@ def load_merged(load, supports, path, other_path, weight):
 def check_args(path, args, known, meta):
     """Raises UserError if model_args of a file are no numbers or do not fit the vocabulary in its meta."""
     for name, default in known.items():
-        kinds = (int, float) if isinstance(default, float) else str if isinstance(default, str) else int
-        if not isinstance(args[name], kinds):
+        kinds = {float: (int, float), str: (str,)}.get(type(default), (int, bool))
+        if type(args[name]) not in kinds:
             raise UserError(f'{path}: damaged: {name} is {args[name]!r}, not {expected(type(default))}')
-    itos, size = meta['itos'], meta['vocab_size']
-    fits = isinstance(size, int) and size == args['vocab_size']
-    if not fits or not (itos is None or isinstance(itos, list) and len(itos) == size):
-        there = len(itos) if isinstance(itos, list) else repr(size)
+    try:
+        check_meta({'format': 'stream', 'block_size': None, **meta})    # sampling needs neither
+    except ValueError as error:
+        raise UserError(f'{path}: damaged: {error}') from error
+    if meta['vocab_size'] != args['vocab_size']:
         raise UserError(f"{path}: damaged: the network knows {args['vocab_size']} tokens, "
-                        f'its vocabulary has {there}')
-    for name in (meta['name'], meta.get('dataset', meta['name'])):  # code of that name will be run
-        if not isinstance(name, str) or os.path.basename(name) != name:
-            raise UserError(f'{path}: damaged: {name!r} is no name of a dataset')
+                        f"its vocabulary has {meta['vocab_size']}")
+
+
+def check_tensors(path, weights):
+    """Raises UserError if weights from a file are no plain tensors."""
+    for name, tensor in weights.items():
+        if not is_dense(tensor):
+            raise UserError(f"{path}: '{name}' is no tensor of floating-point numbers")
 
 
 def check_weights(path, weights, own):
     """Raises UserError if weights from a file are not like own, the state dict of the network."""
-    if not isinstance(weights, dict):
-        raise UserError(f'{path}: damaged: its averaged weights are no dict')
+    check_tensors(path, weights)
     for name in sorted({*own, *weights}, key=str):
         if name not in own or name not in weights:
             raise UserError(f'{path}: made by another version of model.py: '
                             f"they differ in the tensor '{name}'")
-        if not isinstance(weights[name], torch.Tensor) or not weights[name].is_floating_point():
-            raise UserError(f"{path}: '{name}' is no tensor of floating-point numbers")
         if own[name].shape != weights[name].shape:
             raise UserError(f"{path}: tensor '{name}' has shape {tuple(weights[name].shape)}, "
                             f"the network needs {tuple(own[name].shape)}")
@@ -211,9 +218,9 @@ def check_weights(path, weights, own):
 def check_same_model(path, model_args, other_path, other_args, names=None):
     """Raises UserError if the model_args of two checkpoints or runs differ in names (None: in any field)."""
     for name in names or model_args:
-        if comparable(name, model_args[name]) != comparable(name, other_args[name]):
-            raise UserError(f'{path} and {other_path} do not fit together: '
-                            f'{name} is {model_args[name]} and {other_args[name]}')
+        mine, theirs = model_args.get(name), other_args.get(name)
+        if comparable(name, mine) != comparable(name, theirs):
+            raise UserError(f'{path} and {other_path} do not fit together: {name} is {mine} and {theirs}')
 
 
 def comparable(name, value):
@@ -326,21 +333,31 @@ def restore(run, path, checkpoint):
             raise ValueError('its controller holds no numbers')
         run.control = control
         run.sums = {name: part.to(run.device) for name, part in checkpoint['sums'].items()}
-        run.skipped = checkpoint.get('skipped', run.skipped)
-        run.best = checkpoint.get('best')
+        run.skipped = {name: checkpoint.get('skipped', run.skipped)[name] for name in run.skipped}
+        best = checkpoint.get('best')
+        run.best = None if best is None else {name: best[name] for name in ('value', 'step', 'last')}
         run.step = checkpoint['iter_num']
     except UserError:
         raise
     except Exception as error:                                      # whatever a damaged state may raise
         raise UserError(f'{path}: damaged: the state of its run does not fit this one ({first_line(error)}); '
-                        f'start a new run from its weights with --init_from={path}') from error
+                        f'start a new run from its weights with --init_from={shlex.quote(path)}') from error
 
 
 def restore_optimizer(optim, state):
-    """Loads the state of an optimiser, but keeps the betas and the decay that it was made with."""
+    """Loads the state of an optimiser, but keeps the settings that it was made with."""
     params = [p for group in optim.param_groups for p in group['params']]
-    chosen = [{name: group[name] for name in ('betas', 'weight_decay') if name in group}
-              for group in optim.param_groups]
+    chosen = [{name: group[name] for name in group if name != 'params'} for group in optim.param_groups]
+    numbers = [[group['params'] for group in one['param_groups']] for one in (optim.state_dict(), state)]
+    if numbers[0] != numbers[1]:
+        raise ValueError('an optimiser knows other weights')
+    names = {'momentum_buffer'} if 'momentum' in chosen[0] else {'step', 'exp_avg', 'exp_avg_sq'}
+    for number, own in state['state'].items():
+        shapes = {name: torch.Size() if name == 'step' else params[number].shape for name in names}
+        if {name: is_dense(part) and part.shape for name, part in own.items()} != shapes:
+            raise ValueError('an optimiser knows other weights')
+        if not all(part.isfinite().all() for part in own.values()):
+            raise ValueError('an optimiser holds NaN or infinity')
     optim.load_state_dict(dict(state, state=distributed.like(state['state'], params)))
     for group, settings in zip(optim.param_groups, chosen):
         group.update(settings)
@@ -392,11 +409,12 @@ def check_resume(path, config, checkpoint, meta):
     if other_data(checkpoint['meta'], meta):
         raise UserError(f"{path} was trained on other data than what data/{config['dataset']} holds now: "
                         'make that again as it was, or start a new run from its weights with '
-                        f'--init_from={path}')
+                        f'--init_from={shlex.quote(path)}')
     missing = [key for key in ('optimizers', 'rng', 'sums', 'control') if key not in checkpoint]
     if missing:
         raise UserError(f"{path}: made by another version of train.py, it has no '{missing[0]}' "
-                        f'to resume with; start a new run from its weights with --init_from={path}')
+                        'to resume with; start a new run from its weights with '
+                        f'--init_from={shlex.quote(path)}')
     check_same_model(path, {'coarse': '', 'k1_credit': False, **checkpoint['config']}, 'this run', config,
                      ('optimizer', 'dataset', 'training_type', 'coarse', 'k1_credit'))
     if checkpoint['iter_num'] >= config['max_iters'] and not config['eval_only']:

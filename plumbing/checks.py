@@ -114,6 +114,8 @@ def check_fits(config, meta):
         given = len(encode(meta, config['sample_prompt'])) if config['sample_prompt'] else 0
     except UserError as error:
         raise UserError(f'sample_prompt: {error}') from None
+    if given and 'given' in meta:
+        raise UserError(f'{name} starts from what is given: it takes no sample_prompt')
     if given and given + sum(meta[name] is not None for name in ('bos', 'eos')) >= size:
         raise UserError(f'sample_prompt has {given} tokens, which leaves nothing to write of '
                         f'block_size={size}: shorten it')
@@ -137,6 +139,9 @@ def check_sizes(config):
     for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_recur'):
         if getattr(config, name) < 1:
             raise UserError(f'{name} must be at least 1, got {getattr(config, name)}')
+    for name, most in dict(block_size=2**17, n_recur=2**10, energy_head=2).items():
+        if getattr(config, name) > most:
+            raise UserError(f'{name} must be at most {most}, got {getattr(config, name)}')
     if config.n_embd % (2 * config.n_head):
         raise UserError(f'n_embd must be a multiple of 2 * n_head (rotary positions pair the channels), '
                         f'got n_embd={config.n_embd}, n_head={config.n_head}')

@@ -1,27 +1,19 @@
 """What a training run tells: its log, a JSON object a line, its curves, its lines on screen, its samples."""
 
-import json
+import itertools
 import os
 
 from configurator import UserError
-from plumbing.files import atomically, write_atomically
+from plumbing.files import atomically, read_records, to_json, write_atomically
 from plumbing.optim import ramp
-from plumbing.text import encode, load_task
+from plumbing.text import encode, load_task, sample_line
 
 PARTS = ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)')  # of the loss, as training tells them
 
 
 def read_log(path):
     """The records of a log, as far as its lines are whole."""
-    records = []
-    if os.path.exists(path):
-        with open(path, encoding='utf-8', errors='replace') as file:
-            for line in file:
-                try:
-                    records.append(json.loads(line))
-                except ValueError:                                  # torn by a crash
-                    break
-    return records
+    return [record for record in read_records(path) if type(record.get('step')) is int]
 
 
 def start_log(path, start):
@@ -29,7 +21,7 @@ def start_log(path, start):
     if not start and os.path.exists(path) and os.path.getsize(path):
         os.replace(path, path.removesuffix('.jsonl') + '_before.jsonl')
     records = [record for record in read_log(path) if 0 < start >= record['step']]
-    write_atomically(path, ''.join(json.dumps(record) + '\n' for record in records))
+    write_atomically(path, ''.join(to_json(record) + '\n' for record in records))
 
 
 def draw_curves(log, path):
@@ -49,7 +41,7 @@ def curves(log, path):
     groups = {'nats, training': ('causal', 'draft', 'unmask', 'detect', 'keep'),
               'nats a token, validation': ('nelbo', 'causal_nll', 'entropy'),
               'share': ('auc', 'fixed', 'refilled', 'calibration', 'calibration_full', 'valid', 'correct',
-                        'distinct_3', 'known_words'),
+                        'cells', 'distinct_3', 'known_words'),
               'abstention': ('p(MASK)', 'penalty_keep_mask'),
               'bias on the logit of [MASK]': ('mask_logit_bias',),
               'curricula': ('remask_ratio', 'penalty_mask_correct'), 'learning rate': ('learning_rate',)}
@@ -67,8 +59,8 @@ def curves(log, path):
             axes.plot(*zip(*points), label=name, marker='.' if len(points) < 20 else None)
         axes.legend(fontsize='small')
         axes.grid(alpha=0.3)
-    with atomically(path) as temporary:
-        figure.savefig(temporary, format='png', dpi=110)
+    with atomically(path) as half:
+        figure.savefig(half, format='png', dpi=110)
     return True
 
 
@@ -95,13 +87,19 @@ def show_samples(samples, meta, config, compare, shown=4):
     Returns the score of the task, or for text without a task compare(texts, lists of ids).
     """
     task, texts = load_task(meta['name']), [sample['text'] for sample in samples]
-    for text in texts[:shown]:
-        print(f'    {text}   {task.verdict(text)}' if task else f'    {text!r}')
+    lines = [sample_line(text, task) for text in texts[:shown]]
+    if hasattr(task, 'picture'):                                    # next to one another
+        width = 4 + max(len(line) for block in lines for line in block.splitlines())
+        rows = itertools.zip_longest(*map(str.splitlines, lines), fillvalue='')
+        lines = [''.join(line.ljust(width) for line in row).rstrip() for row in rows]
+    for line in lines:
+        print(f'    {line}')
     if not task:
         given = len(encode(meta, config['sample_prompt'])) + (meta['bos'] is not None)
         return compare([text[len(config['sample_prompt']):] for text in texts],
                        [sample['tokens'][given:] for sample in samples])
     score = task.score(texts)
-    print(f"    {score['valid']:.0%} of {len(texts)} samples are well formed, "
-          f"{score['correct']:.0%} have the right value")
-    return {name: score[name] for name in ('valid', 'correct')}
+    line = '{valid:.0%} of {n} samples are well formed, {correct:.0%} have the right value'
+    line = getattr(task, 'LINE', line)
+    print('    ' + line.format(**{'n': len(texts), **score}))
+    return {name: score[name] for name in ('valid', 'correct', 'cells') if name in score}

@@ -55,7 +55,7 @@ class Ends(NamedTuple):
     @classmethod
     def of(cls, meta):
         """The special ids that the meta.json of a dataset names."""
-        special = [meta[name] for name in ('bos', 'eos', 'pad')]
+        special = [*(meta[name] for name in ('bos', 'eos', 'pad')), *meta.get('given', ())]
         return cls(meta['eos'], meta['pad'], tuple(i for i in special if i is not None))
 
 

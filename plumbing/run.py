@@ -6,7 +6,6 @@ in.
 import contextlib
 import copy
 import glob
-import json
 import math
 import os
 import shlex
@@ -25,7 +24,7 @@ from plumbing.checkpoint import (best_of, check_overwrite, checkpoint_name, find
                                  save_checkpoint)
 from plumbing.checks import check_fits
 from plumbing.device import configure_compute
-from plumbing.files import append_line, copy_file, lock, make_folder, sweep
+from plumbing.files import append_line, check_output, copy_file, lock, make_folder, sweep, to_json
 from plumbing.log import draw_curves, start_log
 from plumbing.optim import make_optimizers
 from plumbing.vocabulary import by_character, other_characters
@@ -131,6 +130,7 @@ class Run:
         make_folder(self.folder)
         if not self.config['eval_only']:
             lock(self.folder)
+            check_output(self.newest, text=False)
             name = os.path.basename(self.newest)
             sweep(self.folder, name, name.replace('.pt', '_*.pt'), 'log.jsonl', 'curves.png')
             start_log(self.log_path, self.first)
@@ -271,7 +271,7 @@ class Run:
     def write(self, record):
         """Adds a record to the log."""
         if self.writes:
-            self.attempt(append_line, self.log_path, json.dumps(record))
+            self.attempt(append_line, self.log_path, to_json(record))
         if self.wandb:
             self.wandb.log(record)
 

@@ -2,17 +2,38 @@
 What a checkpoint thinks of whole texts.
 """
 
+import math
+
 import torch
 
+from configurator import UserError
 from plumbing.evaluate import causal_nll, nelbo, p_wrong
-from plumbing.text import modelled, rows_of, task_canvas, until_end
+from plumbing.text import decode, encode, modelled, rows_of, task_canvas, until_end
 
 
-def given_sample(model, meta, text):
-    """A text as a sample to judge: a dict as sample.fill makes them."""
-    canvas, _ = task_canvas('score', model, meta, text)
-    tokens = until_end(meta, canvas[0].tolist())
-    return dict(text=text, tokens=tokens, nfe=0, finished=meta['eos'] is not None)
+NAMES = dict(nelbo='NELBO', causal_nll='causal NLL')                # of what judge_rows says in nats a token
+
+
+def given_sample(model, meta, text, tokens=None):
+    """A text as a sample to judge: a dict as sample.fill makes them. tokens: those it was saved with."""
+    if not spells(model, meta, tokens, text):
+        if meta['eos'] is None and meta['bos'] is None:             # it may be longer than the network reads
+            tokens = encode(meta, text)
+        else:
+            canvas, _ = task_canvas('score', model, meta, text)
+            tokens = until_end(meta, canvas[0].tolist())
+    if not tokens:
+        raise UserError('the text is empty')
+    return dict(text=text, tokens=tokens, nfe=0, finished=meta['eos'] in tokens)
+
+
+def spells(model, meta, tokens, text):
+    """Whether saved tokens are a row of this network for this text; they may be anything."""
+    known = range(meta['vocab_size'])
+    if not isinstance(tokens, list) or not all(type(i) is int and i in known for i in tokens):
+        return False
+    fits = meta['pad'] is None or len(tokens) <= model.config.block_size
+    return fits and meta['bos'] in (None, *tokens[:1]) and decode(meta, tokens)[0] == text
 
 
 @torch.no_grad()
@@ -42,14 +63,39 @@ def judge_rows(model, meta, canvas, can, estimates=32, seed=0):
     return results
 
 
-def judge_samples(model, meta, can, samples, width):
+def judge_samples(model, meta, can, samples):
     """
-    Adds to every sample what judge_rows says of it, on a canvas of that width, or as long as it is where
-    nothing is padded.
+    Adds to every sample what judge_rows says of it.
+
+    Where nothing is padded, what is longer than the network reads is judged in windows, each by itself, whose
+    number is added as well.
     """
+    size = model.config.block_size
     for sample in samples:
-        row = rows_of([sample], meta, len(sample['tokens']) if meta['pad'] is None else width)
-        judged, = judge_rows(model, meta, row, can)
-        sample.update(judged)
-        if 'p_wrong' in judged:
-            sample['p_wrong'] = judged['p_wrong'][:len(sample['tokens'])]
+        tokens = sample['tokens']
+        if not tokens:                                              # --stop left nothing
+            continue
+        if meta['pad'] is None:
+            rows = torch.tensor(tokens).split(size)
+        else:
+            rows = rows_of([sample], meta, size)
+        parts = [judge_rows(model, meta, row[None], can)[0] for row in rows]
+        sample.update(parts[0])
+        if len(parts) > 1:
+            sample['windows'] = len(parts)
+            for key in NAMES.keys() & parts[0].keys():
+                sample[key] = sum(part[key] * len(row) for part, row in zip(parts, rows)) / len(tokens)
+        if 'p_wrong' in sample:
+            sample['p_wrong'] = [p for part in parts for p in part['p_wrong']][:len(tokens)]
+
+
+def total(samples, meta):
+    """A line that says what judged samples are worth together, as means over all of their tokens."""
+    given = (meta['bos'], meta['pad'])
+    counts = [max(1, sum(i not in given for i in sample['tokens'])) for sample in samples]
+    words = [f'{len(samples)} texts, {sum(counts):,} tokens']
+    for key in NAMES:
+        if key in samples[0]:
+            nats = sum(n * sample[key] for n, sample in zip(counts, samples)) / sum(counts)
+            words.append(f'{NAMES[key]} {nats:.3f} nats/token ({nats / math.log(2):.3f} bits)')
+    return ', '.join(words)

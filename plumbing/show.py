@@ -6,8 +6,8 @@ HTML file that needs nothing else. report() says the end of it in lines of text,
 """
 
 import html
-import json
 import time
+import unicodedata
 from pathlib import Path
 from string import Template
 
@@ -15,8 +15,10 @@ import torch
 
 from configurator import UserError
 from data.common import gpt2
-from plumbing.files import write_atomically
+from plumbing.files import to_json, write_atomically
 from plumbing.evaluate import p_wrong
+from plumbing.score import NAMES
+from plumbing.text import pictured, pieces, visible
 
 # how the terminal shows what a position can be in a frame; the first letter is its name in the page
 STYLES = dict(kept='', changed='magenta', new='green bold', remasked='red reverse', mask='dim',
@@ -32,23 +34,93 @@ def marks(before, trace, mask_token_id):
                    for old, new, doubted in zip(before.tolist(), trace[-1].tolist(), remasked.tolist()))
 
 
-def report(sample, meta, verdict, before=None):
-    """The lines to print for one sample: what became of the text before, and what the model thinks of it."""
-    lines = [f"{sample['text']}   {verdict(sample['text'])}" if verdict else sample['text']]
-    indent = ''
-    if before is not None:
-        lines, indent = [before, f'-> {lines[0]}'], '   '
-    shown = slice(meta['bos'] is not None, None)  # the start symbol is not printed
-    if meta['tokenizer'] == 'char' and sample.get('marks', '').strip():
-        lines.append(f"{indent}{sample['marks'][shown].rstrip()}   (^ changed, ? doubted and kept)")
+def columns(text):
+    """How many columns a text takes in the terminal."""
+    wide = {'W': 2, 'F': 2}
+    return sum(0 if unicodedata.category(c) in ('Mn', 'Me') or c in '\u200b\u200c\u200d' else
+               wide.get(unicodedata.east_asian_width(c), 1) for c in text)
+
+
+def annotated(meta, sample, rows, indent=0):
+    """
+    The lines of a sample's text, each with the signs under it: lists of 1 + len(rows) texts.
+
+    rows: texts with a sign for each of its tokens, which stands under all columns of the token. Of several
+    tokens in one column it is the greatest. indent: the columns to the left, for tabs.
+    """
+    lines, held, left = [[''] * (1 + len(rows))], [' '] * len(rows), len(sample['text'])
+    for (piece, inside), *signs in zip(pieces(meta, sample['tokens']), *rows):
+        signs = [*map(max, signs, held)]
+        held = signs if inside else [' '] * len(rows)
+        for c in piece[:left] if piece or inside else [None]:       # None: an end, with a column for its sign
+            line, shown = lines[-1], visible(c or '')
+            if c == '\n':
+                shown = '↵' if ''.join(signs).strip() else ''
+                lines.append([''] * len(line))
+            elif c == '\t':
+                shown = ' ' * (8 - (indent + len(line[1])) % 8)
+            width = 1 if c is None else columns(shown)
+            line[0] += shown
+            for number, sign in enumerate(signs, 1):
+                before = line[number]
+                joined = before[:-1] + max(before[-1:], sign)       # no column: that of the one before
+                line[number] = before + sign * width if width else joined
+        left -= len(piece)
+    return lines
+
+
+def below(text, signs):
+    """signs for the characters of a text, in its lines."""
+    return ''.join(c if c == '\n' else sign for c, sign in zip(text, signs))
+
+
+def report(sample, meta, task, before=None):
+    """
+    The lines to print for one sample: what became of the text before, and what the model thinks of it.
+
+    task: the dataset's task.py, or None. What it draws as a picture shows by itself what was given.
+    """
+    rows, legends = [], []
+    start = meta['bos'] is not None  # the start symbol is not printed
+    if sample.get('marks', '').strip():
+        rows.append(sample['marks'][start:])
+        legends.append('(^ changed, ? doubted and kept)')
     if 'p_wrong' in sample:
-        tenths = ''.join(str(min(9, int(10 * p))) for p in sample['p_wrong'][shown])
-        lines.append(f'{indent}{tenths}   p(WRONG) of every token in tenths')
-    names = dict(nelbo='NELBO', causal_nll='causal NLL')
-    numbers = [f'{name} {sample[key]:.3f}' for key, name in names.items() if key in sample]
+        rows.append(''.join(str(min(9, int(10 * p))) for p in sample['p_wrong'][start:]))
+        legends.append('p(WRONG) of every token in tenths')
+    indent = '' if before is None else '   '
+    if hasattr(task, 'picture'):
+        told = [pictured(task, sample['text'])]
+        for row, what in zip(rows, legends):
+            told.append(f"{task.picture(below(sample['text'], row)).rstrip()}   {what}")
+    else:
+        told = marked(sample, meta, rows, legends, indent, task and task.verdict(sample['text']))
+        if before is not None:
+            told[:1] = before, f'-> {told[0].removeprefix(indent)}'
+    numbers = [f'{name} {sample[key]:.3f}' for key, name in NAMES.items() if key in sample]
     if numbers:
-        lines.append(f"{indent}{', '.join(numbers)} nats/token")
-    return '\n'.join(lines if verdict else [*lines, '-' * 15])
+        told.append(f"{indent}{', '.join(numbers)} nats/token")
+    if 'windows' in sample:
+        told.append(f"{indent}longer than block_size: in {sample['windows']} windows, each by itself")
+    return visible('\n'.join(told if task else [*told, '-' * 15]))
+
+
+def marked(sample, meta, rows, legends, indent, verdict):
+    """The lines of a sample's text, each with its part of rows of signs under it, and what these are."""
+    lines = [[line] for line in sample['text'].split('\n')]
+    if rows:
+        shown = dict(sample, tokens=sample['tokens'][meta['bos'] is not None:])
+        lines = annotated(meta, shown, rows, len(indent))
+    if verdict:
+        lines[-1][0] += f'   {verdict}'
+    told, legends = [], [*legends]
+    for line, *signs in lines:
+        told.append(indent + line)
+        for number, row in enumerate(map(str.rstrip, signs)):
+            if row:
+                told.append(f'{indent}{row}   {legends[number]}'.rstrip())
+                legends[number] = ''                                # it is said once
+    return told
 
 
 @torch.no_grad()
@@ -78,7 +150,7 @@ def printable(meta, id):
         text = gpt2().decode_single_token_bytes(id).decode('utf-8', errors='replace')
     else:
         text = meta['itos'][id]
-    return ''.join(c if c.isprintable() else '\ufffd' for c in text.translate(SIGNS))
+    return ''.join(c if c.isprintable() else '\ufffd' for c in visible(text.translate(SIGNS)))
 
 
 def story(meta, trace, fixed, doubts, label):
@@ -127,8 +199,10 @@ def animate(stories, seconds=0.08):
                     if state == 'kept' and doubt:
                         style = 'red' if doubt > 0.5 else 'yellow' if doubt > 0.2 else ''
                     picture.append(old[i] if state == 'remasked' else token, style)
+                    picture.append('\n' * (state == 'fixed' and token == '↵'))
                 picture.append(f'\nsample {number}/{len(stories)}  step {step}/{last}', 'dim')
-                live.update(picture.append(f'  {told["label"]}\n' if step == last else ''), refresh=True)
+                label = f'  {visible(told["label"])}\n' if step == last else ''
+                live.update(picture.append(label), refresh=True)
                 old = frame['tokens']
                 if console.is_terminal:
                     time.sleep(seconds)
@@ -143,7 +217,7 @@ def write_page(path, title, subtitle, stories):
                    [None if doubt is None else round(100 * doubt) for doubt in frame['doubts']]]
                   for frame in story['frames']]
         told.append(dict(label=story['label'], frames=frames))
-    data = json.dumps(dict(tokens=list(table), stories=told), separators=(',', ':'))
+    data = to_json(dict(tokens=list(table), stories=told), separators=(',', ':'))
     for sign, escaped in (('<', r'\u003c'), ('>', r'\u003e'), ('&', r'\u0026')):  # no text can end the script
         data = data.replace(sign, escaped)
     page = Template(Path(__file__).with_suffix('.html').read_text(encoding='utf-8'))
@@ -162,7 +236,9 @@ def watch(judge, meta, fixed, samples, verdict, title, subtitle, in_terminal, pa
     for given, sample in zip(fixed, samples[:20]):
         trace = sample['trace']                                                 # (S, T)
         doubts = judge_steps(judge, trace, writer) if judge else torch.full(trace.shape, float('nan'))
-        label = f"{sample['text']}   {verdict(sample['text'])}" if verdict else sample['text'][:60]
+        label = sample['text'][:60]
+        if verdict:
+            label = f"{sample['text']}   {verdict(sample['text'])}".replace('\n', ' ')
         stories.append(story(meta, trace, given, doubts, label))
     if in_terminal:
         animate(stories)

@@ -1,27 +1,93 @@
 """Text in, text out: words and tasks of the command line become canvases, and canvases become texts again."""
 
+import bisect
+import codecs
 import functools
 import importlib.util
+import itertools
 import os
+import sys
 
 import torch
 
 from configurator import UserError
 from data.common import gpt2
+from data.loader import load_data
+
+
+PAD = '·'                   # one token of padding in a text
+CONTROLS = {**{c: chr(0x2400 + c) for c in range(32) if chr(c) not in '\t\n'}, 127: '␡',
+            **{c: f'\\x{c:x}' for c in range(128, 160)}}
+HOLE = '[MASK]'             # a hole where a text can have _
+
+
+def words_of(meta):
+    """text -> id of every token of meta['itos'] that a text can have; padding is '·' if nothing else is."""
+    special = [meta[name] for name in ('bos', 'eos', 'pad')]
+    words = {word: i for i, word in enumerate(meta['itos']) if i not in special}
+    return words if meta['pad'] is None else {PAD: meta['pad'], **words}
 
 
 def encode(meta, text):
-    """text -> list of ids. Raises UserError for a character that the dataset does not have."""
+    """
+    text -> list of ids, of which decode makes the same text. Raises UserError for what is none of its tokens.
+
+    Where tokens are longer than a character, the longest at each place that leaves a rest of tokens.
+    """
     if meta['tokenizer'] == 'gpt2':
-        return gpt2().encode_ordinary(text)
-    stoi = {s: i for i, s in enumerate(meta['itos'])}
-    unknown = sorted({c for c in text if c not in stoi})
-    if unknown:
-        known = ''.join(s for s in meta['itos'] if len(s) == 1)
-        more = f' and {len(known) - 200:,} more' if len(known) > 200 else ''
-        raise UserError(f"{unknown[0]!r} in {text!r} is not in the vocabulary of {meta['name']}: "
-                        f'{known[:200]!r}{more}')
-    return [stoi[c] for c in text]
+        return gpt2().encode(text, allowed_special='all')           # <|endoftext|> is between documents
+    words = words_of(meta)
+    sizes = sorted({len(word) for word in words if word}, reverse=True)
+
+    found = {len(text): None}                                       # place -> the token there
+    for at in reversed(range(len(text))):
+        for size in sizes:
+            if at + size in found and text[at:at + size] in words:
+                found[at] = text[at:at + size]
+                break
+    if 0 not in found:
+        refuse_text(meta, text, words, sizes)
+    ids, at = [], 0
+    while at < len(text):
+        ids.append(words[found[at]])
+        at += len(found[at])
+    return ids
+
+
+def can_have(meta, character):
+    """Whether a text of the data can have this character."""
+    return meta['tokenizer'] == 'gpt2' or any(character in word for word in words_of(meta))
+
+
+def typed(meta, text):
+    """
+    What --prompt and --text stand for: a text, or as in nanoGPT FILE:PATH, all that is in a file.
+
+    Where no text can have a backslash, \\n is a line end. A file's last line end counts if texts have them.
+    """
+    if text.startswith('FILE:'):
+        text = read_text(text.removeprefix('FILE:')).replace('\r\n', '\n')
+        return text if can_have(meta, '\n') else text.removesuffix('\n')
+    return text if can_have(meta, '\\') else text.replace('\\n', '\n')
+
+
+def refuse_text(meta, text, words, sizes):
+    """Raises UserError, naming the first character of a text that no token reaches."""
+    reached = {0}
+    for at in range(len(text)):
+        if at in reached:
+            reached.update(at + size for size in sizes if text[at:at + size] in words)
+    known = ('' if sizes == [1] else ' ').join(word for word in words if words[word] != meta['pad'])
+    more = f' and {len(known) - 200:,} more' if len(known) > 200 else ''
+    at = max(reached)
+    raise UserError(f"{text[at]!r} in {quoted(text, at)} is not in the vocabulary of {meta['name']}: "
+                    f'{known[:200]!r}{more}')
+
+
+def quoted(text, at=0):
+    """A text for a message, on one line: what is around a place in it."""
+    first = max(0, at - 40)
+    return repr('...' * (first > 0) + text[first:at + 40] + '...' * (at + 40 < len(text)))
 
 
 def decode(meta, ids):
@@ -39,8 +105,53 @@ def decode(meta, ids):
     if finished:
         ids = ids[:ids.index(meta['eos'])]
     if meta['tokenizer'] == 'gpt2':
-        return gpt2().decode(ids), finished
-    return ''.join('·' if i == meta['pad'] else meta['itos'][i] for i in ids), finished
+        runs = itertools.groupby(ids, lambda i: i == meta['pad'])
+        return ''.join(PAD * len([*run]) if pad else gpt2().decode([*run]) for pad, run in runs), finished
+    return ''.join(PAD if i == meta['pad'] else meta['itos'][i] for i in ids), finished
+
+
+def pieces(meta, ids):
+    """
+    The text that each of ids adds to decode(meta, ids), '' for special ones, and whether it ends within a
+    character: pairs.
+    """
+    end = len(ids)
+    if meta['eos'] in ids:
+        end = ids.index(meta['eos'])
+    else:
+        while meta['pad'] is not None and ids[:end][-2:] == [meta['pad']] * 2:
+            end -= 1
+    utf8 = codecs.getincrementaldecoder('utf-8')('replace')
+    for place, i in enumerate(ids):
+        if place >= end or i == meta['bos']:
+            yield '', False
+        elif meta['tokenizer'] == 'gpt2' and i != meta['pad']:
+            text = utf8.decode(gpt2().decode_single_token_bytes(i), final=place == end - 1)
+            yield text, bool(utf8.getstate()[0])
+        else:
+            yield PAD if i == meta['pad'] else meta['itos'][i], False
+
+
+def visible(text):
+    """A text as a terminal may have it: control characters as signs, but for tabs and line ends."""
+    return text.translate(CONTROLS)
+
+
+def sample_line(text, task):
+    """What training prints of a sample; task: what load_task knows, or None."""
+    return visible(pictured(task, text)) if task else repr(text)
+
+
+def stop_at(meta, samples, stop, given):
+    """Ends samples, dicts as sample.fill makes them, before the first stop behind their given characters."""
+    for sample in samples:
+        at, ids = sample['text'].find(stop, given), sample['tokens']
+        if at >= 0:
+            # as few tokens as have all of the text: of GPT-2's, the last one may have more
+            text = sample['text'][:at]
+            fewest = bisect.bisect_left(range(len(ids)), True, lo=meta['bos'] is not None,
+                                        key=lambda n: decode(meta, ids[:n])[0].startswith(text))
+            sample.update(text=text, tokens=ids[:fewest], finished=True)
 
 
 def until_end(meta, ids):
@@ -55,8 +166,16 @@ def rows_of(samples, meta, T):
 
 
 def modelled(x0, meta):
-    """Masks of x0 (B, T): (free, all positions but the start symbol; real, those without padding)."""
+    """
+    Masks of x0 (B, T): (free, all positions but the start symbol and what is given; real, those without
+    padding).
+
+    A dataset may name tokens that are given wherever they stand, meta['given']. The causal mode sees them
+    only where it has passed.
+    """
     free = torch.ones_like(x0, dtype=torch.bool) if meta['bos'] is None else x0 != meta['bos']
+    if meta.get('given'):
+        free = free & ~torch.isin(x0, torch.tensor(meta['given'], device=x0.device))
     return free, free if meta['pad'] is None else free & (x0 != meta['pad'])
 
 
@@ -86,11 +205,19 @@ def text_canvas(model, meta, texts, ends):
 
 def start_canvas(model, meta, num, prompt=(), lengths=None):
     """
-    An empty canvas for num samples: (canvas (B, T) ids, fixed (B, T) bool).
+    A canvas for num samples: (canvas (B, T) ids, fixed (B, T) bool), empty, or held-out texts with holes if
+    task.py has starts.
 
     prompt: ids that every sample starts with. lengths: tokens in each sample (B,), None: the model decides
     (without an end token the canvas is as long as the longest length). Raises UserError if it does not fit.
     """
+    task = load_task(meta['name'])
+    if hasattr(task, 'starts'):
+        if prompt or lengths is not None:
+            raise UserError(f"{meta['name']} starts from what is given: it takes no prompt and no length")
+        texts = task.starts(load_data(meta.get('dataset', meta['name']))[1]['val'], num)
+        ids = [holes(meta, text, '_', model.mask_token_id)[0] for text in texts]
+        return text_canvas(model, meta, ids, ends=True)
     if lengths is None:
         return text_canvas(model, meta, [list(prompt)] * num, ends=False)
     if lengths.min() < max(1, len(prompt)):
@@ -101,21 +228,30 @@ def start_canvas(model, meta, num, prompt=(), lengths=None):
     return text_canvas(model, meta, texts, ends=True)
 
 
+def usual_hole(meta):
+    """What stands for a hole if nothing is chosen: '_' where no text can have it, else '[MASK]'."""
+    return HOLE if can_have(meta, '_') else '_'
+
+
 def holes(meta, text, hole, mask_token_id):
     """
     A text with holes -> (ids, mask_token_id for each hole, whether the text ends where it is written).
 
-    A hole at the very end is open: it stands for as many tokens as the model wants. Raises UserError for a
-    hole that could be text, and for a text without one.
+    hole: None is usual_hole. One at the very end is open: it stands for as many tokens as the model wants.
+    Where words bring the blank before them, the one before a hole is the hole's, whatever follows. Raises
+    UserError for a hole that could be text, and for a text without one.
     """
-    if all(c in (meta['itos'] or ()) for c in hole):
+    hole = usual_hole(meta) if hole is None else hole
+    spelled = meta['tokenizer'] != 'gpt2' and hole != HOLE and all(can_have(meta, c) for c in hole)
+    if spelled or not hole:
         raise UserError(f"hole expects a text that is not in the vocabulary of {meta['name']}, got {hole!r}")
     if hole not in text:
-        raise UserError(f'{text!r} has no hole ({hole!r}) to fill')
-    pieces = [encode(meta, piece) for piece in text.split(hole)]
-    ids = [i for piece in pieces for i in [mask_token_id, *piece]][1:]
-    opened = text.endswith(hole)
-    return (ids[:-1] if opened else ids), not opened
+        raise UserError(f'{quoted(text)} has no hole ({hole!r}) to fill: write {hole}, or choose --hole')
+    *before, last = text.split(hole)
+    if meta['tokenizer'] == 'gpt2' or any(word[0] == ' ' for word in words_of(meta) if len(word) > 1):
+        before = [piece.removesuffix(' ') for piece in before]
+    ids = [i for piece in [*before, last] for i in [mask_token_id, *encode(meta, piece)]][1:]
+    return (ids, True) if last else (ids[:-1], False)
 
 
 def spans(text, n):
@@ -176,13 +312,33 @@ def load_task(dataset):
     return module
 
 
-def read_lines(path):
-    """The lines of a text file that are not empty. Raises UserError if there are none."""
+def pictured(task, text):
+    """What is printed of a text: as task.py draws it, and what it says of it; without a task the text."""
+    if hasattr(task, 'picture'):
+        return f'{task.picture(text)}\n{task.verdict(text)}\n'
+    return f'{text}   {task.verdict(text)}' if task else text
+
+
+def read_text(path):
+    """The text of a file without its byte-order mark; '-' is standard input. Raises UserError."""
     try:
-        with open(path, encoding='utf-8') as lines:
-            found = [line for line in lines.read().splitlines() if line]
+        if path == '-':
+            return sys.stdin.buffer.read().decode('utf-8-sig')
+        with open(path, 'rb') as file:
+            return file.read().decode('utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path}: cannot be read: {getattr(error, "strerror", None) or error}') from error
+
+
+def read_lines(path):
+    """
+    [(number from 1, line)] of what ends in \\n or \\r\\n in a file, without empty ones.
+
+    Raises UserError if there are none.
+    """
+    # not splitlines(): a text may have other line ends, such as \u2028, in it
+    lines = [line.removesuffix('\r') for line in read_text(path).split('\n')]
+    found = [(number, line) for number, line in enumerate(lines, 1) if line]
     if not found:
         raise UserError(f'{path}: there is no text in it')
     return found

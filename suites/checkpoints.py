@@ -5,6 +5,7 @@ A row is named by what it sets differently from the first run; merged ones by bo
 """
 
 import glob
+import os
 
 from tqdm import tqdm
 
@@ -12,6 +13,7 @@ from model import GPT
 from configurator import UserError
 from data.loader import data_of, spread_rows
 from parts.presets import supports
+from plumbing.checkpoint import find_checkpoint
 from sample import generate
 from suites.common import asked_for, averaged, load, score, table_of, training_strings, worth
 from suites.runs import known_settings
@@ -70,7 +72,8 @@ def checkpoint_scores(s, path, other=None):
 
 def run(s):
     """The suite with bench's settings s: (rows, table)."""
-    paths, others = ([path for pattern in patterns.split(',') for path in sorted(glob.glob(pattern))]
+    paths, others = ([find_checkpoint(path, '') for pattern in patterns.split(',')
+                      for path in sorted(glob.glob(os.path.expanduser(pattern)))]
                      for patterns in (s.init_from, s.merge_from or ''))
     if not paths:
         raise UserError(f"no checkpoint matches '{s.init_from}'")

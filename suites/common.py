@@ -24,7 +24,7 @@ from sample import generate
 
 METRICS = ('balanced', 'valid', 'correct', 'unique', 'novel', 'mean_length', 'length_tv', 'nfe')
 SHARES = ('balanced', 'valid', 'correct', 'unique', 'novel',
-          'fixed', 'refilled', 'accuracy', 'by_string', 'exact', 'anchors')
+          'fixed', 'refilled', 'cells', 'accuracy', 'by_string', 'exact', 'anchors')
 COST = ('minutes', 'tokens_per_second', 'parameters')    # of training, see training_cost in runs.py
 # digits behind the point; 3 for all others
 DIGITS = {**dict.fromkeys((*SHARES, 'nfe', 'mean_length', 'minutes'), 1), 'tokens_per_second': 0}
@@ -101,6 +101,7 @@ def table_of(rows, columns, metrics):
 def load(s, path, other=None, learns=False):
     """(model, checkpoint), merged with the other if there is one. The model is frozen unless it learns."""
     if other:
+        other = find_checkpoint(other, s.out_dir)
         model, checkpoint = load_merged(GPT.load, supports, path, other, s.merge_weight)
     else:
         model, checkpoint = GPT.load(path)

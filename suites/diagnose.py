@@ -519,7 +519,7 @@ def set_up(s):
     if config['init_from'] != 'scratch':
         raise UserError('train_args starts from a checkpoint, but what is diagnosed is a fresh network: '
                         'leave its init_from out; the checkpoint itself is diagnosed by '
-                        f"--init_from={config['init_from']} without train_args")
+                        f"--init_from={shlex.quote(config['init_from'])} without train_args")
     return config, None, None
 
 

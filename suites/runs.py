@@ -10,9 +10,9 @@ import ast
 import functools
 import glob
 import hashlib
-import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import configurator
 from model import GPT
-from plumbing.files import append_line, make_folder, write_atomically
+from plumbing.files import append_line, finite, make_folder, read_records, to_json, write_atomically
 from configurator import UserError
 from suites.common import load
 
@@ -94,7 +94,7 @@ def trained(s, runs, name):
     if path:
         command.append('--init_from=resume')
     log = os.path.join(folder, 'train.txt')
-    tqdm.write(f"{name}: python {' '.join(command)} > {log}")
+    tqdm.write(f"{name}: python {shlex.join(command)} > {shlex.quote(log)}")
     make_folder(folder)
     status = execute(command, log, 'a' if path else 'w')
 
@@ -156,10 +156,10 @@ def measure_all(s, network, asked, measures, key_of, tables):
     known, found, failed = read_rows(cache), [], []
     for name, table, run, how in tqdm(asked, desc='rows', leave=False):
         try:
-            key = json.dumps([table, name, how, s.num_samples, s.seed, *key_of(table, run, how)])
+            key = to_json([table, name, how, s.num_samples, s.seed, *key_of(table, run, how)])
             if key not in known:
-                rows = [dict(row, table=table) for row in measures[table](s, network, name, run, how)]
-                append_line(cache, json.dumps(dict(key=key, rows=rows)))
+                rows = finite([dict(row, table=table) for row in measures[table](s, network, name, run, how)])
+                append_line(cache, to_json(dict(key=key, rows=rows)))
                 known[key] = rows
             found += known[key]
         except UserError as error:
@@ -177,18 +177,5 @@ def measure_all(s, network, asked, measures, key_of, tables):
 
 def read_rows(path):
     """The rows that were measured before: {key: rows}. A line that a crash has torn is skipped."""
-    known = {}
-    if not os.path.exists(path):
-        return known
-    with open(path, encoding='utf-8', errors='replace') as file:
-        text = file.read()
-    for line in text.splitlines():
-        try:
-            entry = json.loads(line)
-            known[entry['key']] = entry['rows']
-        except (ValueError, KeyError, TypeError):
-            continue
-    # the next line must not be glued to a torn one
-    if text and not text.endswith('\n'):
-        append_line(path, '')
-    return known
+    return {entry['key']: entry['rows'] for entry in read_records(path)
+            if isinstance(entry.get('key'), str) and isinstance(entry.get('rows'), list)}

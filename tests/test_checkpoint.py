@@ -1,12 +1,21 @@
 """Checkpoints: what is saved and found again, what older ones become, and what a damaged one says."""
 
+import contextlib
+import functools
+import io
 import os
 import pickle
+import random
+import resource
+import shlex
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARITHMETIC, default_config, seeded, tiny_gpt, write_checkpoint
+from conftest import ARITHMETIC, default_config, run_main, seeded, tiny_gpt, write_checkpoint
+from test_train import assert_same, newest, start
 
 from configurator import UserError
 from model import GPT
@@ -19,17 +28,23 @@ from plumbing.checkpoint import (
     identity,
     load_merged,
     model_args,
+    read_checkpoint,
     save_checkpoint,
 )
 from plumbing.files import write_atomically
+
+# a run of all tasks, as small as can be
+SMALL = '--training_type=joint', '--causal_ratio=0.5', '--draft_head=True', '--eval_samples=0'
 
 
 def checkpoint_of(network, **changes):
     meta = dict(
         name='x',
+        format='stream',
+        block_size=None,
         vocab_size=network.config.vocab_size,
         tokenizer='char',
-        itos=None,
+        itos=[*map(chr, range(97, 97 + network.config.vocab_size))],
         bos=None,
         eos=None,
         pad=None,
@@ -244,7 +259,7 @@ def test_not_a_checkpoint(tmp_path, content):
 def test_checkpoints_that_do_not_fit(tmp_path):
     path, model = str(tmp_path / 'ckpt.pt'), tiny_gpt()
     weights, args = model.state_dict(), model_args(model.config)
-    bad = {name: tensor.clone() for name, tensor in weights.items()}
+    bad, meta = {name: tensor.clone() for name, tensor in weights.items()}, checkpoint_of(model)['meta']
     bad['blocks.0.fc.weight'][3, 2] = float('nan')
     fewer = {name: tensor for name, tensor in weights.items() if name != 'causal_embd'}
     for changes, message in (
@@ -256,11 +271,139 @@ def test_checkpoints_that_do_not_fit(tmp_path):
         (dict(model_args={**args, 'parts': 3}), 'parts is 3, not'),
         (dict(model={**weights, 'head.weight': torch.zeros(1)}), "tensor 'head.weight'"),
         (dict(model=fewer), "tensor 'causal_embd'"),
+        (dict(meta=dict(meta, name='..')), "damaged: name='..' makes no sense"),
+        (dict(meta=dict(meta, dataset='/etc')), "damaged: dataset='/etc' makes no sense"),
+        (dict(meta=dict(meta, itos=['a'] * meta['vocab_size'])), 'damaged: itos='),
+        (dict(meta=dict(meta, vocab_size=1, itos=['a'])), 'its vocabulary has 1'),
     ):
         torch.save(checkpoint_of(model, **changes), path)
         with pytest.raises(UserError, match=message) as error:
             GPT.load(path)
         assert str(error.value).startswith(path) and '\n' not in str(error.value)
+
+
+# -----------------------------------------------------------------------------
+# what is changed a little
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """(a folder, the bytes of the checkpoint of a run in it, the same as a dict)."""
+    folder = str(tmp_path_factory.mktemp('run'))
+    with contextlib.redirect_stdout(io.StringIO()):
+        start(folder, *SMALL, '--max_iters=1')
+    data = Path(newest(folder)).read_bytes()
+    return folder, data, torch.load(io.BytesIO(data), weights_only=True)
+
+
+def test_a_flipped_bit_is_seen(whole, tmp_path):
+    """Wherever it is: the file is refused, or it holds the very same."""
+    _, data, content = whole
+    path, rng, refused = tmp_path / 'ckpt.pt', random.Random(0), 0
+    (tmp_path / "ckpt_a 'b'_best.pt").write_bytes(data)
+    for _ in range(50):
+        at = rng.randrange(len(data))
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :])
+        try:
+            now = read_checkpoint(str(path))
+        except UserError as error:
+            refused += 1
+            assert 'ckpt.pt: truncated or damaged' in str(error) and '\n' not in str(error)
+            assert f"take --init_from={shlex.quote(str(tmp_path))[:-1]}" in str(error).replace("'", '')
+        else:
+            assert_same(now, read_checkpoint(str(tmp_path / "ckpt_a 'b'_best.pt")))
+    assert refused >= 40
+
+
+def test_a_compressed_checkpoint(whole, tmp_path):
+    """A small file may become a large one: what torch.save writes does not."""
+    path = tmp_path / 'ckpt.pt'
+    old = zipfile.ZipFile(io.BytesIO(whole[1]))
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+        new.writestr('archive/data/more', bytes(10**6))
+    with pytest.raises(UserError, match='truncated or damaged .it holds more than its size'):
+        GPT.load(str(path))
+
+
+@pytest.mark.parametrize('call, said', [(Evil('x'), 'call io.open'), (slice(1), 'call slice')])
+def test_what_is_refused_is_named(tmp_path, call, said):
+    """Nobody is told to load it all the same."""
+    torch.save(checkpoint_of(tiny_gpt(), config=call), tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match=f'refused, .*numbers and text, it would {said}') as error:
+        GPT.load(str(tmp_path / 'ckpt.pt'))
+    assert 'weights_only' not in str(error.value)
+
+
+@pytest.mark.parametrize('field', ['n_layer', 'n_recur', 'block_size', 'n_embd', 'vocab_size', 'energy_head'])
+@pytest.mark.parametrize('size', [10**5, 10**9, 10**18])
+def test_sizes_that_would_eat_the_machine(tmp_path, field, size):
+    path, model = str(tmp_path / 'ckpt.pt'), tiny_gpt(18, 64)
+    changes = dict(model_args={**model_args(model.config), field: size}, meta=dict(ARITHMETIC))
+    if field == 'vocab_size':
+        changes['meta'].update(vocab_size=size, itos=None, tokenizer='gpt2')
+    if field == 'n_embd':
+        changes['model_args']['n_embd'] -= size % 4
+    save_checkpoint(path, checkpoint_of(model, **changes))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    long = (field, size) == ('block_size', 10**5)  # that is possible
+    with contextlib.nullcontext() if long else pytest.raises(UserError, match=f'^{path}: '):
+        GPT.load(path)
+    assert time.perf_counter() - began < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kilobytes
+
+
+def places_in(content, above=()):
+    """The path of every value in dicts and lists, but for tuples, which nothing is put into."""
+    pairs = content.items() if isinstance(content, dict) else enumerate(content)
+    for key, value in pairs:
+        yield (*above, key)
+        if isinstance(value, (dict, list)):
+            yield from places_in(value, (*above, key))
+
+
+def copied(content):
+    """The dicts and lists anew, with the same tensors in them."""
+    if isinstance(content, dict):
+        return {key: copied(value) for key, value in content.items()}
+    return [copied(value) for value in content] if isinstance(content, list) else content
+
+
+SIZED = torch.zeros(1).expand(10**12), torch.zeros(4).to_sparse(), torch.zeros(2, device='meta')
+ODD = (None, True, 'x', '', '../x', -1, 0, 7, 10**9, 10**30, 3.5, float('nan'), [], {}, (), b'x', {1: 2})
+TENSORS = torch.zeros(2), torch.zeros(0), torch.tensor(3), torch.zeros(2, dtype=torch.complex64), *SIZED
+
+
+def test_a_changed_field_is_refused_or_does_no_harm(whole):
+    """A value, anywhere, is another one or is gone: sampling and going on work, or say so in a line."""
+    folder, _, content = whole
+    path, rng, outcomes = newest(folder), random.Random(1), []
+    places = list(places_in(content))
+    for _ in range(40):
+        top = rng.choice(sorted(content))
+        changed, place = copied(content), rng.choice([place for place in places if place[0] == top])
+        inside = functools.reduce(lambda part, key: part[key], place[:-1], changed)
+        if rng.random() < 0.2:
+            del inside[place[-1]]
+        else:
+            inside[place[-1]] = rng.choice(ODD + TENSORS)
+        torch.save(changed, path)
+        for action in (
+            lambda: run_main('sample', f'--init_from={path}', '--num_samples=1', '--steps=1', '--score'),
+            lambda: start(folder, *SMALL, '--init_from=resume', '--max_iters=2'),
+        ):
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    action()
+                outcomes.append('fine')
+            except UserError as error:
+                outcomes.append('refused')
+                assert 'weights_only' not in str(error), place
+            except Exception as error:
+                raise AssertionError(f'{place} is {inside}') from error
+    assert min(map(outcomes.count, ('fine', 'refused'))) > 10
 
 
 # -----------------------------------------------------------------------------

@@ -4,20 +4,27 @@ The data folders: the arithmetic grammar and its scorer, the prepare scripts, wh
 
 import hashlib
 import importlib.util
+import io
 import json
 import os
+import pickle
 import random
 import re
+import shlex
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import configurator
 from configurator import UserError
 from data import common, loader
+from data import meta as meta_module
 from plumbing import text as canvas
+from plumbing.checks import check_fits, check_settings
 
 DATA = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'data')
 
@@ -286,7 +293,7 @@ def test_arithmetic_script(tmp_path):
 @pytest.mark.parametrize('error', [OSError, KeyboardInterrupt])
 def test_interrupted_write(tmp_path, monkeypatch, call, fails_at, error):
     """
-    A first write leaves no meta.json and no partial file; a second one also no old meta.json beside new data.
+    A first write leaves nothing; a second one the old dataset or nothing, never a mixture.
     """
     real, calls = getattr(os, call), []
 
@@ -305,9 +312,7 @@ def test_interrupted_write(tmp_path, monkeypatch, call, fails_at, error):
         assert len(calls) == fails_at
 
     attempt(tmp_path / 'new')
-    left = sorted(os.listdir(tmp_path / 'new'))
-    assert left == (['train.bin', 'val.bin'][:fails_at-1] if call == 'replace' else [])
-    assert all((tmp_path / 'new' / name).stat().st_size in (50 * 128, 10 * 128) for name in left)
+    assert os.listdir(tmp_path / 'new') == []
 
     old = arithmetic.prepare(tmp_path / 'old', num_train=60, num_val=20, seed=1)
     attempt(tmp_path / 'old')
@@ -315,8 +320,8 @@ def test_interrupted_write(tmp_path, monkeypatch, call, fails_at, error):
     if call == 'fsync':  # nothing was renamed yet: the old dataset is still there, whole
         assert left == ['meta.json', 'train.bin', 'val.bin']
         assert sums(tmp_path / 'old') == old['sha256']
-    else:
-        assert left == ['train.bin', 'val.bin']
+    else:  # and ids without a meta.json could mean anything
+        assert left == []
 
 
 def test_write_refuses_bad_ids(tmp_path):
@@ -410,8 +415,8 @@ def test_gpt2_text_and_back(real_gpt2):
     assert meta['vocab_size'] == real_gpt2.n_vocab == real_gpt2.eot_token + 1 == 50257
     text = 'The naïve €5 <|endoftext|>\n\n😀'
     ids = canvas.encode(meta, text)
-    # what a user writes is never a special token
-    assert max(ids) < 50256 and canvas.decode(meta, ids) == (text, False)
+    # what is written between documents is read back as that token
+    assert ids.count(50256) == 1 and canvas.decode(meta, ids) == (text, False)
     # in a stream it is a token like any other
     assert canvas.decode(meta, [50256, 464]) == ('<|endoftext|>The', False)
     broken = canvas.decode(meta, real_gpt2.encode_ordinary('😀')[:1] + [464])[0]
@@ -529,21 +534,179 @@ def notes(tmp_path):
 NOTES = 'first' + ' word' * 200 + '\n\nsecond\nfile\n\nthird é\n'
 
 
-def test_own_text_of_a_folder(tmp_path, notes):
-    meta = own_text.prepare(tmp_path / 'mybook', notes, val_share=0.25)
-    train, val = (''.join(meta['itos'][i] for i in read_ids(tmp_path / 'mybook', split))
-                  for split in ('train', 'val'))
+def texts_of(folder, meta):
+    """The two splits of a stream as text."""
+    return [canvas.decode(meta, read_ids(folder, split))[0] for split in ('train', 'val')]
+
+
+def rows_in(folder, meta, split):
+    """The rows of a split as texts; asserts that each of them starts and ends."""
+    rows = np.array(read_ids(folder, split)).reshape(-1, meta['block_size']).tolist()
+    assert all(row[0] == meta['bos'] for row in rows)
+    texts, ends = zip(*(canvas.decode(meta, row) for row in rows))
+    assert all(ends)
+    return list(texts)
+
+
+def test_own_text_of_a_file_is_held_out_at_its_end(tmp_path):
+    (tmp_path / 'a.txt').write_bytes(NOTES.replace('\n', '\r\n').encode('utf-8-sig'))
+    meta = own_text.prepare(tmp_path / 'mybook', tmp_path / 'a.txt', val_share=0.25)
+    train, val = texts_of(tmp_path / 'mybook', meta)
     assert train + val == NOTES and len(train) == int(0.75 * len(NOTES))
     assert meta['name'] == 'mybook' and meta['tokenizer'] == 'char' and meta['itos'] == sorted(set(NOTES))
-    assert own_text.read_text(notes, 'deep/*, *.py') == 'third é\n\nprint()\n'
-    assert own_text.read_text(notes / 'x.py', '*.txt') == 'print()\n'  # a file is taken whatever its name
+
+
+def test_own_text_of_a_folder(tmp_path, notes):
+    meta = own_text.prepare(tmp_path / 'mybook', notes, val_share=0.25)
+    train, val = texts_of(tmp_path / 'mybook', meta)
+    assert sorted((train + val).replace('\n', '')) == sorted(NOTES.replace('\n', '')) and len(val) > 200
+    assert own_text.read_texts(notes, 'deep/*, *.py') == ['third é\n', 'print()\n']
+    assert own_text.read_texts(notes / 'x.py', '*.txt') == ['print()\n']  # a file is taken whatever its name
 
 
 def test_own_text_in_gpt2_tokens(tmp_path, notes, toy_gpt2):
+    """Documents have <|endoftext|> between them."""
+    (notes / 'b.md').write_text('word\n' * 300)
     meta = own_text.prepare(tmp_path / 'mybook', notes, 'gpt2')
-    ids = read_ids(tmp_path / 'mybook', 'train') + read_ids(tmp_path / 'mybook', 'val')
-    assert toy_gpt2.decode(ids) == NOTES
+    train, val = (toy_gpt2.decode(read_ids(tmp_path / 'mybook', split)) for split in ('train', 'val'))
+    assert train.endswith('<|endoftext|>third é\n') and train.count('<|endoftext|>') == 2
+    assert len(train + val) > 2000 and val.endswith('word\n')
     assert meta['tokenizer'] == 'gpt2' and meta['itos'] is None and meta['vocab_size'] == 50257
+
+
+def test_a_few_files_are_held_out_in_pieces_of_all_of_them(tmp_path):
+    """The end of everything would be the end of the last file, perhaps in another language."""
+    kinds = dict(en=[f'line {i} of the text\n' for i in range(900)], zh=[f'第{i}行\n' for i in range(5400)])
+    for kind, lines in kinds.items():
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / 'a.txt').write_text(''.join(lines), encoding='utf-8')
+    train, val = own_text.split_documents(own_text.read_texts(f'{tmp_path}/en,{tmp_path}/zh'), 0.1)
+    for lines, learned, held in zip(kinds.values(), train, val):
+        assert 0.07 < len(held) / len(learned + held) < 0.13
+        found = learned.splitlines(True), held.splitlines(True)
+        assert sorted(found[0] + found[1]) == sorted(lines)  # whole lines, in their order
+        kept = set(found[0])
+        assert found[0] == [line for line in lines if line in kept]
+
+
+def test_of_many_files_some_are_held_out(tmp_path):
+    documents = [f'{i} ' * (40 + i % 7) + '\n' for i in range(30)]
+    train, val = own_text.split_documents(documents, 0.1)
+    assert sorted(train + val) == sorted(documents) and 1 <= len(val) <= 4 and val != documents[-len(val):]
+    # most of the text in one file: pieces of it are held out, and not all the others
+    train, val = own_text.split_documents([*documents, 'a long line of it\n' * 9000], 0.1)
+    assert 'long' in val[-1] and 0.08 < sum(map(len, val)) / sum(map(len, train + val)) < 0.12
+
+
+def test_inputs_of_every_kind(tmp_path, monkeypatch, capsys):
+    files = {'a,b.txt': b'comma', 'c.TXT': b'upper', '.hidden.txt': b'no', '.git/x.txt': b'no',
+             'd/e.md': b'deep', 'wide.txt': 'weit é'.encode('utf-16'),
+             'acc.txt': 'e\u0301'.encode(), 'odd.txt': b'\0\0\x1b'}
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.setattr(sys, 'stdin', SimpleNamespace(buffer=io.BytesIO('ein ß\r\n'.encode())))
+    read = own_text.read_texts
+    assert read('~/a,b.txt') == ['comma'] and read(f'{tmp_path}/a,b.txt') == ['comma']
+    assert sorted(read(tmp_path)) == sorted(['comma', 'upper', 'deep', 'weit é', '\xe9', '\0\0\x1b'])
+    odd = '2 of them NUL: is all of it text?, 1 of them ESC'
+    assert f'read 6 files, 24 characters, {odd}' in capsys.readouterr().out
+    assert read('~/c.TXT , ~/d/,~/c.TXT') == ['upper', 'deep']
+    assert read(f'{tmp_path}/[cw]*') == ['upper', 'weit é']
+    assert read('-') == ['ein ß\n'] and read('~/acc.txt', nfc=False) == ['e\u0301']
+    for name in ('y.txt', 'z.md'):
+        (tmp_path / name).write_bytes(b'abc\xff')
+    with pytest.raises(UserError, match='not UTF-8, 2 of 8 files: .*y.txt .byte 3., .*z.md .*--skip_bad'):
+        read(tmp_path)
+    assert len(read(tmp_path, skip_bad=True)) == 6 and '2 files' in capsys.readouterr().out
+    with pytest.raises(UserError, match='cannot read .*none: No such file'):
+        read(f'{tmp_path}/d,{tmp_path}/none')
+
+
+LINES = ['anna', 'bo\u2028b', ' c ', 'anna', 'dora\x0bd', '', *(f'name{i}' for i in range(40))]
+
+
+@pytest.mark.parametrize('tokenizer', ['char', 'gpt2'])
+def test_rows_of_lines(tmp_path, tokenizer, toy_gpt2):
+    """A line ends in a line break and nothing else; equal ones are held out together."""
+    (tmp_path / 'in.txt').write_bytes('\r\n'.join(LINES).encode())
+    meta, other = (own_text.prepare(tmp_path / name, tmp_path / 'in.txt', tokenizer, rows='line')
+                   for name in ('names', 'again'))
+    train, val = (rows_in(tmp_path / 'names', meta, split) for split in ('train', 'val'))
+    assert sorted(train + val) == sorted(filter(None, LINES)) and not set(train) & set(val) and len(val) == 4
+    assert train != [line for line in LINES if line in train] and meta['sha256'] == other['sha256']
+    agreed = [line for _, line in canvas.read_lines(tmp_path / 'in.txt')]           # sample.py --file
+    assert agreed == list(filter(None, LINES))
+    ids = {meta[name] for name in ('bos', 'eos', 'pad')}
+    assert len(ids) == 3 and max(ids) == meta['vocab_size'] - 1 and meta['format'] == 'rows'
+    if tokenizer == 'char':
+        assert meta['itos'][-3:] == ['<bos>', '<eos>', '<pad>'] and meta['block_size'] == 8
+    assert canvas.decode(meta, [meta['bos'], *canvas.encode(meta, 'an'), meta['pad']]) == ('an·', False)
+
+
+def test_rows_are_trained_on_and_sampled_up_to_their_end(tmp_path, monkeypatch, run):
+    """Without a task.py, as the command says that is printed."""
+    monkeypatch.setattr(loader, 'HERE', str(tmp_path))
+    (tmp_path / 'in.txt').write_bytes('\n'.join(LINES).encode())
+    meta = own_text.prepare(tmp_path / 'names', tmp_path / 'in.txt', rows='line')
+    words = shlex.split(own_text.command(meta))[2:]
+    small = ['--n_layer=1', '--n_head=2', '--n_embd=16', '--max_iters=1', '--eval_interval=1']
+    words[0] = os.path.join(os.path.dirname(DATA), words[0])
+    status, _, err = run('train', *words, *small, f'--out_dir={tmp_path}/out')
+    assert (status, err) == (0, '')
+    page, found = tmp_path / 'samples.jsonl', f'--init_from={tmp_path}/out/ckpt_joint_all_positions.pt'
+    assert run('sample', found, '--num_samples=40', '--length=4', f'--save={page}')[0] == 0
+    samples = [json.loads(line) for line in page.read_text(encoding='utf-8').split('\n')[:-1]]
+    assert len(samples) == 40 and all(len(sample['text']) == 4 for sample in samples)
+    assert all(canvas.decode(meta, sample['tokens']) == (sample['text'], True) for sample in samples)
+
+
+def test_rows_of_files(tmp_path, capsys):
+    for i in range(12):
+        (tmp_path / f'{i}.txt').write_text(f'one\n\n{i % 6}\n' + 'long' * (i % 6 == 5))
+    how = dict(input=tmp_path, rows='file', val_share=0.3)
+    meta = own_text.prepare(tmp_path / 'out', **how)
+    train, val = (set(rows_in(tmp_path / 'out', meta, split)) for split in ('train', 'val'))
+    assert train | val == {f'one\n\n{i}' for i in range(5)} | {'one\n\n5\nlong'} and not train & val
+    with pytest.raises(UserError, match='2 of 12 rows are longer than block_size=9 .*has 13.*--drop_long'):
+        own_text.prepare(tmp_path / 'short', block_size=9, **how)
+    meta = own_text.prepare(tmp_path / 'short', block_size=9, drop_long=True, **how)
+    assert meta['block_size'] == 9 and meta['train_tokens'] + meta['val_tokens'] == 90
+    assert 'longer ones left out' in capsys.readouterr().out
+    for words, message in ((dict(block_size=2), 'block_size must be at least 3'),
+                           (dict(block_size=3, drop_long=True), 'leaves no row'),
+                           (dict(rows='word'), 'rows expects line or file'),
+                           (dict(rows=None, drop_long=True), 'are about rows'),
+                           (dict(glob='3.txt'), '1 different rows are too few')):
+        with pytest.raises(UserError, match=message):
+            own_text.prepare(tmp_path / 'none', **{**how, **words})
+    (tmp_path / '3.txt').write_text('x' * 5000)
+    with pytest.raises(UserError, match='the longest row has 5,002 tokens.*set --block_size'):
+        own_text.prepare(tmp_path / 'none', **how)
+    assert not (tmp_path / 'none').exists()
+
+
+@pytest.mark.parametrize('text, tokenizer, rows', [
+    ('a few words\n' * 61 + 'and more\n', 'char', None), ('a few words\n' * 400, 'char', None),
+    ('some words\n' * 200, 'gpt2', None), ('anna\nbo\nclara\n', 'char', 'line'),
+    ('a\nbo\nc\n', 'gpt2', 'line'),
+    ('a\nb\n' + 'c' * 1500, 'char', 'line'), ('a\nb\n' + 'c' * 4000, 'gpt2', 'line')])
+def test_the_command_that_is_proposed_runs(tmp_path, monkeypatch, capsys, toy_gpt2, text, tokenizer, rows):
+    (tmp_path / 'in.txt').write_text(text)
+    monkeypatch.setattr(own_text, 'DATA', str(tmp_path))
+    meta = own_text.prepare(tmp_path / 'my book', tmp_path / 'in.txt', tokenizer, rows=rows)
+    line = capsys.readouterr().out.splitlines()[-1]
+    own_text.prepare(tmp_path / 'far' / 'book', tmp_path / 'in.txt', tokenizer, rows=rows)
+    linked = f'train on it: ln -s {tmp_path}/far/book {tmp_path} && python train.py '
+    assert capsys.readouterr().out.splitlines()[-1].startswith(linked)
+    python, script, *words = shlex.split(line.removeprefix('train on it: '))
+    assert (python, script) == ('python', 'train.py') and '--dataset=my book' in words
+    train, root = load('../train'), os.path.dirname(DATA)
+    values = configurator.configure(vars(train), [os.path.join(root, words[0]), *words[1:]])
+    check_fits(values, meta)
+    check_settings(values)
+    assert values['batch_size'] * values['block_size'] <= 2**14 and values['batch_size'] >= 4
 
 
 def test_own_text_that_cannot_be(tmp_path, notes):
@@ -557,13 +720,13 @@ def test_own_text_that_cannot_be(tmp_path, notes):
     refused('cannot read .*nowhere.txt: No such file', input=tmp_path / 'nowhere.txt')
     refused("tokenizer expects char or gpt2, got 'bpe'", tokenizer='bpe')
     refused('val_share must be between 0 and 1', val_share=1.0)
-    refused('too short: val has 11 tokens', val_share=0.01)
-    refused('too short: train has 10', val_share=0.99)
+    refused('too short: val has', val_share=0.01)
+    refused('too short: train has', val_share=0.99)
     (tmp_path / 'empty.txt').write_text('\n')
     refused('too short: train has 0', input=tmp_path / 'empty.txt')
     refused('belongs to another dataset', out=os.path.join(DATA, 'arithmetic'))
     (notes / 'bad.md').write_bytes('é'.encode('latin-1'))
-    refused('bad.md is not UTF-8')
+    refused('not UTF-8, 1 of 5 files: .*bad.md .byte 0.; .*--skip_bad=True')
     status, err = run_script('text')
     assert status == 1 and len(err.splitlines()) == 1 and '--input is missing' in err
 
@@ -573,7 +736,7 @@ def test_a_folder_of_your_own_is_a_dataset(tmp_path, notes, monkeypatch):
     own_text.prepare(tmp_path / 'mybook', notes)
     meta, data = loader.load_data('mybook')
     assert meta['name'] == 'mybook'
-    assert ''.join(meta['itos'][i] for i in data['train']) == NOTES[:int(0.9 * len(NOTES))]
+    assert canvas.decode(meta, data['train'].tolist())[0] == texts_of(tmp_path / 'mybook', meta)[0]
     with pytest.raises(UserError, match='did you mean mybook?'):
         loader.load_data('mybok')
     again = loader.data_of(dict(meta, name='arithmetic'), {})  # a checkpoint finds what it was trained on
@@ -591,6 +754,188 @@ def test_a_folder_of_your_own_is_a_dataset(tmp_path, notes, monkeypatch):
     (tmp_path / 'text' / 'prepare.py').write_text('raise SystemExit(1)')
     with pytest.raises(UserError, match=f'text is not there; make it with {command}$'):
         loader.load_data('text')
+
+# -----------------------------------------------------------------------------
+# data/meta.py and what the loader believes
+
+SMALL = dict(name='small', format='stream', block_size=None, vocab_size=4, tokenizer='char', itos=[*'abcd'],
+             bos=None, eos=None, pad=None)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The folder of a small dataset."""
+    monkeypatch.setattr(loader, 'HERE', str(tmp_path))
+    common.write_dataset(tmp_path / 'small', [0, 1, 2, 3] * 40, [0, 1, 2] * 40, SMALL)
+    return tmp_path / 'small'
+
+
+@pytest.mark.parametrize('name, values', [
+    ('name', ['../../x', '..', '', 'a/b', 'a\\b', 'a\n', 3]), ('dataset', ['/etc', None]),
+    ('format', ['row', [], None]), ('block_size', [-3, '8']), ('tokenizer', ['', None, 3]),
+    ('vocab_size', [0, 4.0, True, '4', 65535]), ('train_tokens', [0, '9']), ('sha256', ['x']),
+    ('itos', [None, [*'abc'], [*'abca'], [*'abc', 4], [*'abc', ''], 'abcd', {'a': 0}])])
+def test_a_meta_is_not_believed(name, values):
+    meta_module.check_meta(SMALL)
+    for value in values:
+        with pytest.raises(ValueError, match=f'{name}=.*makes no sense in the meta'):
+            meta_module.check_meta({**SMALL, name: value})
+    if name in SMALL:
+        with pytest.raises(ValueError, match=f'the meta has no {name}'):
+            meta_module.check_meta({key: value for key, value in SMALL.items() if key != name})
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(bos=4), 'not ids below'), (dict(eos=-1, pad=2), 'not ids below'), (dict(bos=True), 'not ids below'),
+    (dict(bos=1, eos=1, pad=2), 'each another'), (dict(eos=3), 'an eos, but no pad'),
+    (dict(format='rows'), 'block_size=None'), (dict(tokenizer='gpt2'), 'itos='),
+    (dict(vocab_size=50304, itos=None, tokenizer='gpt2'), "vocab_size=50304 is more than GPT-2's 50257")])
+def test_fields_of_a_meta_that_do_not_fit_together(small, changes, message):
+    with pytest.raises(ValueError, match=message):
+        meta_module.check_meta({**SMALL, **changes})
+    meta = json.loads((small / 'meta.json').read_text())
+    for bad in ({**meta, **changes}, [meta], 'x'):
+        (small / 'meta.json').write_text(json.dumps(bad))
+        with pytest.raises(UserError, match='the dataset in data/small is damaged .*make it again'):
+            loader.load_data('small')
+
+
+def test_ids_that_are_no_tokens(small, monkeypatch):
+    """[MASK] among them, or ids beyond the table of embeddings, would end in an error of a GPU."""
+    ids = np.array(read_ids(small, 'train'), '<u2')
+    for at in (0, len(ids) // 2, -1):
+        wrong = ids.copy()
+        wrong[at] = 4
+        wrong.tofile(small / 'train.bin')
+        for large in (2**28, 16):                              # of large files only blocks are looked at
+            monkeypatch.setattr(meta_module, 'LARGE', large)
+            monkeypatch.setattr(meta_module, 'BLOCK', 8)
+            with pytest.raises(UserError, match='damaged .train.bin has the id 4, the 4 tokens end at 3'):
+                loader.load_data('small')
+
+
+def test_files_that_are_not_those_of_the_meta(small, monkeypatch):
+    first = loader.load_data('small')[0]
+    data = (small / 'val.bin').read_bytes()
+    (small / 'val.bin').write_bytes(data[2:] + data[:2])
+    with pytest.raises(UserError, match='not what it was when meta.json was written'):
+        loader.load_data('small')
+    monkeypatch.setattr(meta_module, 'LARGE', 16)
+    assert loader.load_data('small')[0] == first
+
+
+def test_which_task_a_dataset_has(small, tmp_path):
+    """That of its own folder, or of the dataset whose prepare.py made it; never what meta.json likes."""
+    def name(written):
+        meta = dict(json.loads((small / 'meta.json').read_text()), name=written)
+        (small / 'meta.json').write_text(json.dumps(meta))
+        return loader.load_data('small')[0]['name']
+
+    (tmp_path / 'maker').mkdir()
+    assert name('maker') == name('elsewhere') == 'small'
+    (tmp_path / 'maker' / 'prepare.py').write_text('')
+    assert name('maker') == 'maker'                            # as arithmetic_large
+    (small / 'task.py').write_text('')
+    assert name('maker') == 'small'
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ('ran',)
+
+
+def test_a_folder_of_nanogpt(tmp_path, monkeypatch, capsys, toy_gpt2):
+    monkeypatch.setattr(loader, 'HERE', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / 'nano'
+    folder.mkdir()
+    np.array([0, 2, 1] * 50, np.uint16).tofile(folder / 'train.bin')
+    np.array([1, 2] * 40, np.uint16).tofile(folder / 'val.bin')
+    meta, data = loader.load_data('nano')
+    assert (meta['tokenizer'], meta['vocab_size'], meta['format']) == ('gpt2', 50257, 'stream')
+    assert data['train'][:3].tolist() == [0, 2, 1] and 'as nanoGPT makes it' in capsys.readouterr().out
+    known = dict(vocab_size=3, itos={0: 'x', 1: 'y', 2: '\n'}, stoi={'x': 0, 'y': 1, '\n': 2})
+    (folder / 'meta.pkl').write_bytes(pickle.dumps(known))
+    (folder / 'prepare.py').write_text("import numpy\nids.tofile('train.bin')\n")
+    meta, data = loader.load_data('nano')
+    assert meta['itos'] == ['x', 'y', '\n'] and canvas.decode(meta, data['val'][:2].tolist())[0] == 'y\n'
+    assert meta['val_tokens'] == 80 and meta['name'] == 'nano' and loader.data_of(meta, {})[0] == meta
+    wrong = [Evil(), dict(known, itos=Evil()), [], dict(known, vocab_size=4), dict(known, vocab_size=2),
+             dict(known, itos=['x', 'y', 'y']), dict(itos={})]
+    for bad in (*map(pickle.dumps, wrong), b'', b'\x80\x04.'):
+        (folder / 'meta.pkl').write_bytes(bad)
+        with pytest.raises(UserError, match='data/nano is damaged'):
+            loader.load_data('nano')
+    assert not (tmp_path / 'ran').exists()
+    (folder / 'meta.json.7.tmp').write_text('')                # ours, killed while its files were renamed
+    assert not meta_module.is_nano(folder)
+
+
+def test_a_prepare_script_of_nanogpt(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, 'HERE', str(tmp_path))
+    (tmp_path / 'nano').mkdir()
+    (tmp_path / 'nano' / 'prepare.py').write_text(
+        'import os\nfor name in ("train.bin", "val.bin"):\n'
+        '    open(os.path.join(os.path.dirname(__file__), name), "wb").write(bytes(300))\n')
+    assert loader.load_data('nano')[0]['train_tokens'] == 150
+
+
+def test_two_at_a_time(tmp_path, capfd):
+    """The second waits for the first: what is there in the end is one of the two, whole."""
+    started, results = threading.Event(), []
+
+    def second():
+        started.set()
+        results.append(common.write_dataset(tmp_path, [3] * 9, [3] * 5, SMALL))
+
+    with common.dataset_writer(tmp_path, dict(SMALL)) as add:
+        (tmp_path / 'train.bin.123.tmp').write_text('torn')
+        (tmp_path / 'mine.tmp').write_text('not ours')
+        thread = threading.Thread(target=second)
+        thread.start()
+        started.wait()
+        for split in ('train', 'val'):
+            add(split, [1, 2])
+        thread.join(0.2)
+        assert thread.is_alive() and not results
+    thread.join()
+    assert sums(tmp_path) == results[0]['sha256'] and 'waiting: another process' in capfd.readouterr().out
+    assert sorted(os.listdir(tmp_path)) == ['meta.json', 'mine.tmp', 'train.bin', 'val.bin']
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def none(*args):
+        raise OSError(37, 'No locks available')
+
+    if common.fcntl:
+        monkeypatch.setattr(common.fcntl, 'flock', none)
+    assert common.write_dataset(tmp_path, [3] * 9, [3] * 5, SMALL)['sha256'] == sums(tmp_path)
+
+
+def test_a_disk_that_takes_nothing(tmp_path, text_file, monkeypatch):
+    """The user hears of it in one line, and where it can be known before the text is tokenized."""
+    def full(*args):
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as m:
+        m.setattr(os, 'fsync', full)
+        with pytest.raises(OSError) as error:
+            own_text.prepare(tmp_path / 'out', text_file)
+    message = configurator.of_the_machine(error.value, {})
+    assert message == f"{tmp_path / 'out'}: No space left on device" and os.listdir(tmp_path / 'out') == []
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)
+    for name in ('encode_chars', 'gpt2'):
+        monkeypatch.setattr(common, name, None)
+    text_file.write_text('one\ntwo\nthree\n')
+    for how in (dict(), dict(tokenizer='gpt2'), dict(rows='line')):
+        with pytest.raises(UserError, match=f'new: cannot be made a folder.*{tmp_path} cannot be written to'):
+            own_text.prepare(tmp_path / 'new', text_file, **how)
+
+
+def test_an_unknown_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, 'HERE', str(tmp_path))
+    with pytest.raises(UserError, match='known: .*python data/text/prepare.py --input=PATH --out=data/foo'):
+        loader.load_data('foo')
 
 # -----------------------------------------------------------------------------
 # data/wikitext2/prepare.py and data/openwebtext/prepare.py

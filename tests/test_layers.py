@@ -10,9 +10,9 @@ from model import GPT, GPTConfig, Pass, norm
 from parts.layers import IN_A_BLOCK, IN_THE_NETWORK, Part, ShortConv, Shortcuts, build, parse_parts
 from plumbing.checkpoint import NUMBERS, check_same_model, comparable
 
-# every part with numbers that are not its own, and how many parameters it has at 16 channels and 5 tokens
+# every part with numbers that are not its own, and its parameters at 16 channels, 5 tokens and 8 places
 SIZES = {'graph:2:1': 2, 'shortcuts': 4, 'short_conv:3': 6 * 16, 'previous': 16 * 16, 'mu:4': 4 * 12 + 4 * 4,
-         'bigrams:10': 2 * 10 * 16, 'level': 32 * 16, 'level:8': 32 * 8 + 8 * 16}
+         'bigrams:10': 2 * 10 * 16, 'level': 32 * 16, 'level:8': 32 * 8 + 8 * 16, 'places': 8 * 16}
 
 
 def passing(**more):
@@ -85,7 +85,7 @@ def test_parts_are_compared_with_all_of_their_numbers():
 
 
 @pytest.mark.parametrize('parts, message', [
-    ('short_cnov', "parts knows graph, shortcuts, .*level, each once, .*got 'short_cnov'"),
+    ('short_cnov', "parts knows graph, shortcuts, .*level, places, each once, .*got 'short_cnov'"),
     ('shortcuts,shortcuts', "each once, with numbers as in short_conv:2; got 'shortcuts,shortcuts'"),
     ('short_conv:0', 'with numbers as in short_conv:2'),
     ('short_conv:00', 'with numbers as in short_conv:2'),
@@ -180,6 +180,21 @@ def test_every_pair_of_tokens_has_an_embedding(causal, rows, kept):
             assert torch.equal(found[b, t], expected)
     if causal:
         assert (model(x, causal=True) - model(x, causal=True, segment=segment)).abs().amax((1, 2))[0] == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('causal', [False, True])
+def test_every_position_of_a_text_has_an_embedding(causal):
+    model, x = tiny_gpt(V=7, T=8, parts='places'), torch.randint(8, (3, 8), generator=seeded())
+    places = model.parts['places']
+    segment = torch.tensor([[0] * 8, [4] * 3 + [2] * 5, [0] + [1] * 6 + [2]])
+    windows = torch.tensor([[2, 3], [7, 0], [1, 1]])
+    found = places.added(model, x, passing(causal=causal, segment=segment))
+    position = torch.tensor([[*range(8)], [*range(3), *range(5)], [0, *range(6), 0]])
+    assert torch.equal(found, places.weight[position])
+    some = places.added(model, x, passing(causal=causal, segment=segment, at=windows))
+    assert torch.equal(some, places.weight[position.gather(1, windows)])
+    assert torch.equal(places.added(model, x, passing(causal=causal))[2], places.weight)
 
 
 @torch.no_grad()

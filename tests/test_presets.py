@@ -180,7 +180,7 @@ def test_every_preset_and_task_names_rules_that_there_are():
 def settings(**changes):
     """(the settings of sample.py, its How) with changes."""
     names = ('task', 'prompt', 'text', 'file', 'mask', 'num_samples', 'seed', 'animate', 'html', 'save',
-             'export', 'merge_weight', 'length', 'batch_size')
+             'export', 'merge_weight', 'length', 'batch_size', 'stop')
     own = {name: getattr(sample, name) for name in names}
     how = {name: value for name, value in changes.items() if name not in own}
     return SimpleNamespace(**{**own, **{name: changes[name] for name in own if name in changes}}), How(**how)

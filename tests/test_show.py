@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ARITHMETIC, tiny_gpt
+from conftest import ARITHMETIC, seeded, tiny_gpt
 
 from configurator import UserError
 from plumbing import show
+from plumbing.text import decode, encode, pieces, sample_line, visible
 
 BOS, EOS, PAD, MASK = ARITHMETIC['bos'], ARITHMETIC['eos'], ARITHMETIC['pad'], ARITHMETIC['vocab_size']
 HOSTILE = ['</script><script>alert(1)</script>', '<!--<script>', '"', "'", '\\', '&amp;', ']]>',
@@ -114,11 +115,103 @@ def test_the_padding_at_the_right_is_left_out_but_nothing_that_was_ever_written(
 
 def test_what_cannot_be_seen_gets_a_sign(monkeypatch):
     text = dict(name='text', tokenizer='char', vocab_size=4, itos=[*'a \n\x1b'], bos=None, eos=None, pad=None)
-    assert [show.printable(text, id) for id in range(5)] == ['a', '␣', '↵', '\ufffd', '▒']
+    assert [show.printable(text, id) for id in range(5)] == ['a', '␣', '↵', '␛', '▒']
     pieces = {0: b' the', 1: b'\xe2\x82', 2: b'<|endoftext|>'}
     monkeypatch.setattr(show, 'gpt2', lambda: SimpleNamespace(decode_single_token_bytes=pieces.get))
     bpe = dict(text, tokenizer='gpt2', vocab_size=3, eos=2)
     assert [show.printable(bpe, id) for id in range(4)] == ['␣the', '\ufffd', '⟩', '▒▒']
+
+
+CHARS = dict(name='chars', tokenizer='char', bos=None, eos=None, pad=None,
+             itos=[*'ab \n\t\u4f60\u0301\x1b\x00\r\x9b', '\u4f60\na'])
+CHARS['vocab_size'] = len(CHARS['itos'])
+
+
+def test_no_control_character_reaches_the_terminal(capsys):
+    """Not of a text, of what was given, of a verdict or of an animation; line ends and tabs do."""
+    controls = ''.join(map(chr, [*range(32), *range(127, 160)]))
+    hostile = f'a{controls}b'
+
+    def clean(text):
+        return not {*controls} - {'\n', '\t'} & {*text}
+    assert visible(hostile).startswith('a␀␁') and '\t\n␋' in visible(hostile) and '␛␜' in visible(hostile)
+    assert visible(hostile).endswith(r'␡\x80' + ''.join(rf'\x{c:x}' for c in range(129, 160)) + 'b')
+    assert clean(visible(hostile)) and visible('é\u4f60\U0001f600\xa0') == 'é\u4f60\U0001f600\xa0'
+    ids = encode(CHARS, '\x1b\x00\r\x9ba')
+    sample = dict(text=decode(CHARS, ids)[0], tokens=ids, marks='^' * 5)
+    assert show.report(sample, CHARS, SimpleNamespace(verdict=str.upper), hostile).splitlines()[-2:] == [
+        '-> ␛␀␍\\x9ba   ␛␀␍\\x9bA', '   ^^^^^^^^   (^ changed, ? doubted and kept)']
+    task = SimpleNamespace(verdict=str)
+    for text in (show.report(sample, CHARS, None, hostile), show.report(sample, CHARS, task, None),
+                 sample_line(hostile, None), sample_line(hostile, task),
+                 *(show.printable(CHARS, id) for id in range(12))):
+        assert clean(text)
+    pytest.importorskip('rich')
+    show.animate([hand_made(['a'], hostile)])
+    assert clean(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize('text, marks, expected', [
+    ('ab', '^ ', ['ab', '^']), ('ab', ' ?', ['ab', ' ?']),
+    ('ab\nba\n\nb', ' ^  ?  ^', ['ab', ' ^', 'ba', ' ?', '', 'b', '^']),          # under each line
+    ('a\n\nb', ' ^? ', ['a↵', ' ^', '↵', '?', 'b']),                             # a line end that changed
+    ('a\u4f60b\u4f60', ' ^ ?', ['a\u4f60b\u4f60', ' ^^ ??']),                     # two columns
+    ('a\u0301b', ' ^?', ['a\u0301b', '^?']), ('a\u0301b', '^ ?', ['a\u0301b', '^?']),
+    ('a\tb\tb', ' ^ ?^', ['a       b       b', ' ^^^^^^^ ???????^']),
+    ('\x1ba\x9bb', '^ ^?', ['␛a\\x9bb', '^ ^^^^?'])])
+def test_marks_stand_under_what_they_mark(text, marks, expected):
+    sample = dict(text=text, tokens=encode(dict(CHARS, itos=CHARS['itos'][:-1]), text), marks=marks)
+    out = show.report(sample, CHARS, SimpleNamespace(verdict=lambda text: '!'))
+    out = out.replace('   (^ changed, ? doubted and kept)', '')
+    last = max(i for i, line in enumerate(expected) if set(line) - set(' ^?'))
+    assert out.split('\n') == [line + '   !' * (i == last) for i, line in enumerate(expected)]
+
+
+def test_what_is_said_under_a_text_is_said_once():
+    """Also of a token that is more than one line; after what was given, all is to the right."""
+    sample = dict(text='a\u4f60\nab', tokens=[0, 11, 1], marks='^? ', p_wrong=[0.91, 0.25, 0.0])
+    assert show.report(sample, CHARS, None, 'x\ny') == '\n'.join([
+        'x', 'y', '-> a\u4f60↵', '   ^???   (^ changed, ? doubted and kept)',
+        '   9222   p(WRONG) of every token in tenths', '   ab', '   ?', '   20', '-' * 15])
+
+
+def test_a_mark_of_the_end_has_a_column():
+    sample = dict(text='12', tokens=[BOS, 1, 2, EOS], marks='  ?^')
+    assert show.report(sample, ARITHMETIC, None).split('\n') == [
+        '12', ' ?^   (^ changed, ? doubted and kept)', '-' * 15]
+
+
+@pytest.mark.parametrize('name', ['rows', 'gpt2'])
+def test_the_pieces_of_a_text_are_the_text(name):
+    """Also where GPT-2's tokens are halves of characters, or of none."""
+    meta = ARITHMETIC
+    if name == 'gpt2':
+        meta = dict(CHARS, tokenizer='gpt2', itos=None, vocab_size=50257)
+        pytest.importorskip('tiktoken')
+        try:
+            show.gpt2()
+        except UserError:
+            pytest.skip('tiktoken cannot load the vocabulary of GPT-2')
+    for n in range(300):
+        high = 256 if n % 2 and name == 'gpt2' else meta['vocab_size']  # the first ones are bytes
+        ids = torch.randint(high, (n % 9,), generator=seeded(n)).tolist()
+        found = [*pieces(meta, ids)]
+        assert len(found) == len(ids) and ''.join(text for text, _ in found) == decode(meta, ids)[0]
+
+
+def test_marks_of_tokens_of_gpt2():
+    """A token has all of its characters; a character of several tokens has the strongest of their marks."""
+    pytest.importorskip('tiktoken')
+    try:
+        ids = show.gpt2().encode('Who went\n\u2603 \u4f60')
+    except UserError:
+        pytest.skip('tiktoken cannot load the vocabulary of GPT-2')
+    meta = dict(CHARS, tokenizer='gpt2', itos=None, vocab_size=50257)
+    assert [text for text, _ in pieces(meta, ids)] == ['Who', ' went', '\n', '', '\u2603', ' ', '', '\u4f60']
+    for marks, expected in ((' ^      ', ['Who went', '   ^^^^^', '\u2603 \u4f60']),
+                            ('?  ^ ? ^', ['Who went', '???', '\u2603 \u4f60', '^?^^'])):
+        out = show.report(dict(text='Who went\n\u2603 \u4f60', tokens=ids, marks=marks), meta, None)
+        assert out.replace('   (^ changed, ? doubted and kept)', '').split('\n')[:-1] == expected
 
 
 def test_the_page_holds_what_went_in(tmp_path):

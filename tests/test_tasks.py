@@ -351,20 +351,26 @@ def test_it_can_be_watched_in_the_terminal(sampled, words):
     assert f'sample {len(samples)}/{len(samples)}' in out
 
 
-def test_a_dataset_without_an_end_token(sampled, mistaken, tmp_path):
+def test_a_dataset_without_an_end_token(sampled, tmp_path):
     _, samples = sampled('stream', '--task=infill --text=a_b --num_samples=3')
     assert all(s['tokens'] == [0, s['tokens'][1], 1] and not s['finished'] for s in samples)
     _, (s,) = sampled('stream', '--task=infill --text=ab_')
     assert len(s['tokens']) == 12 and s['text'].startswith('ab')
     _, (s,) = sampled('stream', '--task=repair --text=abab')
     assert len(s['tokens']) == 4
-    lines = tmp_path / 'lines.txt'
-    lines.write_text('a_b\nb_a\n')
-    assert len(sampled('stream', f'--task=infill --file={lines}')[1]) == 2
-    for text in ('a_b\nab_a\n', 'a_b\na_\n'):
-        lines.write_text(text)
-        mistaken('stream', f'--task=infill --file={lines}',
-                 'text has no end token, so texts of different lengths cannot share a canvas')
+    # texts of different lengths, each on a canvas of its own
+    lines, texts = tmp_path / 'lines.txt', ['a_b', 'ab_a', 'a_', 'b_b', '_bab']
+    lines.write_text('\n'.join(texts))
+    _, samples = sampled('stream', f'--task=infill --file={lines} --num_samples=2')
+    for text, s in zip([text for text in texts for _ in range(2)], samples, strict=True):
+        pattern = '(?s)' + text.replace('_', '.') + ('.{10}' if text == 'a_' else '')
+        assert re.fullmatch(pattern, s['text'])
+    _, (alone, _) = sampled('stream', '--task=infill --text=ab_a --num_samples=2')
+    assert samples[2] == alone
+    for task in ('repair', 'edit --mask=0:1', 'score'):
+        lines.write_text('ab\na\nabb\n')
+        _, samples = sampled('stream', f'--task={task} --file={lines}')
+        assert [len(s['tokens']) for s in samples] == [2, 1, 3]
 
 
 FREE, GIVEN = 'text, file and mask are for --task=infill', 'prompt and length are for --task=generate'
@@ -381,7 +387,7 @@ FREE, GIVEN = 'text, file and mask are for --task=infill', 'prompt and length ar
     ('joint', f'--task=edit {FIT}', '--mask=3:5 says what --task=edit writes anew'),
     ('joint', '--task=infill --text=1_ --mask=0:1', 'infill takes no mask'),
     ('joint', f'--task=infill {FIT}', "has no hole ('_')"),
-    ('joint', '--task=repair --text=', 'the text is empty'),
+    ('joint', '--task=repair --text=', 'text is empty'),
     ('joint', f'--task=repair {FIT} --remask=none', 'repair finds what to change by re-masking'),
     ('joint', '--preset=remasking', "unknown preset 'remasking'"),
     ('joint', '--preset=maskgti', 'did you mean maskgit?'),

@@ -89,7 +89,8 @@ def test_a_prompt_that_does_not_fit_is_refused_before_any_work(words, tmp_path, 
 def test_a_checkpoint_says_how_long_its_training_took(words, tmp_path, monkeypatch):
     """The time of the steps, over a resume, without that of the evaluations."""
     clock = [0.0]
-    monkeypatch.setattr('plumbing.run.time', SimpleNamespace(time=lambda: clock[0]))
+    monkeypatch.setattr('plumbing.run.time', SimpleNamespace(
+        time=lambda: clock[0], perf_counter=lambda: clock[0]))
 
     def patch(module):
         step, evaluate = module.training_step, module.evaluate

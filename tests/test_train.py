@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -829,7 +830,7 @@ def start(out_dir, *words, patch=None):
 
 def newest(out_dir):
     path, = [os.path.join(out_dir, name) for name in os.listdir(out_dir)
-             if name.endswith('.pt') and not name[:-3].split('_')[-1].isdigit()]
+             if name.endswith('.pt') and not re.search(r'_(\d+|best)\.pt$', name)]
     return path
 
 

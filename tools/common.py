@@ -8,6 +8,7 @@ import torch
 from configurator import UserError
 from parts.presets import supports
 from plumbing.checkpoint import find_checkpoint
+from plumbing.files import check_output, make_folder
 
 
 def load_writer(load, init_from, out_dir, goal):
@@ -16,6 +17,8 @@ def load_writer(load, init_from, out_dir, goal):
     if os.path.realpath(path) == os.path.realpath(goal):
         raise UserError(f'{goal} would overwrite the checkpoint it is made from: give another --init_from, '
                         'or another place for the result')
+    make_folder(os.path.dirname(goal) or '.')
+    check_output(goal, text=False)
     model, checkpoint = load(path)
     kind = checkpoint['config']['training_type']
     if not supports(checkpoint['config']).writes:

@@ -20,6 +20,7 @@ configurator.help_first(globals())           # --help must not wait for torch
 # ruff: noqa: E402 (so the imports come after it)
 
 import copy
+import shlex
 
 import torch
 
@@ -31,10 +32,9 @@ from parts.presets import PRESETS, choose_rules
 from plumbing.checkpoint import save_checkpoint
 from plumbing.checks import check_ranges
 from plumbing.device import configure_compute
-from plumbing.files import make_folder
 from plumbing.optim import make_optimizers
 from plumbing.rows import Ends
-from plumbing.text import load_task, modelled
+from plumbing.text import load_task, modelled, sample_line
 from sample import generate, generate_diffusion
 from tools.common import learn, load_writer
 from train import loss
@@ -99,7 +99,6 @@ def main():
     teacher, choices = configure_compute(teacher, device, dtype, attention)
     words = ', '.join(f'{name}={value}' for name, value in rules.items())
     print(f'{path} teaches: {words}\n{choices}')
-    make_folder(out_dir)
     student, average = copy.deepcopy(teacher).train(), copy.deepcopy(teacher)
     study(student, average, teacher, data['train'], meta, rules)
 
@@ -109,9 +108,8 @@ def main():
                                distilled=configurator.current(globals())))
     task = load_task(meta['name'])
     for sample in generate(average.eval(), meta, 4, seed=seed, steps=8):
-        text = sample['text']
-        print(f'    {text}   {task.verdict(text)}' if task else f'    {text!r}')
-    print(f'saved {goal}; sample from it: python sample.py --init_from={goal} --steps=4')
+        print(sample_line(sample['text'], task))
+    print(f'saved {goal}; sample from it: python sample.py --init_from={shlex.quote(goal)} --steps=4')
 
 
 if __name__ == '__main__':

@@ -22,6 +22,7 @@ import configurator
 configurator.help_first(globals())           # --help must not wait for torch
 # ruff: noqa: E402 (so the imports come after it)
 
+import shlex
 import time
 
 import torch
@@ -39,7 +40,6 @@ from plumbing.checks import check_ranges, parse_mixture
 from plumbing.device import configure_compute
 from plumbing.draw import draw, filtered
 from plumbing.evaluate import roc_auc
-from plumbing.files import make_folder
 from plumbing.rows import Ends, places
 from plumbing.text import load_task, modelled, rows_of
 from sample import generate
@@ -196,7 +196,6 @@ def main():
     meta, config = checkpoint['meta'], checkpoint['config']
     checkpoint['model_args']['energy_head'] = passes
     _, data = data_of(meta, config)
-    make_folder(os.path.dirname(goal) or '.')
     model, choices = configure_compute(headed(trunk, checkpoint['model_args']), device, dtype, attention)
     parameters = sum(p.numel() for p in model.critic.parameters())
     print(f"{path}: {config['training_type']} on {meta['name']}, iteration {checkpoint['iter_num']}\n"
@@ -216,7 +215,7 @@ def main():
     heads = {name: checkpoint.get(name) and with_critic(checkpoint[name], model) for name in ('model', 'ema')}
     energy = dict(settings=configurator.current(globals()), result=result)
     save_checkpoint(goal, dict(**keep, **heads, config=dict(config, energy_head=passes), energy=energy))
-    print(f'saved {goal}; sample with it: python sample.py --init_from={goal} --best_of=4')
+    print(f'saved {goal}; sample with it: python sample.py --init_from={shlex.quote(goal)} --best_of=4')
 
 
 if __name__ == '__main__':
