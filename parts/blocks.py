@@ -212,7 +212,7 @@ class AfterPrefix:
         """ids (R, L) -> hidden states (R, L, C). See GPT.forward."""
         inside = self.at < self.cache.end
         level = level_of(idx, inside, self.mask_token_id)
-        segment = None if inside.all() else inside.long()           # what stands out of the row is no neighbour
+        segment = None if inside.all() else inside.long()           # what stands out of it is no neighbour
         return self.model(idx, segment=segment, cache=self.cache, at=self.at, level=level, **told)
 
     def of(self, rows):
