@@ -25,10 +25,12 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+from configurator import UserError
 from model import GPT
 from parts.abstain import abstain
 from parts.blocks import write_blocks
 from parts.energy import best_samples, critic, energy, text_of
+from parts.long import in_windows
 from parts.look import Sampling
 from parts.presets import check_rules, check_sampling, choose_rules, supports
 from parts.speculate import write, write_prefix
@@ -347,7 +349,7 @@ OTHER_RULES = dict(remdm=remdm, p2=p2)
 def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=256, seed=1337, progress=False,
          trace=False, **rules):
     """
-    Runs a sampler on canvas, fixed (B, T) in batches.
+    Runs a sampler on canvas, fixed (B, T) in batches, longer rows in windows, see parts/long.py.
 
     meta: the dataset's, from a checkpoint; ar_prefix, best_of: see How; rules: what generate_diffusion takes.
     Returns a list of B dicts: text, tokens (ids from the first position to the end), nfe (all passes spent on
@@ -363,12 +365,19 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
     num = len(canvas)
     samples = []
     quiet = not progress or num <= batch_size
+
+    if best_of and canvas.size(1) > model.config.block_size:
+        raise UserError(f'best_of judges whole texts, of at most block_size={model.config.block_size} tokens')
+
+    def written(x, fixed):
+        x, prefix_nfe, prefix_steps = write_prefix(model, x, fixed, ar_prefix, **rules)
+        x, nfe, steps = generate_diffusion(model, x, fixed, **rules)
+        return x, nfe + prefix_nfe, trace and prefix_steps + steps
+
     for first in tqdm(range(0, num, batch_size), disable=quiet, desc='sampling', leave=False):
         x = canvas[first:first + batch_size].to(device)
         kept = fixed[first:first + batch_size].to(device)
-        x, prefix_nfe, prefix_steps = write_prefix(model, x, kept, ar_prefix, **rules)
-        x, nfe, steps = generate_diffusion(model, x, kept, **rules)
-        nfe = nfe + prefix_nfe
+        x, nfe, steps = in_windows(written, x, kept, model.config.block_size)
         if best_of:
             nfe = nfe + model.config.energy_head
             energies = energy(model, *text_of(x, rules['ends'])).tolist()
@@ -376,7 +385,7 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
             text, finished = decode(meta, ids)
             samples.append(dict(text=text, tokens=until_end(meta, ids), nfe=passes, finished=finished))
             if trace:
-                samples[-1]['trace'] = torch.stack([step[row] for step in prefix_steps + steps])
+                samples[-1]['trace'] = torch.stack([step[row] for step in steps])
             if best_of:
                 samples[-1]['energy'] = energies[row]
     return best_samples(samples, canvas.tolist(), num // best_of) if best_of else samples
