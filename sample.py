@@ -81,6 +81,7 @@ class How:
     commit: str = None         # random | confidence | margin | entropy | threshold | abstain | priority
     schedule: str = None       # linear: equally many tokens a step | cosine: few early, many late
     block_length: int = None   # write in blocks of that many tokens, each after those to its left
+    revise: bool = None        # block_length: the block before may change until the next one is written
     choice_temperature: float = None   # commit=confidence: noise in the order, annealed to 0; usually 4.5
     commit_threshold: float = None     # commit=threshold: candidates at least this probable; usually 0.9
     priority: str = None       # commit=priority: candidates of these characters first; usually ()=+*

@@ -229,29 +229,33 @@ def write_blocks(run, loop):
 
     The first block begins at the first hole. A text is finished at its end token. how.steps are passes for a
     whole canvas: a block has its share of them, of which the last writes its keys and values and is causal.
-    Returns what sample.denoise returns; the committing passes count.
+    With how.revise a block is committed one block later: until then it is part of the canvas, and what is
+    doubted in it can still be taken back. Returns what sample.denoise returns; the committing passes count.
     """
     how, model, L, T = run.how, run.model, run.how.block_length, run.canvas.size(1)
     todo = Unfinished(model, run.canvas, run.ends, run.history is not None)
     todo.cache.end = T
     begin = run.first_hole[todo.rows][:, None]                      # (R, 1)
-    known = begin                                                   # the last slots, not in the cache yet
+    known, width = begin, L                                         # the last slots, not in the cache yet
     while len(todo.rows):
         x = todo.canvas[todo.rows]
-        todo.cache.make_room(int(begin.max()) + L + 1)
-        causal_pass(model, x, known, todo.cache)
+        todo.cache.make_room(int(begin.max()) + width + 1)
+        if known.size(1):
+            causal_pass(model, x, known, todo.cache)
 
         # the block is a canvas like any other; where it stands out of the row it is fixed, and is not seen
-        at = begin + torch.arange(L, device=x.device)               # (R, L)
+        at = begin + torch.arange(width, device=x.device)           # (R, L), or with revise (R, 2L)
         outside, place = at >= T, at.clamp(max=T - 1)
         block = x.gather(1, place).masked_fill(outside, 0)
         fixed, closed = (where[todo.rows].gather(1, place) for where in (run.fixed, run.closed))
         part = Sampling(AfterPrefix(model, todo.cache, at), block, fixed | outside, how.of_block(T), run.ends,
                         closed, None, run.generator, run.history is not None)
         block, nfe, steps = loop(part)
-        x = torch.cat((x, x.new_zeros(len(x), L)), 1)               # (R, T + L)
+        x = torch.cat((x, x.new_zeros(len(x), width)), 1)           # (R, T + L)
         for step in (steps or [])[1:-1]:
             todo.show(x.scatter(1, at, step)[:, :T])
-        going = todo.put(x.scatter(1, at, block)[:, :T], nfe + 1)
-        known, begin = (at[going] + 1).clamp(max=T - 1), begin[going] + L
+        done = width - L if how.revise else L                       # so many tokens are committed
+        going = todo.put(x.scatter(1, at, block)[:, :T], nfe + bool(done))
+        known, begin = (at[going, :done] + 1).clamp(max=T - 1), begin[going] + done
+        width = 2 * L if how.revise else L
     return todo.canvas, todo.nfe, todo.history

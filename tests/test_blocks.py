@@ -314,8 +314,9 @@ def test_the_law_of_blocks(prompt, length):
     assert torch.equal(x[fixed], canvas[fixed]) and (nfe == 4 + 4 // length).all()      # and the commits
 
 
+@pytest.mark.parametrize('revise', [False, True])
 @torch.no_grad()
-def test_rows_of_different_prompts_share_a_batch():
+def test_rows_of_different_prompts_share_a_batch(revise):
     """Greedy, so that what the rows draw does not depend on one another."""
     model = tiny_gpt(V, T, seed=3)
     canvas = some_rows(4)
@@ -323,12 +324,29 @@ def test_rows_of_different_prompts_share_a_batch():
         canvas[row, first:] = V
     rules = dict(block_length=4, commit='confidence', choice_temperature=0.0, temperature=1e-6,
                  remask='wrong', remask_rate=0.0, steps=9)
+    rules['revise'] = revise
     both, nfe, trace = generate_diffusion(model, canvas, canvas < V, trace=True, generator=seeded(1), **rules)
     assert torch.equal(trace[-1], both) and torch.equal(trace[0], canvas) and len(trace) > 6
     assert not (both == V).any() and torch.equal(both[canvas < V], canvas[canvas < V])
     for row in range(4):
         alone, passes, _ = generate_diffusion(model, canvas[row:row + 1], canvas[row:row + 1] < V, **rules)
         assert torch.equal(alone[0], both[row]) and passes[0] == nfe[row]
+
+
+@torch.no_grad()
+def test_a_block_can_be_revised_until_the_next_one_is_written():
+    model, canvas = tiny_gpt(V, T, seed=6), torch.full((200, T), V)
+    rules = dict(block_length=3, remask='random', remask_rate=0.5, steps=16, generator=seeded(3), trace=True)
+    for revise, changes in ((False, []), (True, [0, 1, 2])):
+        x, nfe, trace = generate_diffusion(model, canvas, canvas < V, revise=revise, **rules)
+        trace = torch.stack(trace)                                         # (S, 200, T)
+        begun = [int((trace[..., at] != V).any(1).long().argmax()) for at in range(0, T, 3)]
+        later = trace[begun[1] + 1:]                                       # the second block has begun
+        moved = (later != later[0]).any(1).any(0)
+        assert moved[:3].nonzero()[:, 0].tolist() == changes and moved[3:].all()
+        after = trace[begun[2] + 1:]
+        assert not (after[..., :3] != after[0, :, :3]).any()               # and then it is committed
+        assert (nfe == 4 * 3 + (3 if revise else 4)).all()
 
 
 @torch.no_grad()
