@@ -112,6 +112,10 @@ class How:
         """Whether the last steps only re-mask and refill."""
         return self.remask in DOUBT
 
+    def spends(self):
+        """Whether steps beyond one a token are of use while a canvas is filled."""
+        return self.remask in OTHER_RULES
+
     def of_block(self, T):
         """The same for a block, whose share of the steps for T tokens includes the pass that commits it."""
         steps = self.steps and max(1, round(self.steps * self.block_length / T) - 1)

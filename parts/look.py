@@ -28,12 +28,15 @@ class Sampling:
         self.canvas = canvas.clone()
         self.closed = left_of(fixed) if closed is None else closed
 
-        # no row is filled in more steps than it has tokens to fill; the last steps may only correct
+        # a row is filled in no more steps than it has tokens to fill, unless they are spent on re-masking; the
+        # last steps may only correct
         masked = canvas == self.mask
         self.start = masked.sum(1)                                   # (B,) tokens to fill
         self.steps = how.steps or int(self.start.max()) or max(1, canvas.size(1) // 4)
         filling = self.steps - int(how.correct_share * self.steps) if how.corrects() else self.steps
         self.fill = self.start.clamp(min=1, max=max(1, filling))     # (B,) steps to fill a row in
+        if how.steps and how.spends():
+            self.fill = torch.full_like(self.start, how.steps)
         self.first_hole = masked.long().argmax(1)
 
         self.committed_logp = torch.zeros(canvas.shape, dtype=fine(canvas.device), device=canvas.device)

@@ -30,6 +30,8 @@ PRESETS = dict(
     remdm=dict(commit='random', remask='remdm'),                               # Wang et al. 2025
     p2=dict(commit='random', remask='p2'),                                     # Peng et al. 2025
     intelligent=dict(commit='random', schedule='cosine', remask='wrong'),
+    # all at once, then a share is taken back and written anew, less each time, the most doubted first
+    redraft=dict(commit='random', remask='wrong', remask_schedule=(1.0, 0.0), correct_share=1.0),
     hybrid=dict(ar_prefix=16, commit='random', schedule='cosine', remask='wrong'),
     speculative=dict(remask='causal'),                                         # Leviathan et al. 2023
     universal=dict(ar_prefix=3, commit='confidence', schedule='cosine', steps=20, remask='none'),

@@ -387,6 +387,18 @@ def test_repair_finds_the_errors_itself():
     assert torch.equal(out, canvas) and (nfe == 0).all()
 
 
+def test_more_passes_than_tokens_bring_remdm_closer_to_the_law():
+    """As its authors' own sampler; with as many passes as tokens some are always drawn together."""
+    law, number = random_law(3, 4, seed=3), torch.tensor([27, 9, 3, 1])
+    off = []
+    for steps in (2, 4, 32):
+        x, nfe, _ = from_empty(Oracle(3, 4, law), remask='remdm', steps=steps)
+        found = torch.bincount(x @ number, minlength=81) / len(x)
+        off.append((found - law).abs().sum().item() / 2)
+        assert (nfe == nfe[0]).all() and steps / 2 < nfe[0] <= steps
+    assert off[0] > 3 * off[1] and off[1] > 1.6 * off[2] and off[2] < 0.03
+
+
 # -----------------------------------------------------------------------------
 # remask=confidence
 
