@@ -28,7 +28,7 @@ class Sampling:
         self.canvas = canvas.clone()
         self.closed = left_of(fixed) if closed is None else closed
 
-        # a row is filled in no more steps than it has tokens to fill, unless they are spent on re-masking; the
+        # a row is filled in no more steps than it has tokens, unless they are spent on re-masking; the
         # last steps may only correct
         masked = canvas == self.mask
         self.start = masked.sum(1)                                   # (B,) tokens to fill
