@@ -345,7 +345,8 @@ def test_a_page_has_the_stories_of_the_first_samples(sampled, tmp_path):
     sampled('joint', f'--task=score {FIT} --html={page}')
     (story,) = Page(page).data()['stories']
     assert story['frames'][0][1].startswith('fk') and 'NELBO' in story['note'] and len(story['frames']) == 1
-    assert '--task=score' in page.read_text(encoding='utf-8') and 'seed 1337' in page.read_text(encoding='utf-8')
+    text = page.read_text(encoding='utf-8')
+    assert '--task=score' in text and 'seed 1337' in text
 
 
 @pytest.mark.parametrize('words', ['--task=repair --text=(+12))=3', '--preset=hybrid --steps=3'])
