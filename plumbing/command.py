@@ -177,8 +177,13 @@ def show_samples(s, model, judge, meta, can, samples, texts=None, canvas=None, *
     if s.animate or s.html:
         foot += [s.checkpoint, shlex.join(['python', *sys.argv]), f'seed {s.seed}']
         finds = judge or (model if can.detects else None)
-        show.watch(finds, meta, samples, scorer, s.task, foot, s.animate, s.html, fixed,
-                   writer=model if judge else None)
+        stories = show.stories(finds, meta, fixed, samples[:20], scorer, model if judge else None)
+        if s.animate:
+            show.animate(stories)
+        if s.html:
+            look = dict(show.layout(meta, scorer), diff=s.task == 'repair')
+            show.write_page(s.html, f"{meta['name']}: {s.task}", foot, stories, look)
+            print(f'written to {s.html}')
     if s.save:
         lines = [{key: value for key, value in sample.items() if key != 'trace'} for sample in samples]
         write_atomically(s.save, ''.join(to_json(line, ensure_ascii=False) + '\n' for line in lines))

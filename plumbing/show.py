@@ -1,8 +1,9 @@
 """
 Watch the denoising: what a sampler wrote, took back and rewrote, and what the network thinks of each token.
 
-watch() makes traces into stories, frames of text, for animate() in the terminal and for write_page(), one
-HTML file that needs nothing else. report() says the end of it in lines of text, marks() what a repair did.
+stories() makes traces into frames of text, for animate() in the terminal, for page(), HTML that needs
+nothing else, and for fragment(), a part of another page. report() says the end of it in lines of text,
+marks() what a repair did.
 """
 
 import html
@@ -158,9 +159,9 @@ def printable(meta, id):
     return ''.join(c if c.isprintable() or c in SPACES else '\ufffd' for c in visible(text))
 
 
-def layout(meta, task, T):
-    """How texts of T tokens are shown: dict(kind), prose, boxes or board, which has a side and a box too."""
-    side = getattr(task, 'SIDE', {}).get(T)
+def layout(meta, task=None):
+    """How texts are shown: dict(kind), prose, boxes or board, which has a side and a box too."""
+    side = getattr(task, 'SIDE', {}).get(meta.get('block_size'))
     if side:
         return dict(kind='board', side=side, box=task.BOXES[side])
     return dict(kind='prose' if any(can_have(meta, c) for c in SPACES) else 'boxes')
@@ -245,9 +246,19 @@ def packed(story, table):
     return dict(label=story['label'], note=story.get('note', ''), frames=frames)
 
 
+def template():
+    """The text of show.html."""
+    return Path(__file__).with_suffix('.html').read_text(encoding='utf-8')
+
+
 def write_page(path, title, foot, stories, look):
+    """Writes the page as a file."""
+    write_atomically(path, page(title, foot, stories, look))
+
+
+def page(title, foot, stories, look):
     """
-    One self-contained HTML file: every story with a slider over its steps, coloured by p(WRONG).
+    Self-contained HTML: every story with a slider over its steps, coloured by p(WRONG).
 
     foot: lines that say how it was made; look: see layout, and diff=True for what became of given texts.
     """
@@ -258,21 +269,20 @@ def write_page(path, title, foot, stories, look):
                    separators=(',', ':'))
     for sign, escaped in (('<', r'\u003c'), ('>', r'\u003e'), ('&', r'\u0026')):  # no text can end the script
         data = data.replace(sign, escaped)
-    page = Template(Path(__file__).with_suffix('.html').read_text(encoding='utf-8'))
     foot = ''.join(f'<p>{html.escape(line)}</p>\n' for line in foot)
-    write_atomically(path, page.substitute(title=html.escape(title), foot=foot, data=data))
+    return Template(template()).substitute(title=html.escape(title), foot=foot, data=data)
 
 
-def watch(judge, meta, samples, task, title, foot, in_terminal, path, fixed=None, writer=None):
+def stories(judge, meta, fixed, samples, task=None, writer=None):
     """
-    Plays the first samples of sample.fill, with traces, in the terminal, or writes them to the page at path.
+    The stories of samples of sample.fill, with traces, a list.
 
-    fixed (B, T): what was given; None: the samples are judged texts, which have p_wrong and no trace. task:
-    the dataset's task.py, or None. judge: the network that says how wrong each token is, None if none learned
-    it; writer: the one that wrote, if that is another.
+    fixed (B, T): what was given; None: the samples are judged texts, which have p_wrong and no trace. judge:
+    the network that says how wrong each token is, None if none learned it; task: the dataset's task.py, or
+    None; writer: the network that wrote, if that is another.
     """
-    stories = []
-    for number, sample in enumerate(samples[:20]):
+    told = []
+    for number, sample in enumerate(samples):
         if fixed is None:
             trace, doubts = torch.tensor([sample['tokens']]), torch.tensor([sample['p_wrong']])     # (1, T)
             given = ~modelled(trace, meta)[0][0]
@@ -282,10 +292,63 @@ def watch(judge, meta, samples, task, title, foot, in_terminal, path, fixed=None
         verdict = task.verdict(sample['text']) if task else ''
         label = f"{sample['text']}   {verdict}".replace('\n', ' ') if task else sample['text'][:60]
         numbers = [f'{name} {sample[key]:.3f} nats/token' for key, name in NAMES.items() if key in sample]
-        stories.append(story(meta, trace, given, doubts, label, ', '.join(filter(None, [verdict, *numbers]))))
-    if in_terminal:
-        animate(stories)
-    if path:
-        look = layout(meta, task, trace.size(1))
-        write_page(path, f"{meta['name']}: {title}", foot, stories, dict(look, diff=title == 'repair'))
-        print(f'written to {path}')
+        told.append(story(meta, trace, given, doubts, label, ', '.join(filter(None, [verdict, *numbers]))))
+    return told
+
+
+# -----------------------------------------------------------------------------
+# a part of somebody else's page
+
+
+def styles():
+    """The CSS of fragment(), to stand inside of the rule for what holds it."""
+    return template().partition('<style>')[2].partition('/* the page */')[0].replace(':root', '&')
+
+
+def shown(token, state, kind):
+    """What a token looks like: prose as it is, in boxes with signs for what would not be seen."""
+    if kind == 'board':
+        return unicodedata.normalize('NFKC', token)
+    if kind == 'boxes':
+        return token.translate(SIGNS)
+    if state == 'mask':
+        return '\u2002' * len(token)
+    return token if state in ('kept', 'fixed') else token.replace('\n', '↵\n')
+
+
+def lines_around(place, look):
+    """The classes of a place that is a cell of a board."""
+    if look['kind'] != 'board':
+        return ''
+    (row, column), (high, wide) = divmod(place, look['side'] + 1), look['box']
+    drawn = dict(end=column == look['side'], top=row == 0, left=column == 0, down=row % high == high - 1,
+                 across=column % wide == wide - 1)
+    return ' '.join(name for name, there in drawn.items() if there)
+
+
+def fragment(look, frame, old=None, given=None, doubted=()):
+    """
+    A frame as HTML, <i data-place="3" class="n">text</i> for each token.
+
+    old: the frame before it, which has what is taken back. given: the frame that a repair began with, to show
+    what was replaced; doubted: the places that it doubted.
+    """
+    cells = []
+    for place, (token, state, doubt) in enumerate(zip(frame['tokens'], frame['states'], frame['doubts'])):
+        said = WORDS[state]
+        if state == 'remasked' and old:
+            token = old['tokens'][place]
+        if given:
+            before, state = given['tokens'][place], 'kept'
+            doubt, said = None, 'doubted and kept' if place in doubted else 'kept'
+        text = html.escape(shown(token, state, look['kind']))
+        if given and before != token:
+            was = html.escape(shown(before.translate(SIGNS), 'kept', look['kind']))
+            text, said = f'<del>{was}</del><ins>{text}</ins>', 'replaced'
+        sign = 'q' if said == 'doubted and kept' else state[0]
+        number = '' if doubt is None else f', p(WRONG) {doubt:.2f}'
+        title = f'{html.escape(token.translate(SIGNS))}, {said}{number}'
+        cells.append(f'<i class="{sign} {lines_around(place, look)}" data-place="{place}" title="{title}" '
+                     f'style="--p: {doubt or 0:.2f}">{text}</i>')
+    side = f' style="--side: {look["side"]}"' if 'side' in look else ''
+    return f'<div class="text {look["kind"]}"{side}>{"".join(cells)}</div>'

@@ -254,18 +254,15 @@ def test_doubts_from_nothing_to_one_have_letters_that_need_no_escape():
     (['a'], None, dict(kind='boxes')),
     (['1', '\n'], SimpleNamespace(SIDE={42: 6}, BOXES={6: (2, 3)}), dict(kind='board', side=6, box=(2, 3)))])
 def test_how_a_text_is_laid_out(itos, task, expected):
-    assert show.layout(dict(CHARS, itos=itos), task, 42) == expected
+    assert show.layout(dict(CHARS, itos=itos, block_size=42), task) == expected
 
 
-def test_a_judged_text_is_a_page_of_one_step(tmp_path, capsys):
-    path = str(tmp_path / 'page.html')
+def test_a_judged_text_is_a_page_of_one_step(tmp_path):
     sample = dict(text='12', tokens=[BOS, 1, 2, EOS], p_wrong=[0.9, 0.25, 0.5, 1], nelbo=1.5)
-    show.watch(None, ARITHMETIC, [sample], None, 'score', ['how'], False, path)
-    data = Page(tmp_path / 'page.html').data()
+    data = write(tmp_path / 'page.html', *show.stories(None, ARITHMETIC, None, [sample])).data()
     (_, states, doubts), = unpacked(data, 0)
     assert states == 'fkkk' and doubts[0] is None and doubts[1:] == pytest.approx([0.25, 0.5, 1], abs=0.006)
-    assert data['stories'][0]['note'] == 'NELBO 1.500 nats/token' and not data['diff']
-    assert f'written to {path}' in capsys.readouterr().out
+    assert data['stories'][0]['note'] == 'NELBO 1.500 nats/token'
 
 
 def test_the_page_needs_nothing_from_elsewhere(tmp_path):
@@ -288,6 +285,49 @@ def test_no_text_can_break_out_of_the_page(tmp_path):
     assert page.scripts[1] == harmless.scripts[1]
     assert HOSTILE[0] in page.text and HOSTILE[1] in page.text  # shown as the text that they are
     assert not {'<', '>', '&', '\u2028'} & set(page.scripts[0][1])
+
+
+class Marks(HTMLParser):
+    """What a browser makes of a fragment: (tag, class, text) of each mark."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.marks = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.marks.append([tag, dict(attrs).get('class', '').strip(), ''])
+
+    def handle_data(self, data):
+        self.marks[-1][2] += data
+
+
+def test_a_fragment_is_a_mark_for_every_token():
+    frames = told([BOS, MASK, MASK, 3, 4, MASK], [BOS, 7, MASK, MASK, 5, MASK])['frames']
+    boxes = dict(kind='boxes')
+    assert Marks(show.fragment(boxes, frames[1], frames[0])).marks[1:] == [
+        ['i', 'f', '⟨'], ['i', 'n', '7'], ['i', 'm', '▒'], ['i', 'r', '3'], ['i', 'c', '5'], ['i', 'm', '▒']]
+    # what a repair did: one was replaced, one doubted and kept
+    given, last = (dict(tokens=[*'1(2'][:2] + [c], states=['kept'] * 3, doubts=[None] * 3) for c in '23')
+    assert Marks(show.fragment(boxes, last, given=given, doubted={1, 2})).marks[1:] == [
+        ['i', 'k', '1'], ['i', 'q', '('], ['i', 'k', ''], ['del', '', '2'], ['ins', '', '3']]
+    # in prose a line end is one, and is seen only where something happened to it
+    prose = dict(tokens=['a', '\n', '\n', '▒▒'], states=['kept', 'kept', 'new', 'mask'], doubts=[0.5] * 4)
+    assert [text for *_, text in Marks(show.fragment(dict(kind='prose'), prose)).marks[1:]] == [
+        'a', '\n', '↵\n', '\u2002\u2002']
+    board = hand_made([*'1𝟐\n34\n'])['frames'][0]
+    marks = Marks(show.fragment(dict(kind='board', side=2, box=(2, 1)), board)).marks[1:]
+    assert [text for *_, text in marks] == [*'12\n34\n'] and marks[2][1] == 'k end top across'
+    assert marks[4][1] == 'k down across' and marks[0][1] == 'k top left across'
+
+
+def test_no_text_can_break_out_of_a_fragment():
+    harmless = Marks(show.fragment(dict(kind='prose'), hand_made(['a'] * len(HOSTILE))['frames'][0])).marks
+    for kind in ('prose', 'boxes'):
+        marks = Marks(show.fragment(dict(kind=kind), hand_made(HOSTILE)['frames'][0])).marks
+        assert [mark[0] for mark in marks] == [mark[0] for mark in harmless]
+        assert [text for *_, text in marks[1:]] == HOSTILE
+    assert '.prose {' in show.styles() and 'body' not in show.styles() and ':root' not in show.styles()
 
 
 def test_a_page_that_cannot_be_written_is_the_users_error(tmp_path):
