@@ -71,8 +71,9 @@ def samplers(net, task):
     found = [USUAL]
     for name in PRESETS:
         try:
-            choose_rules(net.config, preset=name, task=task, inside=task != 'generate')
-            found.append(name)
+            rules = choose_rules(net.config, preset=name, task=task, inside=task != 'generate')
+            if task == 'generate' or rules['remask'] != 'causal' and not rules['ar_prefix']:
+                found.append(name)
         except UserError:
             pass
     return found
@@ -112,10 +113,13 @@ def ending(net, task, story, nfe):
     first, last, doubted = story['frames'][0], story['frames'][-1], set()
     for frame in story['frames']:
         doubted |= {place for place, state in enumerate(frame['states']) if state == 'remasked'}
-    calm = dict(last, states=[state if state == 'fixed' else 'kept' for state in last['states']])
+    states = [state if state == 'fixed' else 'kept' for state in last['states']]
+    if task == 'infill' and net.look['kind'] != 'board':            # of a long text one looks for what is new
+        states = ['kept' if state == 'fixed' else 'new' for state in states]
     said = ', '.join(filter(None, [html.escape(story['note']), f'{nfe} passes']))
-    return show.fragment(net.look, calm, given=first if task == 'repair' else None,
-                         doubted=doubted) + f'<p>{said}</p>'
+    marks = show.fragment(net.look, dict(last, states=states), given=first if task == 'repair' else None,
+                          doubted=doubted)
+    return f'{marks}<p>{said}</p>'
 
 
 # -----------------------------------------------------------------------------
@@ -133,7 +137,7 @@ def polite(gr, function):
             else:
                 yield result
         except UserError as error:
-            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
         except Exception:
             traceback.print_exc()
             raise gr.Error('that went wrong; the terminal says why', print_exception=False) from None
@@ -142,8 +146,9 @@ def polite(gr, function):
 
 def side_by_side(net, task):
     """The function behind a button: text, settings, two samplers -> pairs of HTML."""
-    def write(text, first, second, *settings):
-        both = [steps(net, task, text, sampler, *settings) for sampler in (first, second) if sampler != NONE]
+    def write(text, first, second, count, seed):
+        names = [name for name in (first, second) if name != NONE]
+        both = [steps(net, task, text, name, count, seed) for name in names]
         shown = ['', '']
         for parts in zip_longest(*both):
             shown = [new or old for new, old in zip_longest(parts, shown)]
@@ -168,30 +173,29 @@ def tab(gr, net, task, label, told):
     """One tab: a text, what the network thinks of it, the controls, and what comes of it."""
     def answer(text, event: gr.EventData):
         line = alternatives(net, text, event.place)
-        if task == 'infill':
-            text = mask_word(net, text, event.place)
-        return text, heat(net, text), line
+        return mask_word(net, text, event.place) if task == 'infill' else text, f'<p>{html.escape(line)}</p>'
 
     names, T = samplers(net, task), net.model.config.block_size
     begin = '' if task == 'generate' else example(net, task)
+    best = 'intelligent' if task == 'generate' and 'intelligent' in names else USUAL    # it can be watched
     css = show.styles()
     with gr.Tab(label):
         text = gr.Textbox(begin, label=label, info=told, lines=3, max_lines=12, max_length=net.longest)
         seen = gr.HTML(heat(net, begin), css_template=css, js_on_load=CLICK)
-        said = gr.Textbox(show_label=False, interactive=False, container=False, max_lines=1)
+        said = gr.HTML()
         with gr.Row():
-            one = gr.Dropdown(names, value=USUAL, label='sampler', info='its rules fill and take back')
+            one = gr.Dropdown(names, value=best, label='sampler', info='the rules')
             two = gr.Dropdown([NONE, *names], value=NONE, label='beside it', info='a second one')
             count = gr.Slider(0, T, 0, step=1, label='steps', info='0: as many as usual; more take longer')
-            number = gr.Number(1337, precision=0, minimum=0, label='seed', info='the same one writes the same')
+            number = gr.Number(1337, precision=0, minimum=0, label='seed', info='the same writes the same')
         with gr.Row():
-            go, halt = gr.Button(label, variant='primary'), gr.Button('stop')
+            go, halt = gr.Button(label, variant='primary'), gr.Button('stop', scale=0)
         with gr.Row():
-            results = [gr.HTML(css_template=css) for _ in range(2)]
+            results = [gr.HTML(css_template=css, min_width=300) for _ in range(2)]
 
     calm = dict(show_progress='hidden', trigger_mode='always_last')    # while one types, the last text counts
-    text.input(polite(gr, functools.partial(heat, net)), text, seen, api_name=f'{task}_heat', **calm)
-    seen.click(polite(gr, answer), text, [text, seen, said], api_name=False, **calm)
+    text.change(polite(gr, functools.partial(heat, net)), text, seen, api_name=f'{task}_heat', **calm)
+    seen.click(polite(gr, answer), text, [text, said], api_name=False, **calm)
     writing = go.click(polite(gr, side_by_side(net, task)), [text, one, two, count, number], results,
                        api_name=task, show_progress='minimal', concurrency_id='write')
     halt.click(None, cancels=writing)
@@ -199,8 +203,8 @@ def tab(gr, net, task, label, told):
 
 TABS = dict(
     generate=('write', 'how the text begins, or nothing'),
-    repair=('repair', 'what is doubted is shaded as you type; click it to see what else could stand there'),
-    infill=('fill in', 'a text with holes, {hole} for each token; click a word to make holes of it'))
+    infill=('fill in', 'a text with holes, {hole} for each token; click a word to make holes of it'),
+    repair=('repair', 'what is doubted is shaded as you type; click it to see what else could stand there'))
 
 
 def build(gr, net):
@@ -211,7 +215,7 @@ def build(gr, net):
         for task, (label, told) in TABS.items():
             fits = dict(generate=not board, repair=can.detects and can.writes, infill=can.writes)
             if fits[task] and (can.writes or can.causal):
-                label = 'sudoku' if board and task == 'infill' else label
+                label = 'solve' if board and task == 'infill' else label
                 tab(gr, net, task, label, told.format(hole=net.hole))
     return blocks
 
@@ -229,9 +233,10 @@ def main():
     look = gr.themes.Default(font=['system-ui', 'sans-serif'], font_mono=['monospace'])    # none is fetched
     try:
         blocks.queue(max_size=16, default_concurrency_limit=1).launch(
-            server_name=s.host, server_port=s.port, share=False, ssr_mode=False, theme=look)
+            server_name=s.host, server_port=s.port, share=False, ssr_mode=False, theme=look,
+            footer_links=[])
     except OSError as error:
-        raise UserError(f'{s.host}, port {s.port or "7860 and on"}: {error}; choose another --port') from error
+        raise UserError(f'{s.host}, port {s.port or "from 7860 on"}: {error}') from error
 
 
 if __name__ == '__main__':

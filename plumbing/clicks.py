@@ -11,7 +11,7 @@ import torch
 
 from configurator import UserError
 from plumbing import show
-from plumbing.text import encode, pieces, start_canvas, task_canvas
+from plumbing.text import encode, modelled, pieces, start_canvas, task_canvas
 
 
 def read(net, text):
@@ -57,8 +57,8 @@ def heat(net, text):
     if not text:
         return ''
     try:
-        canvas, fixed, _ = read_place(net, text)
-        return show.fragment(net.look, frame_of(net, canvas[0], fixed[0] & False))
+        canvas, _, _ = read_place(net, text)
+        return show.fragment(net.look, frame_of(net, canvas[0], ~modelled(canvas, net.meta)[0][0]))
     except UserError as error:
         return f'<p>{html.escape(str(error))}</p>'
 
