@@ -186,12 +186,12 @@ def tab(gr, net, task, label, told):
         with gr.Row():
             one = gr.Dropdown(names, value=best, label='sampler', info='the rules')
             two = gr.Dropdown([NONE, *names], value=NONE, label='beside it', info='a second one')
-            count = gr.Slider(0, T, 0, step=1, label='steps', info='0: as many as usual; more take longer')
-            number = gr.Number(1337, precision=0, minimum=0, label='seed', info='the same writes the same')
+            count = gr.Slider(0, T, 0, step=1, label='steps', info='0: as usual')
+            number = gr.Number(1337, precision=0, minimum=0, label='seed', info='fixes what is drawn')
         with gr.Row():
             go, halt = gr.Button(label, variant='primary'), gr.Button('stop', scale=0)
         with gr.Row():
-            results = [gr.HTML(css_template=css, min_width=300) for _ in range(2)]
+            results = [gr.HTML(css_template=css, min_width=300, visible=first) for first in (True, False)]
 
     calm = dict(show_progress='hidden', trigger_mode='always_last')    # while one types, the last text counts
     text.change(polite(gr, functools.partial(heat, net)), text, seen, api_name=f'{task}_heat', **calm)
@@ -199,6 +199,7 @@ def tab(gr, net, task, label, told):
     writing = go.click(polite(gr, side_by_side(net, task)), [text, one, two, count, number], results,
                        api_name=task, show_progress='minimal', concurrency_id='write')
     halt.click(None, cancels=writing)
+    two.change(lambda name: gr.update(visible=name != NONE), two, results[1], api_name=False)
 
 
 TABS = dict(

@@ -60,7 +60,7 @@ def heat(net, text):
         canvas, _, _ = read_place(net, text)
         return show.fragment(net.look, frame_of(net, canvas[0], ~modelled(canvas, net.meta)[0][0]))
     except UserError as error:
-        return f'<p>{html.escape(str(error))}</p>'
+        return f'<p style="overflow-wrap: anywhere">{html.escape(str(error))}</p>'
 
 
 @torch.no_grad()
