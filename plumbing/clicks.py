@@ -81,7 +81,7 @@ def mask_word(net, text, place):
     _, _, parts = read_place(net, text, place)
     first, last = place, place + 1
     if parts[place].strip().isalpha():                              # the letters around it are its word
-        while first and parts[first - 1].isalpha() and not parts[first][:1].isspace():
+        while first and parts[first - 1].strip().isalpha() and not parts[first][:1].isspace():
             first -= 1
         while last < len(parts) and parts[last].isalpha():
             last += 1
