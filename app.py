@@ -83,16 +83,17 @@ def steps(net, task, text, sampler=USUAL, count=0, seed=1337):
     """
     Writes, and yields HTML for every step; the last one is the finished text, for a repair what it did.
 
-    sampler: a preset; count: passes, 0: as many as usual.
+    sampler: a preset; count: passes, 0: as many as usual, and never more than there are places.
     """
     canvas, fixed = start(net, task, text)
     masked = canvas[0] == net.model.mask_token_id
     inside = task == 'repair' or bool((masked.cummax(0).values & ~masked).any())
     rules = choose_rules(net.config, preset=None if sampler == USUAL else sampler, task=task, inside=inside,
-                         steps=int(count) or None)
+                         steps=min(int(count), net.model.config.block_size) or None)
     if rules['remask'] == 'causal':                                 # it takes the passes that it takes
         rules.pop('steps', None)
-    work = functools.partial(fill, net.model, net.meta, canvas, fixed, seed=int(seed), trace=True, **rules)
+    rules['seed'] = int(seed) % 2 ** 63
+    work = functools.partial(fill, net.model, net.meta, canvas, fixed, trace=True, **rules)
     before, old = canvas[0], None
     for found in passes(net, work):
         if isinstance(found, list):

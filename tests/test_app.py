@@ -115,6 +115,11 @@ def test_every_step_is_shown_and_the_last_is_what_the_same_settings_write(nets, 
         assert {sign for sign, _ in places(pages[0])} == {'f', 'm'} and 'class="n ' in pages[1]
 
 
+def test_nobody_can_ask_for_more_steps_than_there_are_places(nets):
+    pages = list(app.steps(nets['text'], 'repair', 'a bad cab', 'intelligent', count=10 ** 9, seed=-1))
+    assert len(pages) <= 25
+
+
 def test_a_repair_ends_in_what_it_did(nets):
     net = nets['text']
     *_, page = app.steps(net, 'repair', 'a bad cab')
