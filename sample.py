@@ -52,7 +52,7 @@ preset: str = None         # rules with a name, see parts/presets.py; None: the 
 seed = 1337                # the same seed and command give the same text
 score = False              # print NELBO, causal NLL and p(WRONG) of every token of what was written
 animate = False            # play the denoising in the terminal (pip install rich)
-html: str = None           # write it to this file, a page with a slider over the steps
+html: str = None           # write it to this file, a page that plays the steps; score: shades what is doubted
 save: str = None           # also write the samples to this file, one JSON object a line
 # the checkpoint
 init_from = 'ckpt'         # 'ckpt': the newest checkpoint under out_dir; or the path of one, or a folder

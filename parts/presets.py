@@ -196,8 +196,9 @@ def conflicts_of_task(settings):
         (task not in TASKS, f"task expects one of {', '.join(TASKS)}; {hint}"),
         (generates and (text is not None or file or mask),
          'text, file and mask are for --task=infill, repair, edit or score; generate takes --prompt'),
-        (task == 'score' and (settings['animate'] or settings['html']),
-         'score writes nothing, so there is nothing to watch: --animate and --html are for the other tasks'),
+        (task == 'score' and settings['animate'],
+         'score writes nothing, so there is nothing to watch: --animate is for the other tasks, and --html '
+         'shows what is doubted'),
         (not generates and (settings['prompt'] or settings['length']),
          f'prompt and length are for --task=generate; {task} takes --text or --file'),
         (not generates and settings['stop'], f'stop is for --task=generate, {task} ends where its text ends'),

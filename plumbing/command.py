@@ -6,6 +6,7 @@ settings.
 import json
 import os
 import shlex
+import sys
 from functools import partial
 
 import torch
@@ -42,8 +43,9 @@ def load_networks(s, load, supports):
         merged = f', merged with {s.merge_weight:g} of {other}'
     else:
         model, checkpoint = load(path)
-    print(f"{path}: {checkpoint['config']['training_type']} on {checkpoint['meta']['name']}, "
-          f"iteration {checkpoint['iter_num']}{merged}")
+    s.checkpoint = (f"{path}: {checkpoint['config']['training_type']} on {checkpoint['meta']['name']}, "
+                    f"iteration {checkpoint['iter_num']}{merged}")
+    print(s.checkpoint)
     if os.path.exists(best_of(path)):
         print(f'its validation loss was lower before: --init_from={shlex.quote(best_of(path))}')
 
@@ -147,6 +149,9 @@ def show_samples(s, model, judge, meta, can, samples, texts=None, canvas=None, *
     where sampling started; written: what is fixed in them, the rules in words and the seconds it took, if it
     wrote.
     """
+    if s.task == 'score' and s.html and not can.detects:
+        raise UserError('--html shows p(WRONG) of a text, and this checkpoint was not trained to find wrong '
+                        'tokens: use --task=score without it, or train with training_type joint')
     if s.stop:
         stop_at(meta, samples, s.stop, len(decode(meta, encode(meta, s.prompt))[0]))
     if s.task == 'repair':
@@ -163,15 +168,22 @@ def show_samples(s, model, judge, meta, can, samples, texts=None, canvas=None, *
         print(f'... and {len(samples) - 50} more' + ('' if s.save else ' (--save=FILE.jsonl keeps them all)'))
     if s.task == 'score' and len(samples) > 1:
         print(total(samples, meta))
+    fixed, foot = None, []
     if written:
         fixed, rules, seconds = written
         nfe = sum(sample['nfe'] for sample in samples) / len(samples)
         print(f'{len(samples)} samples, {nfe:.1f} passes each (NFE), {len(samples) / seconds:.1f} samples/s')
-        if s.animate or s.html:
-            finds = judge or (model if can.detects else None)
-            verdict = scorer and scorer.verdict
-            show.watch(finds, meta, fixed, samples, verdict, s.task, f'{rules}; {nfe:.0f} passes a sample',
-                       s.animate, s.html, writer=model if judge else None)
+        foot.append(f'{rules}; {nfe:.0f} passes a sample')
+    if s.animate or s.html:
+        foot += [s.checkpoint, shlex.join(['python', *sys.argv]), f'seed {s.seed}']
+        finds = judge or (model if can.detects else None)
+        stories = show.stories(finds, meta, fixed, samples[:20], scorer, model if judge else None)
+        if s.animate:
+            show.animate(stories)
+        if s.html:
+            look = dict(show.layout(meta, scorer), diff=s.task == 'repair')
+            show.write_page(s.html, f"{meta['name']}: {s.task}", foot, stories, look)
+            print(f'written to {s.html}')
     if s.save:
         lines = [{key: value for key, value in sample.items() if key != 'trace'} for sample in samples]
         write_atomically(s.save, ''.join(to_json(line, ensure_ascii=False) + '\n' for line in lines))

@@ -1,8 +1,9 @@
 """
 Watch the denoising: what a sampler wrote, took back and rewrote, and what the network thinks of each token.
 
-watch() makes traces into stories, frames of text, for animate() in the terminal and for write_page(), one
-HTML file that needs nothing else. report() says the end of it in lines of text, marks() what a repair did.
+stories() makes traces into frames of text, for animate() in the terminal, for page(), HTML that needs
+nothing else, and for fragment(), a part of another page. report() says the end of it in lines of text,
+marks() what a repair did.
 """
 
 import html
@@ -18,13 +19,18 @@ from data.common import gpt2
 from plumbing.files import to_json, write_atomically
 from plumbing.evaluate import p_wrong
 from plumbing.score import NAMES
-from plumbing.text import pictured, pieces, visible
+from plumbing.text import can_have, modelled, pictured, pieces, visible
 
-# how the terminal shows what a position can be in a frame; the first letter is its name in the page
-STYLES = dict(kept='', changed='magenta', new='green bold', remasked='red reverse', mask='dim',
+# how the terminal shows what a position can be in a frame, in the colours of the page; the first letter is
+# its name there
+STYLES = dict(kept='', changed='magenta reverse', new='green reverse', remasked='red reverse', mask='dim',
               fixed='bold cyan')
 STATES = list(STYLES)
-SIGNS = str.maketrans({'\n': '↵', ' ': '␣', '\t': '⇥'})  # for what would not be seen
+WORDS = dict(kept='kept', changed='rewritten', new='new', remasked='taken back', mask='masked', fixed='given')
+SPACES = '\n \t'
+SIGNS = str.maketrans(SPACES, '↵␣⇥')  # for what would not be seen
+# doubt in the page: a letter, from 0 to 1, and a blank for none; none of them needs an escape
+DOUBTS = ''.join(c for c in map(chr, range(33, 127)) if c not in '"&<>\\')
 
 
 def marks(before, trace, mask_token_id):
@@ -140,7 +146,7 @@ def judge_steps(model, trace, writer=None):
 
 
 def printable(meta, id):
-    """The text that stands for one id; nothing in it can break a line or reach the terminal as a command."""
+    """The text that stands for one id; but for blanks, tabs and line ends it can be seen."""
     if id == meta['vocab_size']:
         return '▒▒' if meta['tokenizer'] == 'gpt2' else '▒'
     for name, sign in (('eos', '⟩'), ('bos', '⟨'), ('pad', '·')):
@@ -150,12 +156,21 @@ def printable(meta, id):
         text = gpt2().decode_single_token_bytes(id).decode('utf-8', errors='replace')
     else:
         text = meta['itos'][id]
-    return ''.join(c if c.isprintable() else '\ufffd' for c in visible(text.translate(SIGNS)))
+    return ''.join(c if c.isprintable() or c in SPACES else '\ufffd' for c in visible(text))
 
 
-def story(meta, trace, fixed, doubts, label):
+def layout(meta, task=None):
+    """How texts are shown: dict(kind), prose, boxes or board, which has a side and a box too."""
+    side = getattr(task, 'SIDE', {}).get(meta.get('block_size'))
+    if side:
+        return dict(kind='board', side=side, box=task.BOXES[side])
+    return dict(kind='prose' if any(can_have(meta, c) for c in SPACES) else 'boxes')
+
+
+def story(meta, trace, fixed, doubts, label, note=''):
     """
-    One sample's denoising: dict(label, frames), each frame dict(tokens [str], states [str], doubts [float]).
+    One sample's denoising: dict(label, note, frames), each frame dict(tokens [str], states [str], doubts
+    [float]). note: what is said of the finished text.
 
     trace (S, T) ids; fixed (T,) bool, what was given and is not doubted; doubts (S, T), nan at masks. Columns
     at the right that end as padding and never held anything but that and masks are left out.
@@ -174,7 +189,7 @@ def story(meta, trace, fixed, doubts, label):
     frames = [dict(tokens=[text[id] for id in ids], states=[STATES[s] for s in states],
                    doubts=[p if p == p else None for p in ps])
               for ids, states, ps in zip(*(x[:, :width].tolist() for x in (trace, state, judged)))]
-    return dict(label=label, frames=frames)
+    return dict(label=label, note=note, frames=frames)
 
 
 def animate(stories, seconds=0.08):
@@ -186,10 +201,11 @@ def animate(stories, seconds=0.08):
     except ImportError:
         raise UserError('--animate needs rich: pip install rich') from None
     console = Console()
-    legend = [(f'{state}  ', style) for state, style in STYLES.items()]
-    console.print(Text.assemble(*legend, ('doubted  ', 'yellow'), ('p(WRONG) > 1/2', 'red')))
+    legend = [part for state, style in STYLES.items() for part in ((WORDS[state], style), '  ')]
+    console.print(Text.assemble(*legend, ('doubted', 'yellow'), '  ', ('p(WRONG) > 1/2', 'bold yellow')))
     for number, told in enumerate(stories, 1):
         old, last = None, len(told['frames']) - 1
+        end = told['frames'][last]['tokens']
         with Live(console=console, auto_refresh=False) as live:
             for step, frame in enumerate(told['frames']):
                 picture = Text(overflow='fold')
@@ -197,9 +213,13 @@ def animate(stories, seconds=0.08):
                     # names of colours, not shades: every terminal has them readable on its own background
                     style = STYLES[state]
                     if state == 'kept' and doubt:
-                        style = 'red' if doubt > 0.5 else 'yellow' if doubt > 0.2 else ''
-                    picture.append(old[i] if state == 'remasked' else token, style)
-                    picture.append('\n' * (state == 'fixed' and token == '↵'))
+                        style = 'bold yellow' if doubt > 0.5 else 'yellow' if doubt > 0.2 else ''
+                    token = old[i] if state == 'remasked' else token
+                    # a line ends where one ends in the finished text, so that nothing jumps
+                    if style and state != 'fixed' and token.isspace():
+                        token = token.translate(SIGNS)
+                    picture.append(token.replace('\n', '' if '\n' in end[i] else '↵'), style)
+                    picture.append('\n' * end[i].count('\n'))
                 picture.append(f'\nsample {number}/{len(stories)}  step {step}/{last}', 'dim')
                 label = f'  {visible(told["label"])}\n' if step == last else ''
                 live.update(picture.append(label), refresh=True)
@@ -208,40 +228,127 @@ def animate(stories, seconds=0.08):
                     time.sleep(seconds)
 
 
-def write_page(path, title, subtitle, stories):
-    """One self-contained HTML file: every story with a slider over its steps, coloured by p(WRONG)."""
-    table, told = {}, []  # text -> its index; what the page holds of the stories
-    for story in stories:
-        frames = [[[table.setdefault(token, len(table)) for token in frame['tokens']],
-                   ''.join(state[0] for state in frame['states']),
-                   [None if doubt is None else round(100 * doubt) for doubt in frame['doubts']]]
-                  for frame in story['frames']]
-        told.append(dict(label=story['label'], frames=frames))
-    data = to_json(dict(tokens=list(table), stories=told), separators=(',', ':'))
+def packed(story, table):
+    """
+    A story as the page holds it. table: text -> its number there, which grows.
+
+    A frame is [ids, states, doubts]: the ids of the first, then only those that differ, as place, id, ...
+    """
+    frames, before = [], None
+    for frame in story['frames']:
+        ids = [table.setdefault(token, len(table)) for token in frame['tokens']]
+        differ = ids
+        if before:
+            differ = [n for i, id in enumerate(ids) if id != before[i] for n in (i, id)]
+        doubts = (' ' if p is None else DOUBTS[round(p * (len(DOUBTS) - 1))] for p in frame['doubts'])
+        frames.append([differ, ''.join(state[0] for state in frame['states']), ''.join(doubts)])
+        before = ids
+    return dict(label=story['label'], note=story.get('note', ''), frames=frames)
+
+
+def template():
+    """The text of show.html."""
+    return Path(__file__).with_suffix('.html').read_text(encoding='utf-8')
+
+
+def write_page(path, title, foot, stories, look):
+    """Writes the page as a file."""
+    write_atomically(path, page(title, foot, stories, look))
+
+
+def page(title, foot, stories, look):
+    """
+    Self-contained HTML: every story with a slider over its steps, coloured by p(WRONG).
+
+    foot: lines that say how it was made; look: see layout, and diff=True for what became of given texts.
+    """
+    table = {}
+    told = [packed(story, table) for story in stories]
+    words = {state[0]: word for state, word in WORDS.items()}
+    data = to_json(dict(look, doubts=DOUBTS, words=words, stories=told, tokens=list(table)),
+                   separators=(',', ':'))
     for sign, escaped in (('<', r'\u003c'), ('>', r'\u003e'), ('&', r'\u0026')):  # no text can end the script
         data = data.replace(sign, escaped)
-    page = Template(Path(__file__).with_suffix('.html').read_text(encoding='utf-8'))
-    title, subtitle = html.escape(title), html.escape(subtitle)
-    write_atomically(path, page.substitute(title=title, subtitle=subtitle, data=data))
+    foot = ''.join(f'<p>{html.escape(line)}</p>\n' for line in foot)
+    return Template(template()).substitute(title=html.escape(title), foot=foot, data=data)
 
 
-def watch(judge, meta, fixed, samples, verdict, title, subtitle, in_terminal, path, writer=None):
+def stories(judge, meta, fixed, samples, task=None, writer=None):
     """
-    Plays the first samples of sample.fill, with traces, in the terminal, or writes them to the page at path.
+    The stories of samples of sample.fill, with traces, a list.
 
-    fixed (B, T): what was given; verdict: a function of a text, or None. judge: the network that says how
-    wrong each token is, None if none learned it; writer: the one that wrote, if that is another.
+    fixed (B, T): what was given; None: the samples are judged texts, which have p_wrong and no trace. judge:
+    the network that says how wrong each token is, None if none learned it; task: the dataset's task.py, or
+    None; writer: the network that wrote, if that is another.
     """
-    stories = []
-    for given, sample in zip(fixed, samples[:20]):
-        trace = sample['trace']                                                 # (S, T)
-        doubts = judge_steps(judge, trace, writer) if judge else torch.full(trace.shape, float('nan'))
-        label = sample['text'][:60]
-        if verdict:
-            label = f"{sample['text']}   {verdict(sample['text'])}".replace('\n', ' ')
-        stories.append(story(meta, trace, given, doubts, label))
-    if in_terminal:
-        animate(stories)
-    if path:
-        write_page(path, f"{meta['name']}: {title}", subtitle, stories)
-        print(f'written to {path}')
+    told = []
+    for number, sample in enumerate(samples):
+        if fixed is None:
+            trace, doubts = torch.tensor([sample['tokens']]), torch.tensor([sample['p_wrong']])     # (1, T)
+            given = ~modelled(trace, meta)[0][0]
+        else:
+            trace, given = sample['trace'], fixed[number]                       # (S, T), (T,)
+            doubts = judge_steps(judge, trace, writer) if judge else torch.full(trace.shape, float('nan'))
+        verdict = task.verdict(sample['text']) if task else ''
+        label = f"{sample['text']}   {verdict}".replace('\n', ' ') if task else sample['text'][:60]
+        numbers = [f'{name} {sample[key]:.3f} nats/token' for key, name in NAMES.items() if key in sample]
+        told.append(story(meta, trace, given, doubts, label, ', '.join(filter(None, [verdict, *numbers]))))
+    return told
+
+
+# -----------------------------------------------------------------------------
+# a part of somebody else's page
+
+
+def styles():
+    """The CSS of fragment(), to stand inside of the rule for what holds it."""
+    return template().partition('<style>')[2].partition('/* the page */')[0].replace(':root', '&')
+
+
+def shown(token, state, kind):
+    """What a token looks like: prose as it is, in boxes with signs for what would not be seen."""
+    if kind == 'board':
+        return unicodedata.normalize('NFKC', token)
+    if kind == 'boxes':
+        return token.translate(SIGNS)
+    if state == 'mask':
+        return '\u2002' * len(token)
+    return token if state in ('kept', 'fixed') else token.replace('\n', '↵\n')
+
+
+def lines_around(place, look):
+    """The classes of a place that is a cell of a board."""
+    if look['kind'] != 'board':
+        return ''
+    (row, column), (high, wide) = divmod(place, look['side'] + 1), look['box']
+    drawn = dict(end=column == look['side'], top=row == 0, left=column == 0, down=row % high == high - 1,
+                 across=column % wide == wide - 1)
+    return ' '.join(name for name, there in drawn.items() if there)
+
+
+def fragment(look, frame, old=None, given=None, doubted=()):
+    """
+    A frame as HTML, <i data-place="3" class="n">text</i> for each token.
+
+    old: the frame before it, which has what is taken back. given: the frame that a repair began with, to show
+    what was replaced; doubted: the places that it doubted.
+    """
+    cells = []
+    for place, (token, state, doubt) in enumerate(zip(frame['tokens'], frame['states'], frame['doubts'])):
+        said = WORDS[state]
+        if state == 'remasked' and old:
+            token = old['tokens'][place]
+        if given:
+            before, state = given['tokens'][place], 'kept'
+            doubt, said = None, 'doubted and kept' if place in doubted else 'kept'
+        text = html.escape(shown(token, state, look['kind']))
+        if given and before != token:
+            was = html.escape(shown(before.translate(SIGNS), 'kept', look['kind']))
+            text, said = f'<del>{was}</del><ins>{text}</ins>', 'replaced'
+        sign = 'q' if said == 'doubted and kept' else state[0]
+        number = '' if doubt is None else f', p(WRONG) {doubt:.2f}'
+        title = f'{html.escape(token.translate(SIGNS))}, {said}{number}'
+        cells.append(f'<i class="{sign} {lines_around(place, look)}" data-place="{place}" title="{title}" '
+                     f'style="--p: {doubt or 0:.2f}">{text}</i>')
+    side = f' style="--side: {look["side"]}"' if 'side' in look else ''
+    return f'<div class="text {look["kind"]}"{side}>{"".join(cells)}</div>'

@@ -29,6 +29,7 @@ ROOMS = (
     'tools',
     'suites',
     'bench.py',
+    'app.py',
 )
 
 
@@ -69,9 +70,10 @@ def test_files_import_only_downwards():
 
 
 @pytest.mark.skipif(not FILES, reason='needs git')
-def test_the_root_is_six_files():
+def test_the_root_is_seven_files():
     root = [path for path in FILES if '/' not in path]
-    assert root == ['bench.py', 'configurator.py', 'corruption.py', 'model.py', 'sample.py', 'train.py']
+    names = 'app bench configurator corruption model sample train'
+    assert root == [f'{name}.py' for name in names.split()]
 
 
 @pytest.mark.parametrize('path', [path for path in FILES if not path.startswith('config/')])
@@ -84,7 +86,7 @@ def test_no_function_is_longer_than_sixty_lines(path):
     assert not long
 
 
-@pytest.mark.parametrize('script', ['train.py', 'sample.py'])
+@pytest.mark.parametrize('script', ['train.py', 'sample.py', 'app.py'])
 def test_help_does_not_wait_for_torch(script):
     command = [sys.executable, '-X', 'importtime', script, '--help']
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

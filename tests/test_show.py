@@ -58,8 +58,8 @@ class Page(HTMLParser):
         return json.loads(self.scripts[0][1])
 
 
-def write(path, *stories, title='title', subtitle='subtitle'):
-    show.write_page(str(path), title, subtitle, stories)
+def write(path, *stories, title='title', foot='foot', **look):
+    show.write_page(str(path), title, [foot], stories, dict(kind='boxes', **look))
     return Page(path)
 
 
@@ -115,11 +115,11 @@ def test_the_padding_at_the_right_is_left_out_but_nothing_that_was_ever_written(
 
 def test_what_cannot_be_seen_gets_a_sign(monkeypatch):
     text = dict(name='text', tokenizer='char', vocab_size=4, itos=[*'a \n\x1b'], bos=None, eos=None, pad=None)
-    assert [show.printable(text, id) for id in range(5)] == ['a', '␣', '↵', '␛', '▒']
+    assert [show.printable(text, id) for id in range(5)] == ['a', ' ', '\n', '␛', '▒']
     pieces = {0: b' the', 1: b'\xe2\x82', 2: b'<|endoftext|>'}
     monkeypatch.setattr(show, 'gpt2', lambda: SimpleNamespace(decode_single_token_bytes=pieces.get))
     bpe = dict(text, tokenizer='gpt2', vocab_size=3, eos=2)
-    assert [show.printable(bpe, id) for id in range(4)] == ['␣the', '\ufffd', '⟩', '▒▒']
+    assert [show.printable(bpe, id) for id in range(4)] == [' the', '\ufffd', '⟩', '▒▒']
 
 
 CHARS = dict(name='chars', tokenizer='char', bos=None, eos=None, pad=None,
@@ -214,17 +214,55 @@ def test_marks_of_tokens_of_gpt2():
         assert out.replace('   (^ changed, ? doubted and kept)', '').split('\n')[:-1] == expected
 
 
+def unpacked(data, number):
+    """The frames of a story as the page's script reads them: [(tokens, states, doubts)]."""
+    frames = []
+    for ids, states, doubts in data['stories'][number]['frames']:
+        tokens = frames[-1][0][:] if frames else [data['tokens'][id] for id in ids]
+        for place, id in zip(ids[::2], ids[1::2]) if frames else ():
+            tokens[place] = data['tokens'][id]
+        steps = len(data['doubts']) - 1
+        doubts = [None if c == ' ' else data['doubts'].index(c) / steps for c in doubts]
+        frames.append((tokens, states, doubts))
+    return frames
+
+
 def test_the_page_holds_what_went_in(tmp_path):
     story = told([BOS, MASK, MASK, 3, 4, MASK], [BOS, 7, MASK, MASK, 5, MASK], [BOS, 7, 10, MASK, 5, EOS])
     data = write(tmp_path / 'page.html', story, hand_made(['7', 'new'], 'second')).data()
     assert [story['label'] for story in data['stories']] == ['label', 'second']
     names = {state[0]: state for state in show.STATES}
     assert len(names) == len(show.STATES)  # one letter tells them apart
-    for (ids, states, doubts), frame in zip(data['stories'][0]['frames'], story['frames'], strict=True):
-        assert [data['tokens'][id] for id in ids] == frame['tokens']
-        assert [names[letter] for letter in states] == frame['states']
-        assert doubts == [None if doubt is None else round(100 * doubt) for doubt in frame['doubts']]
+    assert data['words'] == {letter: show.WORDS[state] for letter, state in names.items()}
+    for (tokens, states, doubts), frame in zip(unpacked(data, 0), story['frames'], strict=True):
+        assert tokens == frame['tokens'] and [names[letter] for letter in states] == frame['states']
+        for doubt, true in zip(doubts, frame['doubts'], strict=True):
+            assert doubt is true is None or doubt == pytest.approx(true, abs=0.006)
     assert len(set(data['tokens'])) == len(data['tokens']) == 9
+    assert 'foot' in (tmp_path / 'page.html').read_text(encoding='utf-8')
+
+
+def test_doubts_from_nothing_to_one_have_letters_that_need_no_escape():
+    frame = dict(tokens=['a'] * 101, states=['kept'] * 101, doubts=[n / 100 for n in range(101)])
+    (_, _, letters), = show.packed(dict(label='', frames=[frame]), {})['frames']
+    assert letters[0] == show.DOUBTS[0] and letters[-1] == show.DOUBTS[-1] and sorted(letters) == [*letters]
+    assert not {*letters} & {*'"&<>\\ '}
+
+
+@pytest.mark.parametrize('itos, task, expected', [
+    (['a', ' '], None, dict(kind='prose')), (['a', '\n'], None, dict(kind='prose')),
+    (['a'], None, dict(kind='boxes')),
+    (['1', '\n'], SimpleNamespace(SIDE={42: 6}, BOXES={6: (2, 3)}), dict(kind='board', side=6, box=(2, 3)))])
+def test_how_a_text_is_laid_out(itos, task, expected):
+    assert show.layout(dict(CHARS, itos=itos, block_size=42), task) == expected
+
+
+def test_a_judged_text_is_a_page_of_one_step(tmp_path):
+    sample = dict(text='12', tokens=[BOS, 1, 2, EOS], p_wrong=[0.9, 0.25, 0.5, 1], nelbo=1.5)
+    data = write(tmp_path / 'page.html', *show.stories(None, ARITHMETIC, None, [sample])).data()
+    (_, states, doubts), = unpacked(data, 0)
+    assert states == 'fkkk' and doubts[0] is None and doubts[1:] == pytest.approx([0.25, 0.5, 1], abs=0.006)
+    assert data['stories'][0]['note'] == 'NELBO 1.500 nats/token'
 
 
 def test_the_page_needs_nothing_from_elsewhere(tmp_path):
@@ -240,13 +278,56 @@ def test_the_page_needs_nothing_from_elsewhere(tmp_path):
 def test_no_text_can_break_out_of_the_page(tmp_path):
     harmless = write(tmp_path / 'harmless.html', hand_made(['a']))
     stories = [hand_made(HOSTILE, label) for label in HOSTILE]
-    page = write(tmp_path / 'page.html', *stories, title=HOSTILE[0], subtitle=HOSTILE[1])
+    page = write(tmp_path / 'page.html', *stories, title=HOSTILE[0], foot=HOSTILE[1])
     assert page.tags == harmless.tags and len(page.scripts) == 2
     data = page.data()
     assert data['tokens'] == HOSTILE and [story['label'] for story in data['stories']] == HOSTILE
     assert page.scripts[1] == harmless.scripts[1]
     assert HOSTILE[0] in page.text and HOSTILE[1] in page.text  # shown as the text that they are
     assert not {'<', '>', '&', '\u2028'} & set(page.scripts[0][1])
+
+
+class Marks(HTMLParser):
+    """What a browser makes of a fragment: (tag, class, text) of each mark."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.marks = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.marks.append([tag, dict(attrs).get('class', '').strip(), ''])
+
+    def handle_data(self, data):
+        self.marks[-1][2] += data
+
+
+def test_a_fragment_is_a_mark_for_every_token():
+    frames = told([BOS, MASK, MASK, 3, 4, MASK], [BOS, 7, MASK, MASK, 5, MASK])['frames']
+    boxes = dict(kind='boxes')
+    assert Marks(show.fragment(boxes, frames[1], frames[0])).marks[1:] == [
+        ['i', 'f', '⟨'], ['i', 'n', '7'], ['i', 'm', '▒'], ['i', 'r', '3'], ['i', 'c', '5'], ['i', 'm', '▒']]
+    # what a repair did: one was replaced, one doubted and kept
+    given, last = (dict(tokens=[*'1(2'][:2] + [c], states=['kept'] * 3, doubts=[None] * 3) for c in '23')
+    assert Marks(show.fragment(boxes, last, given=given, doubted={1, 2})).marks[1:] == [
+        ['i', 'k', '1'], ['i', 'q', '('], ['i', 'k', ''], ['del', '', '2'], ['ins', '', '3']]
+    # in prose a line end is one, and is seen only where something happened to it
+    prose = dict(tokens=['a', '\n', '\n', '▒▒'], states=['kept', 'kept', 'new', 'mask'], doubts=[0.5] * 4)
+    assert [text for *_, text in Marks(show.fragment(dict(kind='prose'), prose)).marks[1:]] == [
+        'a', '\n', '↵\n', '\u2002\u2002']
+    board = hand_made([*'1𝟐\n34\n'])['frames'][0]
+    marks = Marks(show.fragment(dict(kind='board', side=2, box=(2, 1)), board)).marks[1:]
+    assert [text for *_, text in marks] == [*'12\n34\n'] and marks[2][1] == 'k end top across'
+    assert marks[4][1] == 'k down across' and marks[0][1] == 'k top left across'
+
+
+def test_no_text_can_break_out_of_a_fragment():
+    harmless = Marks(show.fragment(dict(kind='prose'), hand_made(['a'] * len(HOSTILE))['frames'][0])).marks
+    for kind in ('prose', 'boxes'):
+        marks = Marks(show.fragment(dict(kind=kind), hand_made(HOSTILE)['frames'][0])).marks
+        assert [mark[0] for mark in marks] == [mark[0] for mark in harmless]
+        assert [text for *_, text in marks[1:]] == HOSTILE
+    assert '.prose {' in show.styles() and 'body' not in show.styles() and ':root' not in show.styles()
 
 
 def test_a_page_that_cannot_be_written_is_the_users_error(tmp_path):
@@ -273,7 +354,7 @@ def test_animate_plays_every_frame_in_a_terminal(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert waits == [0.5] * 3 and all(f'step {step}/2' in out for step in range(3))
     assert '\x1b[7;31m3\x1b[0m' in out  # the token that is taken back
-    assert '\x1b[1;32m7\x1b[0m' in out
+    assert '\x1b[7;32m7\x1b[0m' in out
 
 
 def test_animate_without_rich_says_what_to_install(monkeypatch):
@@ -281,3 +362,11 @@ def test_animate_without_rich_says_what_to_install(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match='pip install rich'):
         show.animate([hand_made(['a'])])
+
+
+def test_a_line_ends_in_the_animation_where_the_finished_text_has_one(capsys):
+    pytest.importorskip('rich')
+    frames = [[6, 3, 6, 0], [0, 3, 1, 0], [0, 2, 1, 3]]
+    meta = dict(CHARS, itos=[*'ab \n\t!'], vocab_size=6)
+    show.animate([told(*frames, meta=meta)])
+    assert 'a b\n\nsample 1/1  step 2/2' in capsys.readouterr().out.replace('␣', ' ').replace('↵', '')

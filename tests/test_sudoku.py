@@ -440,7 +440,7 @@ def test_infill_keeps_the_givens_and_samples_start_from_held_out_puzzles(tmp_pat
         texts = [json.loads(line)['text'] for line in file]
     assert len(texts) == 2 and all(task.parse(text)[1] == task.parse(GIVEN)[1] for text in texts)
     assert all(all(task.parse(text)[0]) for text in texts)
-    assert task.picture(texts[0]) in out and '\\u21b5' in page.read_text(encoding='utf-8')
+    assert task.picture(texts[0]) in out and '"kind":"board","side":6' in page.read_text(encoding='utf-8')
     run_main('sample', *words, '--task=repair', f'--text={SOLVED}')
     with open(save, encoding='utf-8') as file:
         assert task.parse(json.loads(file.read())['text'])[1] == task.parse(SOLVED)[1]

@@ -342,6 +342,11 @@ def test_a_page_has_the_stories_of_the_first_samples(sampled, tmp_path):
     (story,) = Page(page).data()['stories']
     assert len(story['frames']) == s['nfe'] + 1
     assert story['frames'][0][1].startswith('fffmfffm')        # <bos>(+_2)=_ : what is given, and the holes
+    sampled('joint', f'--task=score {FIT} --html={page}')
+    (story,) = Page(page).data()['stories']
+    assert story['frames'][0][1].startswith('fk') and 'NELBO' in story['note'] and len(story['frames']) == 1
+    text = page.read_text(encoding='utf-8')
+    assert '--task=score' in text and 'seed 1337' in text
 
 
 @pytest.mark.parametrize('words', ['--task=repair --text=(+12))=3', '--preset=hybrid --steps=3'])
@@ -405,7 +410,7 @@ FREE, GIVEN = 'text, file and mask are for --task=infill', 'prompt and length ar
     ('joint', '--remask_rate=2 --remask=wrong', 'in 0..1'),
     ('joint', '--commit_threshold=0', 'commit_threshold'),
     ('joint', '--block_length=0', 'block_length must be at least 1'),
-    ('joint', f'--task=score {FIT} --html=x.html', 'nothing to watch'),
+    ('causal', f'--task=score {FIT} --html=x.html', 'not trained to find wrong tokens'),
     ('joint', f'--task=score {FIT} --animate', 'nothing to watch'),
     ('joint', '--commit=priority --priority=x', "'x' in 'x' is not in the vocabulary"),
     ('joint', '--preset=intelligent --remask_rate=3', 'remask_rate is a probability, in 0..1 .. got 3.0')])
