@@ -123,6 +123,7 @@ def check(setting, value):
         return float(value)
     if kind is int and type(value) is float and value.is_integer():  # 1e6 is how one writes a million
         value = int(value)
+        numbers = [value]
     if kind is not float and any(type(n) is int and abs(n) >= 2**62 for n in numbers):
         raise UserError(f'{setting.name} expects a number below 2^62, got {value!r}')
     if value == '' and kind is str and setting.default != '':  # mostly an unset variable of the shell

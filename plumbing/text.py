@@ -188,11 +188,8 @@ def text_canvas(model, meta, texts, ends):
     open. (Without end token, texts that end must be equally long.) Raises UserError if a text does not fit.
     """
     bos = [] if meta['bos'] is None else [meta['bos']]
-    room = model.config.block_size - len(bos) - (meta['eos'] is not None)
     longest = max(map(len, texts))
-    if longest > room:
-        raise UserError(f'a text of {longest} tokens does not fit: block_size {model.config.block_size} '
-                        f'leaves room for {room}')
+    check_room(model, meta, longest)
     T = len(bos) + longest if ends and meta['eos'] is None else model.config.block_size
     canvas = torch.full((len(texts), T), model.mask_token_id)
     for row, ids in zip(canvas, texts):
@@ -201,6 +198,14 @@ def text_canvas(model, meta, texts, ends):
             filled += [meta['eos']] + [meta['pad']] * (T - len(filled) - 1)
         row[:len(filled)] = torch.tensor(filled, dtype=torch.long)
     return canvas, canvas != model.mask_token_id
+
+
+def check_room(model, meta, longest):
+    """Raises UserError if a text of that many tokens does not fit on a canvas."""
+    room = model.config.block_size - (meta['bos'] is not None) - (meta['eos'] is not None)
+    if longest > room:
+        raise UserError(f'a text of {longest} tokens does not fit: block_size {model.config.block_size} '
+                        f'leaves room for {room}')
 
 
 def start_canvas(model, meta, num, prompt=(), lengths=None):
@@ -219,10 +224,11 @@ def start_canvas(model, meta, num, prompt=(), lengths=None):
         ids = [holes(meta, text, '_', model.mask_token_id)[0] for text in texts]
         return text_canvas(model, meta, ids, ends=True)
     if lengths is None:
-        return text_canvas(model, meta, [list(prompt)] * num, ends=False)
+        return tuple(row.repeat(num, 1) for row in text_canvas(model, meta, [prompt], ends=False))
     if lengths.min() < max(1, len(prompt)):
         raise UserError(f'a length of {int(lengths.min())} is too short'
                         + (f': the prompt has {len(prompt)} tokens' if prompt else ''))
+    check_room(model, meta, int(lengths.max()))
     lengths = lengths.tolist() if meta['eos'] is not None else [int(lengths.max())] * num
     texts = [[*prompt] + [model.mask_token_id] * (n - len(prompt)) for n in lengths]
     return text_canvas(model, meta, texts, ends=True)

@@ -573,6 +573,7 @@ def test_run_ends_an_interrupt_with_130(script, monkeypatch, capsys):
     (['--out_dir='], 'out_dir is empty: give it a value, or leave it out'),
     (['--prompt', ''], 'prompt is empty'), (['exits.py'], 'exits.py, line 1: SystemExit'),
     ([f'--max_iters={2**62}'], 'max_iters expects a number below 2^62'),
+    (['--max_iters=1e308'], 'max_iters expects a number below 2^62'),
     ([f'--betas=0.9,{2**70}'], 'betas expects a number below')])
 def test_values_that_nobody_means(script, monkeypatch, capsys, tmp_path, words, message):
     (tmp_path / 'exits.py').write_text('import sys; sys.exit(0)')
