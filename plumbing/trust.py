@@ -167,6 +167,10 @@ class AtMost(TorchDispatchMode):
         super().__init__()
         self.left = numbers
 
+    @classmethod
+    def _should_skip_dynamo(cls):                                   # which would import all of torch.compile
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))                        # memory is only taken when it is filled
         if isinstance(made, torch.Tensor) and not func._schema.name.endswith('_'):
