@@ -35,6 +35,8 @@ TYPES = {t.__name__: t for t in (int, float, bool, str, tuple, list)}  # what a 
 # settings that are paths, where ~ is the home folder, and those of them that are written; - is the screen
 OUTPUTS = ('save', 'html', 'json', 'export')
 PATHS = (*OUTPUTS, 'out_dir', 'init_from', 'merge_from', 'remask_from', 'file', 'input', 'out')
+# settings that decide how much memory is taken
+SIZES = ('batch_size', 'block_size', 'length', 'num_samples', 'n_embd', 'n_layer')
 # what a word of the command line may be beyond Python's literals
 WORDS = {'true': True, 'false': False, 'none': None, 'nan': math.nan, 'inf': math.inf}
 
@@ -324,7 +326,7 @@ def run(scope):
         message = str(error) if isinstance(error, UserError) else of_the_machine(error, scope)
         if message is None:
             raise
-        print(f'{script}: {" ".join(message.splitlines())}', file=sys.stderr)
+        print(f'{script}: {one_line(message)}', file=sys.stderr)
         status = 1
     finally:
         sys.stdout.flush()
@@ -334,13 +336,21 @@ def run(scope):
         sys.exit(status)
 
 
+def one_line(message):
+    """a message as a terminal may have it: what is quoted in it may be of any length, with any characters"""
+    line = ''.join(c if c.isprintable() else '?' for c in ' '.join(message.splitlines()))
+    return line if len(line) <= 2000 else f'{line[:1000]} ... {line[-900:]}'
+
+
 def of_the_machine(error, scope):
     """what to do about memory, disks, permissions and compilers: a line; None for any other error"""
     text, kinds = str(error), {f'{kind.__module__}.{kind.__name__}' for kind in type(error).__mro__}
-    if isinstance(error, MemoryError) or 'torch.OutOfMemoryError' in kinds or 'allocate memory' in text:
-        known = current(scope)
-        sizes = [f'--{name}={known[name]}' for name in ('batch_size', 'block_size', 'length', 'num_samples')
-                 if known.get(name)]
+    beyond = any(said in text for said in ('allocate memory', 'size calculation overflowed'))
+    if beyond or isinstance(error, MemoryError) or 'torch.OutOfMemoryError' in kinds:
+        known, now = settings(scope['__file__']), current(scope)
+        names = [name for name in SIZES if now.get(name)]
+        names.sort(key=lambda name: now[name] / (known[name].default or now[name]), reverse=True)
+        sizes = [f'--{name}={now[name]}' for name in names]
         return f"out of memory: lower {' or '.join(sizes[:2]) or 'the sizes'}"
     if any(kind.startswith(('torch._inductor', 'torch._dynamo')) for kind in kinds):
         why = (text.strip() or 'no reason given').splitlines()[0]

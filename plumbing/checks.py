@@ -132,7 +132,7 @@ def check_sizes(config):
     for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_recur'):
         if getattr(config, name) < 1:
             raise UserError(f'{name} must be at least 1, got {getattr(config, name)}')
-    for name, most in dict(block_size=2**17, n_recur=2**10, energy_head=2).items():
+    for name, most in dict(block_size=2**17, n_layer=2**12, n_recur=2**10, energy_head=2).items():
         if getattr(config, name) > most:
             raise UserError(f'{name} must be at most {most}, got {getattr(config, name)}')
     if config.n_embd % (2 * config.n_head):
