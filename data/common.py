@@ -1,5 +1,6 @@
 """What the prepare.py scripts share: fetching, tokenizing, and writing a dataset, all of it or none of it."""
 
+import codecs
 import contextlib
 import functools
 import glob
@@ -109,6 +110,18 @@ def find_files(folder, patterns):
             return kind, files
     names = ' and '.join(f'{pattern}.txt' for pattern in patterns.values())
     raise UserError(f'{folder} does not hold the text: expected {names}, or the same with .parquet')
+
+
+
+def read_text(path):
+    """The text of a file in UTF-8 or UTF-16 without its byte-order mark; '-' is standard input."""
+    if str(path) == '-':
+        data = sys.stdin.buffer.read()
+    else:
+        with open(path, 'rb') as file:
+            data = file.read()
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode('utf-16' if wide else 'utf-8-sig')
 
 # -----------------------------------------------------------------------------
 # tokens
@@ -284,6 +297,14 @@ def check_writable(out_dir):
                         + ('cannot be written to' if there.is_dir() else 'is a file'))
 
 
+def make_folder(path, what='checkpoints'):
+    """Makes the folder that what goes to, if it is not there. Raises UserError if that cannot be."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be made a folder for {what}: {error.strerror}') from error
+
+
 def report(out_dir, meta):
     """Say what was written."""
     for split in SPLITS:
@@ -325,10 +346,7 @@ def dataset_writer(out_dir, meta):
         sums[split].update(data)
         counts[split] += ids.size
 
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'{out_dir}: cannot be made a folder for a dataset: {error.strerror}') from error
+    make_folder(out_dir, 'a dataset')
     with alone(out_dir):
         try:
             with contextlib.ExitStack() as stack:
@@ -368,26 +386,42 @@ def put_in_place(tmp, path):
 @contextlib.contextmanager
 def alone(folder):
     """Nobody else writes a dataset into the folder meanwhile; waits for who does, removes what is torn."""
-    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    said = f'waiting: another process is making a dataset in {folder}'
+    descriptor = take_lock(folder, lambda: print(said, flush=True))
     try:
-        if fcntl and is_locked(descriptor, folder):
-            for name in ('train.bin', 'val.bin', 'meta.json'):
-                for torn in glob.glob(os.path.join(glob.escape(folder), f'{name}.*.tmp')):
-                    os.remove(torn)
+        if descriptor is not None:
+            remove_torn(folder, 'train.bin', 'val.bin', 'meta.json')
         yield
     finally:
-        if fcntl:
+        if descriptor is not None:
             os.close(descriptor)                            # which ends the lock
 
 
-def is_locked(descriptor, folder):
-    """Locks the open folder, once nobody else does; False on a file system that knows no locks."""
+def take_lock(folder, busy):
+    """
+    Locks a folder: the descriptor to close in the end, None on a system that knows no locks.
+
+    If another process has it, busy() is called, which may raise, and then that process is waited for.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f'waiting: another process is making a dataset in {folder}', flush=True)
+            busy()
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
+    except BaseException as error:
+        os.close(descriptor)
+        if isinstance(error, OSError):
+            return None
+        raise
+    return descriptor
+
+
+def remove_torn(folder, *names):
+    """Removes what killed processes left half written of files of these names, in a locked folder."""
+    for name in names:
+        for torn in glob.glob(os.path.join(glob.escape(folder), f'{name}.*.tmp')):
+            os.remove(torn)

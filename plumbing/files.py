@@ -4,7 +4,6 @@ Files: written whole or not at all, in a folder that one run has to itself.
 
 import contextlib
 import errno
-import glob
 import json
 import math
 import os
@@ -13,12 +12,7 @@ import sys
 import tempfile
 
 from configurator import UserError
-from data.common import temporary
-
-try:
-    import fcntl
-except ImportError:                                                 # Windows: there is no lock
-    fcntl = None
+from data.common import make_folder, remove_torn, take_lock, temporary  # noqa: F401
 
 STREAMS = {'-': 1, '/dev/stdout': 1, '/dev/stderr': 2}              # paths of streams that are open already
 
@@ -128,14 +122,6 @@ def append_line(path, line):
         raise UserError(f'{path}: cannot be written: {error.strerror}') from error
 
 
-def make_folder(path):
-    """Makes the folder that checkpoints go to, if it is not there. Raises UserError if that cannot be."""
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'{path}: cannot be made a folder for checkpoints: {error.strerror}') from error
-
-
 def check_output(path, *inputs, text=True):
     """
     Raises UserError if a file of this path cannot be written (None: nothing is written), or is an input.
@@ -175,19 +161,16 @@ def lock(folder):
 
     A folder that is not there yet belongs to no one.
     """
-    if fcntl is None or folder in held or not os.path.isdir(folder):
+    if folder in held or not os.path.isdir(folder):
         return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
+
+    def refuse():
         raise UserError(f'{folder} is in use: another process trains into it. Give another --out_dir, '
-                        'or stop that run first') from None
-    except OSError:                                                 # a file system that knows no locks
-        os.close(descriptor)
-        return
-    held[folder] = descriptor
+                        'or stop that run first')
+
+    descriptor = take_lock(folder, refuse)
+    if descriptor is not None:
+        held[folder] = descriptor
 
 
 def unlock(folder):
@@ -198,6 +181,5 @@ def unlock(folder):
 
 def sweep(folder, *names):
     """Removes what killed runs left half written, of files of these names, in a folder that is locked."""
-    for name in names if folder in held else ():
-        for torn in glob.glob(os.path.join(glob.escape(folder), f'{name}.*.tmp')):
-            os.remove(torn)
+    if folder in held:
+        remove_torn(folder, *names)

@@ -6,12 +6,11 @@ import functools
 import importlib.util
 import itertools
 import os
-import sys
 
 import torch
 
 from configurator import UserError
-from data.common import gpt2
+from data.common import gpt2, read_text
 from data.loader import load_data
 
 
@@ -66,7 +65,7 @@ def typed(meta, text):
     Where no text can have a backslash, \\n is a line end. A file's last line end counts if texts have them.
     """
     if text.startswith('FILE:'):
-        text = read_text(text.removeprefix('FILE:')).replace('\r\n', '\n')
+        text = text_of_file(text.removeprefix('FILE:')).replace('\r\n', '\n')
         return text if can_have(meta, '\n') else text.removesuffix('\n')
     return text if can_have(meta, '\\') else text.replace('\\n', '\n')
 
@@ -325,14 +324,11 @@ def pictured(task, text):
     return f'{text}   {task.verdict(text)}' if task else text
 
 
-def read_text(path):
-    """The text of a file without its byte-order mark; '-' is standard input. Raises UserError."""
+def text_of_file(path):
+    """data.common.read_text, raising UserError."""
     try:
-        if path == '-':
-            return sys.stdin.buffer.read().decode('utf-8-sig')
-        with open(path, 'rb') as file:
-            return file.read().decode('utf-8-sig')
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path)
+    except (OSError, UnicodeError) as error:
         raise UserError(f'{path}: cannot be read: {getattr(error, "strerror", None) or error}') from error
 
 
@@ -343,7 +339,7 @@ def read_lines(path):
     Raises UserError if there are none.
     """
     # not splitlines(): a text may have other line ends, such as \u2028, in it
-    lines = [line.removesuffix('\r') for line in read_text(path).split('\n')]
+    lines = [line.removesuffix('\r') for line in text_of_file(path).split('\n')]
     found = [(number, line) for number, line in enumerate(lines, 1) if line]
     if not found:
         raise UserError(f'{path}: there is no text in it')
