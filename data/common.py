@@ -25,7 +25,7 @@ except ImportError:         # Windows: there is no lock
 
 # a prepare.py may know no more than this folder
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from configurator import UserError  # noqa: E402
+from configurator import UserError, reason  # noqa: E402
 
 SPLITS = ('train', 'val')
 SPECIAL = ['<bos>', '<eos>', '<pad>']
@@ -63,7 +63,7 @@ def read_source(what, url, sha256, input=None):
                     data = b''.join(iter(lambda: file.read(2**16), b''))
     except (OSError, http.client.HTTPException) as error:
         if input is not None:
-            raise UserError(f'cannot read {input}: {error.strerror}') from error
+            raise UserError(f'cannot read {input}: {reason(error)}') from error
         raise UserError(f'download failed ({error}): fetch {url} by hand and pass --input=FILE') from error
     got = hashlib.sha256(data).hexdigest()
     if got != sha256:
@@ -93,11 +93,11 @@ def load_corpus(name, patterns, hub, input=None):
             branch = 'refs/convert/parquet'  # where the hub keeps what the script once made
             return datasets.load_dataset(kind, split=list(patterns), revision=branch, **how)
     except Exception as error:  # whatever its readers and the network may raise
-        reason = str(error.__cause__ or error).splitlines()[0]
+        why = reason(error.__cause__ or error)
         if input is not None:
-            raise UserError(f'cannot read the files in {input}: {reason}') from error
+            raise UserError(f'cannot read the files in {input}: {why}') from error
         page = f"{name}/tree/{branch.replace('/', '%2F')}/{hub.get('name', '')}"
-        raise UserError(f'cannot load {name} ({reason}): fetch the .parquet files of '
+        raise UserError(f'cannot load {name} ({why}): fetch the .parquet files of '
                         f'https://huggingface.co/datasets/{page} by hand and pass --input=FOLDER') from error
 
 
@@ -301,8 +301,8 @@ def make_folder(path, what='checkpoints'):
     """Makes the folder that what goes to, if it is not there. Raises UserError if that cannot be."""
     try:
         os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'{path}: cannot be made a folder for {what}: {error.strerror}') from error
+    except (OSError, RecursionError) as error:
+        raise UserError(f'{path}: cannot be made a folder for {what}: {reason(error)}') from error
 
 
 def report(out_dir, meta):

@@ -35,13 +35,14 @@ def filtered(logits, temperature=1.0, top_k=None, top_p=None):
     if temperature < 1e-3:                                              # or they would overflow
         logits = logits - most
     if temperature != 1:
-        logits = logits / min(temperature, 1e30)
+        logits = logits / min(max(temperature, 1e-30), 1e30)
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float('-inf'))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         ordered, index = probs.sort(dim=-1, descending=True)
-        ordered = ordered * (ordered.cumsum(-1) - ordered < top_p)      # the token that crosses top_p stays
+        before = ordered.cumsum(-1) - ordered
+        ordered = ordered * (before < max(top_p, 1e-30))                # the token that crosses top_p stays
         probs = torch.zeros_like(probs).scatter(-1, index, ordered)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs

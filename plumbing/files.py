@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 
-from configurator import UserError
+from configurator import UserError, reason
 from data.common import make_folder, remove_torn, take_lock, temporary  # noqa: F401
 
 STREAMS = {'-': 1, '/dev/stdout': 1, '/dev/stderr': 2}              # paths of streams that are open already
@@ -67,7 +67,7 @@ def write_atomically(path, text):
         with atomically(path) as half, open(half, 'w', encoding='utf-8', errors='replace') as file:
             file.write(text)
     except OSError as error:
-        raise UserError(f'{path}: cannot be written: {error.strerror}') from error
+        raise UserError(f'{path}: cannot be written: {reason(error)}') from error
 
 
 def finite(value):
@@ -119,7 +119,7 @@ def append_line(path, line):
                 os.truncate(path, size)                             # half a line would harm the next
                 raise
     except OSError as error:
-        raise UserError(f'{path}: cannot be written: {error.strerror}') from error
+        raise UserError(f'{path}: cannot be written: {reason(error)}') from error
 
 
 def check_output(path, *inputs, text=True):
@@ -143,7 +143,7 @@ def check_output(path, *inputs, text=True):
         if not all(os.access(place, os.W_OK) for place in needed):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise UserError(f'{path}: cannot be written: {error.strerror}') from error
+        raise UserError(f'{path}: cannot be written: {reason(error)}') from error
     if not is_written_to(path) and real in [os.path.realpath(other) for other in inputs if other]:
         raise UserError(f'{path} would be written over what is read or written otherwise: give another path')
 

@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, reason
 from data.common import gpt2, read_text
 from data.loader import load_data
 
@@ -329,7 +329,7 @@ def text_of_file(path):
     try:
         return read_text(path)
     except (OSError, UnicodeError) as error:
-        raise UserError(f'{path}: cannot be read: {getattr(error, "strerror", None) or error}') from error
+        raise UserError(f'{path}: cannot be read: {reason(error)}') from error
 
 
 def read_lines(path):

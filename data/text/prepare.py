@@ -21,7 +21,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 DATA = os.path.dirname(HERE)
 sys.path.insert(0, os.path.dirname(DATA))
 import configurator  # noqa: E402
-from configurator import UserError  # noqa: E402
+from configurator import UserError, reason  # noqa: E402
 from data.common import SHORTEST, read_text, write_rows, write_text  # noqa: E402
 
 input: str = None       # text files, folders of them or patterns, commas between; -: standard input
@@ -76,7 +76,7 @@ def read_texts(input, glob='*.txt,*.md', skip_bad=False, nfc=True):
         except UnicodeDecodeError as error:
             bad.append(f'{path} (byte {error.start})')
         except OSError as error:
-            raise UserError(f'cannot read {path}: {error.strerror}') from error
+            raise UserError(f'cannot read {path}: {reason(error)}') from error
         else:
             text = text.replace('\r\n', '\n')
             texts.append(unicodedata.normalize('NFC', text) if nfc else text)
