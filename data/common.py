@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import socket
+import stat
 import sys
 import urllib.request
 import zlib
@@ -54,8 +56,7 @@ def read_source(what, url, sha256, input=None):
     """
     try:
         if input is not None:
-            with open(input, 'rb') as file:
-                data = file.read()
+            data = read_bytes(input)
         else:
             with urllib.request.urlopen(url, timeout=30) as response:
                 size = int(response.headers['Content-Length'] or 0) or None
@@ -113,13 +114,19 @@ def find_files(folder, patterns):
 
 
 
-def read_text(path):
-    """The text of a file in UTF-8 or UTF-16 without its byte-order mark; '-' is standard input."""
+def read_bytes(path):
+    """What is in a file; '-' is standard input. Raises OSError, also for a device, which may have no end."""
     if str(path) == '-':
-        data = sys.stdin.buffer.read()
-    else:
-        with open(path, 'rb') as file:
-            data = file.read()
+        return sys.stdin.buffer.read()
+    with open(path, 'rb') as file:
+        if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty():
+            raise OSError(errno.EINVAL, 'it is a device, not a file', path)
+        return file.read()
+
+
+def read_text(path):
+    """The text of a file in UTF-8 or UTF-16 without its byte-order mark, see read_bytes."""
+    data = read_bytes(path)
     wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return data.decode('utf-16' if wide else 'utf-8-sig')
 

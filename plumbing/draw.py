@@ -29,7 +29,8 @@ def filtered(logits, temperature=1.0, top_k=None, top_p=None):
     if logits.device.type != 'cpu':                                     # it would have to be waited for
         logits = logits.nan_to_num(nan=0.0, neginf=float('-inf'))
     elif not most.isfinite().all():
-        raise NotFinite('the network is no longer finite: take an older checkpoint, or set --dtype=float32')
+        raise NotFinite('the network is no longer finite: lower --learning_rate or --muon_lr, '
+                        'take an older checkpoint, or set --dtype=float32')
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
     if temperature < 1e-3:                                              # or they would overflow
