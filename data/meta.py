@@ -36,6 +36,7 @@ def check_meta(meta):
     if not isinstance(meta, dict):
         raise ValueError('the meta is no dict')
     needed = ('name', 'format', 'block_size', 'vocab_size', 'tokenizer', 'itos', 'bos', 'eos', 'pad')
+    given = meta.get('given') or ()
     missing = [name for name in needed if name not in meta]
     if missing:
         raise ValueError(f'the meta has no {missing[0]}')
@@ -53,7 +54,7 @@ def check_meta(meta):
         and all(isinstance(text, str) and text for text in itos) and len({*itos}) == V,
         train_tokens=is_count(meta.get('train_tokens', 1)),
         val_tokens=is_count(meta.get('val_tokens', 1)),
-        given=all(is_count(id, 0, V - 1) for id in meta.get('given') or ()),
+        given=isinstance(given, (list, tuple)) and all(is_count(id, 0, V - 1) for id in given),
         sha256=isinstance(meta.get('sha256') or {}, dict))
     for name, fits in rules.items():
         if not fits:

@@ -142,6 +142,8 @@ def check_output(path, *inputs, text=True):
         needed = [path] * os.path.exists(path) + [folder] * (not is_written_to(path))
         if not all(os.access(place, os.W_OK) for place in needed):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        with contextlib.suppress(FileNotFoundError):                # its name may be too long
+            os.lstat(path if is_written_to(path) else temporary(real))
     except OSError as error:
         raise UserError(f'{path}: cannot be written: {reason(error)}') from error
     if not is_written_to(path) and real in [os.path.realpath(other) for other in inputs if other]:
