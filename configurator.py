@@ -36,7 +36,7 @@ TYPES = {t.__name__: t for t in (int, float, bool, str, tuple, list)}  # what a 
 OUTPUTS = ('save', 'html', 'json', 'export')
 PATHS = (*OUTPUTS, 'out_dir', 'init_from', 'merge_from', 'remask_from', 'file', 'input', 'out')
 # settings that decide how much memory is taken
-SIZES = ('batch_size', 'block_size', 'length', 'num_samples', 'eval_samples', 'n_embd', 'n_layer')
+SIZES = ('batch_size', 'views', 'block_size', 'length', 'num_samples', 'eval_samples', 'n_embd', 'n_layer')
 # what a word of the command line may be beyond Python's literals
 WORDS = {'true': True, 'false': False, 'none': None, 'nan': math.nan, 'inf': math.inf}
 
