@@ -353,7 +353,7 @@ def reason(error):
 def of_the_machine(error, scope):
     """what to do about memory, disks, permissions and compilers: a line; None for any other error"""
     text, kinds = str(error), {f'{kind.__module__}.{kind.__name__}' for kind in type(error).__mro__}
-    beyond = any(said in text for said in ('allocate memory', 'size calculation overflowed'))
+    beyond = any(said in text for said in ('allocate memory', 'bad_alloc', 'size calculation overflowed'))
     if beyond or isinstance(error, MemoryError) or 'torch.OutOfMemoryError' in kinds:
         known, now = settings(scope['__file__']), current(scope)
         names = [name for name in SIZES if now.get(name)]
