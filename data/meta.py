@@ -36,7 +36,7 @@ def check_meta(meta):
     if not isinstance(meta, dict):
         raise ValueError('the meta is no dict')
     needed = ('name', 'format', 'block_size', 'vocab_size', 'tokenizer', 'itos', 'bos', 'eos', 'pad')
-    given = meta.get('given') or ()
+    given = meta.get('given', ())
     missing = [name for name in needed if name not in meta]
     if missing:
         raise ValueError(f'the meta has no {missing[0]}')

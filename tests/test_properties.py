@@ -23,6 +23,7 @@ from model import GPT
 from plumbing.checkpoint import model_args
 from plumbing.command import saved
 from plumbing.files import check_output, to_json, write_atomically
+from plumbing.rows import Ends
 from plumbing.text import decode, encode, holes, pieces, read_lines, typed
 
 try:
@@ -154,6 +155,7 @@ def metas_are_checked(rng, folder):
         return
     text, _ = decode(meta, list(range(meta['vocab_size'])))
     special = [meta[name] for name in ('bos', 'eos', 'pad')]
+    assert {*Ends.of(meta).forbid} <= {*range(meta['vocab_size'])}
     assert type(text) is str
     assert all(encode(meta, word) for i, word in enumerate(meta['itos']) if i not in special)
 
