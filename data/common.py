@@ -119,7 +119,7 @@ def read_bytes(path):
     if str(path) == '-':
         return sys.stdin.buffer.read()
     with open(path, 'rb') as file:
-        if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty():
+        if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty() and file.read(1):
             raise OSError(errno.EINVAL, 'it is a device, not a file', path)
         return file.read()
 
