@@ -35,6 +35,8 @@ TYPES = {t.__name__: t for t in (int, float, bool, str, tuple, list)}  # what a 
 # settings that are paths, where ~ is the home folder, and those of them that are written; - is the screen
 OUTPUTS = ('save', 'html', 'json', 'export')
 PATHS = (*OUTPUTS, 'out_dir', 'init_from', 'merge_from', 'remask_from', 'file', 'input', 'out')
+# settings that decide how much memory is taken
+SIZES = ('batch_size', 'views', 'block_size', 'length', 'num_samples', 'eval_samples', 'n_embd', 'n_layer')
 # what a word of the command line may be beyond Python's literals
 WORDS = {'true': True, 'false': False, 'none': None, 'nan': math.nan, 'inf': math.inf}
 
@@ -119,12 +121,15 @@ def check(setting, value):
     numbers = value if isinstance(value, (tuple, list)) else [value]
     if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
         raise UserError(f'{setting.name} expects a finite number, got {value!r}')
-    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
+    if kind is float and type(value) is int and abs(value) < 2**127:
         return float(value)
     if kind is int and type(value) is float and value.is_integer():  # 1e6 is how one writes a million
         value = int(value)
-    if kind is not float and any(type(n) is int and abs(n) >= 2**62 for n in numbers):
-        raise UserError(f'{setting.name} expects a number below 2^62, got {value!r}')
+        numbers = [value]
+    # the largest of a counter, and of the float32 that a network computes with
+    most = 127 if kind is float else 62
+    if any(type(n) in (int, float) and abs(n) >= 2**most for n in numbers):
+        raise UserError(f'{setting.name} expects a number below 2^{most}, got {value!r}')
     if value == '' and kind is str and setting.default != '':  # mostly an unset variable of the shell
         raise UserError(f'{setting.name} is empty: give it a value, or leave it out')
     if kind in (tuple, list) and type(value) in (tuple, list):
@@ -301,7 +306,7 @@ class Screen:
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
             if error.errno != errno.EPIPE and self.stream is not sys.__stderr__:
-                print(f'nothing more is shown: {error.strerror}', file=sys.stderr)
+                print(f'nothing more is shown: {reason(error)}', file=sys.stderr)
 
 
 def run(scope):
@@ -323,7 +328,7 @@ def run(scope):
         message = str(error) if isinstance(error, UserError) else of_the_machine(error, scope)
         if message is None:
             raise
-        print(f'{script}: {" ".join(message.splitlines())}', file=sys.stderr)
+        print(f'{script}: {one_line(message)}', file=sys.stderr)
         status = 1
     finally:
         sys.stdout.flush()
@@ -333,17 +338,31 @@ def run(scope):
         sys.exit(status)
 
 
+def one_line(message):
+    """a message as a terminal may have it: what is quoted in it may be of any length, with any characters"""
+    line = ''.join(c if c.isprintable() else '?' for c in ' '.join(message.splitlines()))
+    return line if len(line) <= 2000 else f'{line[:1000]} ... {line[-900:]}'
+
+
+def reason(error):
+    """what an error of the machine says, a line without the file it is about"""
+    said = getattr(error, 'strerror', None) or str(error).strip() or type(error).__name__
+    return said.splitlines()[0]
+
+
 def of_the_machine(error, scope):
     """what to do about memory, disks, permissions and compilers: a line; None for any other error"""
     text, kinds = str(error), {f'{kind.__module__}.{kind.__name__}' for kind in type(error).__mro__}
-    if isinstance(error, MemoryError) or 'torch.OutOfMemoryError' in kinds or 'allocate memory' in text:
-        known = current(scope)
-        sizes = [f'--{name}={known[name]}' for name in ('batch_size', 'block_size', 'length', 'num_samples')
-                 if known.get(name)]
+    beyond = any(said in text for said in ('allocate memory', 'bad_alloc', 'size calculation overflowed'))
+    if beyond or isinstance(error, MemoryError) or 'torch.OutOfMemoryError' in kinds:
+        known, now = settings(scope['__file__']), current(scope)
+        names = [name for name in SIZES if now.get(name)]
+        names.sort(key=lambda name: now[name] / (known[name].default or now[name]), reverse=True)
+        sizes = [f'--{name}={now[name]}' for name in names]
         return f"out of memory: lower {' or '.join(sizes[:2]) or 'the sizes'}"
     if any(kind.startswith(('torch._inductor', 'torch._dynamo')) for kind in kinds):
-        why = (text.strip() or 'no reason given').splitlines()[0]
-        return f'torch.compile does not work here ({why}): leave --compile out, or install a C++ compiler'
+        return (f'torch.compile does not work here ({reason(error)}): leave --compile out, '
+                'or install a C++ compiler')
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror}"
     return None

@@ -1,6 +1,8 @@
 """What the prepare.py scripts share: fetching, tokenizing, and writing a dataset, all of it or none of it."""
 
+import codecs
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -10,6 +12,7 @@ import json
 import os
 import re
 import socket
+import stat
 import sys
 import urllib.request
 import zlib
@@ -24,7 +27,7 @@ except ImportError:         # Windows: there is no lock
 
 # a prepare.py may know no more than this folder
 sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from configurator import UserError  # noqa: E402
+from configurator import UserError, reason  # noqa: E402
 
 SPLITS = ('train', 'val')
 SPECIAL = ['<bos>', '<eos>', '<pad>']
@@ -53,8 +56,7 @@ def read_source(what, url, sha256, input=None):
     """
     try:
         if input is not None:
-            with open(input, 'rb') as file:
-                data = file.read()
+            data = read_bytes(input)
         else:
             with urllib.request.urlopen(url, timeout=30) as response:
                 size = int(response.headers['Content-Length'] or 0) or None
@@ -62,7 +64,7 @@ def read_source(what, url, sha256, input=None):
                     data = b''.join(iter(lambda: file.read(2**16), b''))
     except (OSError, http.client.HTTPException) as error:
         if input is not None:
-            raise UserError(f'cannot read {input}: {error.strerror}') from error
+            raise UserError(f'cannot read {input}: {reason(error)}') from error
         raise UserError(f'download failed ({error}): fetch {url} by hand and pass --input=FILE') from error
     got = hashlib.sha256(data).hexdigest()
     if got != sha256:
@@ -92,11 +94,11 @@ def load_corpus(name, patterns, hub, input=None):
             branch = 'refs/convert/parquet'  # where the hub keeps what the script once made
             return datasets.load_dataset(kind, split=list(patterns), revision=branch, **how)
     except Exception as error:  # whatever its readers and the network may raise
-        reason = str(error.__cause__ or error).splitlines()[0]
+        why = reason(error.__cause__ or error)
         if input is not None:
-            raise UserError(f'cannot read the files in {input}: {reason}') from error
+            raise UserError(f'cannot read the files in {input}: {why}') from error
         page = f"{name}/tree/{branch.replace('/', '%2F')}/{hub.get('name', '')}"
-        raise UserError(f'cannot load {name} ({reason}): fetch the .parquet files of '
+        raise UserError(f'cannot load {name} ({why}): fetch the .parquet files of '
                         f'https://huggingface.co/datasets/{page} by hand and pass --input=FOLDER') from error
 
 
@@ -109,6 +111,24 @@ def find_files(folder, patterns):
             return kind, files
     names = ' and '.join(f'{pattern}.txt' for pattern in patterns.values())
     raise UserError(f'{folder} does not hold the text: expected {names}, or the same with .parquet')
+
+
+
+def read_bytes(path):
+    """What is in a file; '-' is standard input. Raises OSError, also for a device, which may have no end."""
+    if str(path) == '-':
+        return sys.stdin.buffer.read()
+    with open(path, 'rb') as file:
+        if stat.S_ISCHR(os.fstat(file.fileno()).st_mode) and not file.isatty() and file.read(1):
+            raise OSError(errno.EINVAL, 'it is a device, not a file', path)
+        return file.read()
+
+
+def read_text(path):
+    """The text of a file in UTF-8 or UTF-16 without its byte-order mark, see read_bytes."""
+    data = read_bytes(path)
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode('utf-16' if wide else 'utf-8-sig')
 
 # -----------------------------------------------------------------------------
 # tokens
@@ -284,6 +304,14 @@ def check_writable(out_dir):
                         + ('cannot be written to' if there.is_dir() else 'is a file'))
 
 
+def make_folder(path, what='checkpoints'):
+    """Makes the folder that what goes to, if it is not there. Raises UserError if that cannot be."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except (OSError, RecursionError) as error:
+        raise UserError(f'{path}: cannot be made a folder for {what}: {reason(error)}') from error
+
+
 def report(out_dir, meta):
     """Say what was written."""
     for split in SPLITS:
@@ -325,10 +353,7 @@ def dataset_writer(out_dir, meta):
         sums[split].update(data)
         counts[split] += ids.size
 
-    try:
-        os.makedirs(out_dir, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'{out_dir}: cannot be made a folder for a dataset: {error.strerror}') from error
+    make_folder(out_dir, 'a dataset')
     with alone(out_dir):
         try:
             with contextlib.ExitStack() as stack:
@@ -368,26 +393,42 @@ def put_in_place(tmp, path):
 @contextlib.contextmanager
 def alone(folder):
     """Nobody else writes a dataset into the folder meanwhile; waits for who does, removes what is torn."""
-    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    said = f'waiting: another process is making a dataset in {folder}'
+    descriptor = take_lock(folder, lambda: print(said, flush=True))
     try:
-        if fcntl and is_locked(descriptor, folder):
-            for name in ('train.bin', 'val.bin', 'meta.json'):
-                for torn in glob.glob(os.path.join(glob.escape(folder), f'{name}.*.tmp')):
-                    os.remove(torn)
+        if descriptor is not None:
+            remove_torn(folder, 'train.bin', 'val.bin', 'meta.json')
         yield
     finally:
-        if fcntl:
+        if descriptor is not None:
             os.close(descriptor)                            # which ends the lock
 
 
-def is_locked(descriptor, folder):
-    """Locks the open folder, once nobody else does; False on a file system that knows no locks."""
+def take_lock(folder, busy):
+    """
+    Locks a folder: the descriptor to close in the end, None on a system that knows no locks.
+
+    If another process has it, busy() is called, which may raise, and then that process is waited for.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f'waiting: another process is making a dataset in {folder}', flush=True)
+            busy()
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError:
-        return False
-    return True
+    except BaseException as error:
+        os.close(descriptor)
+        if isinstance(error, OSError):
+            return None
+        raise
+    return descriptor
+
+
+def remove_torn(folder, *names):
+    """Removes what killed processes left half written of files of these names, in a locked folder."""
+    for name in names:
+        for torn in glob.glob(os.path.join(glob.escape(folder), f'{name}.*.tmp')):
+            os.remove(torn)

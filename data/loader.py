@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import torch
 
-from configurator import UserError
+from configurator import UserError, reason
 from data.meta import check_ids, check_meta, is_nano, nano_meta, sums
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -47,9 +47,9 @@ def load_data(dataset, coarse=''):
             raise UserError(f'the dataset {dataset} is not there; make it with {how_to_make(dataset)}')
     try:
         meta, data = read_dataset(folder, dataset)
-    except PermissionError as error:
-        raise UserError(f'{error.filename}: cannot be read: {error.strerror}') from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, IsADirectoryError)):
+            raise UserError(f'{error.filename or folder}: cannot be read: {reason(error)}') from error
         raise UserError(f'the dataset in data/{dataset} is damaged ({error}); make it again: '
                         f'{how_to_make(dataset)}') from error
     data = {split: made_coarse(ids, meta, coarse) for split, ids in data.items()}

@@ -36,12 +36,14 @@ def check_meta(meta):
     if not isinstance(meta, dict):
         raise ValueError('the meta is no dict')
     needed = ('name', 'format', 'block_size', 'vocab_size', 'tokenizer', 'itos', 'bos', 'eos', 'pad')
+    given = meta.get('given', ())
     missing = [name for name in needed if name not in meta]
     if missing:
         raise ValueError(f'the meta has no {missing[0]}')
     V, itos, tokenizer = meta['vocab_size'], meta['itos'], meta['tokenizer']
     special = [meta[name] for name in ('bos', 'eos', 'pad') if meta[name] is not None]
     sized = is_count(V, 1, 2**16 - 2)                          # [MASK] and [WRONG] fit into uint16 as well
+    last = V - 1 if sized else 0
     rules = dict(
         name=is_name(meta['name']),
         dataset=is_name(meta.get('dataset', meta['name'])),
@@ -53,12 +55,12 @@ def check_meta(meta):
         and all(isinstance(text, str) and text for text in itos) and len({*itos}) == V,
         train_tokens=is_count(meta.get('train_tokens', 1)),
         val_tokens=is_count(meta.get('val_tokens', 1)),
-        given=all(is_count(id, 0, V - 1) for id in meta.get('given') or ()),
+        given=isinstance(given, (list, tuple)) and all(is_count(id, 0, last) for id in given),
         sha256=isinstance(meta.get('sha256') or {}, dict))
     for name, fits in rules.items():
         if not fits:
             raise ValueError(f'{name}={repr(meta.get(name))[:60]} makes no sense in the meta')
-    if not all(is_count(id, 0, V - 1) for id in special) or len({*special}) < len(special):
+    if not all(is_count(id, 0, last) for id in special) or len({*special}) < len(special):
         raise ValueError('bos, eos and pad are not ids below vocab_size, each another')
     if meta['eos'] is not None and meta['pad'] is None:
         raise ValueError('there is an eos, but no pad that could be behind it')

@@ -12,13 +12,13 @@ from dataclasses import asdict, fields
 
 import torch
 
-from configurator import UserError, expected
+from configurator import UserError, expected, reason
 from data.loader import other_data, read_meta
 from data.meta import check_meta
 from plumbing import distributed
 from plumbing.files import atomically, to_json
 from plumbing.oldnames import modernised
-from plumbing.trust import AtMost, check_fields, check_readable, damaged, first_line, is_dense, unpack
+from plumbing.trust import AtMost, check_fields, check_readable, damaged, is_dense, unpack
 from plumbing.vocabulary import other_characters
 
 # what a network and what a run is made of: fields of model.GPTConfig, settings of train.py
@@ -65,7 +65,7 @@ def export_safetensors(path, model, checkpoint):
         with atomically(path) as half:
             safetensors.torch.save_file(weights, half, {'nanoremask': keep})
     except Exception as error:                                      # safetensors has errors of its own
-        raise UserError(f'{path}: cannot be written: {str(error).splitlines()[0]}') from error
+        raise UserError(f'{path}: cannot be written: {reason(error)}') from error
     print(f'written to {path}; sample from it: python sample.py --init_from={shlex.quote(path)}')
 
 
@@ -146,7 +146,7 @@ def load_checkpoint(path, network, sizes, device='cpu', ema=True):
             model = network(sizes(**args))
         model = model.to(device)
     except Exception as error:                                      # of check_sizes, or too much memory
-        raise UserError(f'{path}: its model_args make no network: {first_line(error)}') from error
+        raise UserError(f'{path}: its model_args make no network: {reason(error)}') from error
     check_weights(path, weights, model.state_dict())
     model.load_state_dict(weights)
     return model.eval(), checkpoint
@@ -340,7 +340,7 @@ def restore(run, path, checkpoint):
     except UserError:
         raise
     except Exception as error:                                      # whatever a damaged state may raise
-        raise UserError(f'{path}: damaged: the state of its run does not fit this one ({first_line(error)}); '
+        raise UserError(f'{path}: damaged: the state of its run does not fit this one ({reason(error)}); '
                         f'start a new run from its weights with --init_from={shlex.quote(path)}') from error
 
 

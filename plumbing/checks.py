@@ -25,6 +25,7 @@ RANGES = {
         'views', 'proofreading_warmup_iters', 'masking_warmup_iters', 'weight_unmask_task', 'keep_every',
         'weight_remask_task', 'penalty_mask_correct', 'eval_samples', 'mask_control_rate',
         'mask_bias_limit')),
+    'must be below 2^31': (lambda x: x < 2**31, ('batch_size', 'views', 'eval_rows', 'eval_samples')),
     'must be in 0..2^62 - 1': (lambda x: x < 2 ** 62, ('seed',)),    # every process adds a little
     'must be in [0, 1)': (lambda x: 0 <= x < 1, ('beta1', 'beta2')),
     'must be 0, or in 0.00001..0.99999': (lambda x: not x or 1e-5 <= x <= 1 - 1e-5, ('penalty_keep_mask',))}
@@ -139,7 +140,7 @@ def check_sizes(config):
     for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd', 'n_recur'):
         if getattr(config, name) < 1:
             raise UserError(f'{name} must be at least 1, got {getattr(config, name)}')
-    for name, most in dict(block_size=2**17, n_recur=2**10, energy_head=2).items():
+    for name, most in dict(block_size=2**17, n_layer=2**12, n_recur=2**10, energy_head=2).items():
         if getattr(config, name) > most:
             raise UserError(f'{name} must be at most {most}, got {getattr(config, name)}')
     if config.n_embd % (2 * config.n_head):

@@ -29,19 +29,21 @@ def filtered(logits, temperature=1.0, top_k=None, top_p=None):
     if logits.device.type != 'cpu':                                     # it would have to be waited for
         logits = logits.nan_to_num(nan=0.0, neginf=float('-inf'))
     elif not most.isfinite().all():
-        raise NotFinite('the network is no longer finite: take an older checkpoint, or set --dtype=float32')
+        raise NotFinite('the network is no longer finite: lower --learning_rate or --muon_lr, '
+                        'take an older checkpoint, or set --dtype=float32')
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.size(-1)).to(logits.dtype)
     if temperature < 1e-3:                                              # or they would overflow
         logits = logits - most
     if temperature != 1:
-        logits = logits / min(temperature, 1e30)
+        logits = logits / min(max(temperature, 1e-30), 1e30)
     if top_k is not None and top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float('-inf'))
     probs = logits.softmax(-1)
     if top_p is not None and top_p < 1:
         ordered, index = probs.sort(dim=-1, descending=True)
-        ordered = ordered * (ordered.cumsum(-1) - ordered < top_p)      # the token that crosses top_p stays
+        before = ordered.cumsum(-1) - ordered
+        ordered = ordered * (before < max(top_p, 1e-30))                # the token that crosses top_p stays
         probs = torch.zeros_like(probs).scatter(-1, index, ordered)
         probs = probs / probs.sum(-1, keepdim=True)
     return probs

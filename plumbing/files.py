@@ -4,7 +4,6 @@ Files: written whole or not at all, in a folder that one run has to itself.
 
 import contextlib
 import errno
-import glob
 import json
 import math
 import os
@@ -12,13 +11,8 @@ import shutil
 import sys
 import tempfile
 
-from configurator import UserError
-from data.common import temporary
-
-try:
-    import fcntl
-except ImportError:                                                 # Windows: there is no lock
-    fcntl = None
+from configurator import UserError, reason
+from data.common import make_folder, remove_torn, take_lock, temporary  # noqa: F401
 
 STREAMS = {'-': 1, '/dev/stdout': 1, '/dev/stderr': 2}              # paths of streams that are open already
 
@@ -73,7 +67,7 @@ def write_atomically(path, text):
         with atomically(path) as half, open(half, 'w', encoding='utf-8', errors='replace') as file:
             file.write(text)
     except OSError as error:
-        raise UserError(f'{path}: cannot be written: {error.strerror}') from error
+        raise UserError(f'{path}: cannot be written: {reason(error)}') from error
 
 
 def finite(value):
@@ -125,15 +119,7 @@ def append_line(path, line):
                 os.truncate(path, size)                             # half a line would harm the next
                 raise
     except OSError as error:
-        raise UserError(f'{path}: cannot be written: {error.strerror}') from error
-
-
-def make_folder(path):
-    """Makes the folder that checkpoints go to, if it is not there. Raises UserError if that cannot be."""
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'{path}: cannot be made a folder for checkpoints: {error.strerror}') from error
+        raise UserError(f'{path}: cannot be written: {reason(error)}') from error
 
 
 def check_output(path, *inputs, text=True):
@@ -156,8 +142,10 @@ def check_output(path, *inputs, text=True):
         needed = [path] * os.path.exists(path) + [folder] * (not is_written_to(path))
         if not all(os.access(place, os.W_OK) for place in needed):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        with contextlib.suppress(FileNotFoundError):                # its name may be too long
+            os.lstat(path if is_written_to(path) else temporary(real))
     except OSError as error:
-        raise UserError(f'{path}: cannot be written: {error.strerror}') from error
+        raise UserError(f'{path}: cannot be written: {reason(error)}') from error
     if not is_written_to(path) and real in [os.path.realpath(other) for other in inputs if other]:
         raise UserError(f'{path} would be written over what is read or written otherwise: give another path')
 
@@ -175,19 +163,16 @@ def lock(folder):
 
     A folder that is not there yet belongs to no one.
     """
-    if fcntl is None or folder in held or not os.path.isdir(folder):
+    if folder in held or not os.path.isdir(folder):
         return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
+
+    def refuse():
         raise UserError(f'{folder} is in use: another process trains into it. Give another --out_dir, '
-                        'or stop that run first') from None
-    except OSError:                                                 # a file system that knows no locks
-        os.close(descriptor)
-        return
-    held[folder] = descriptor
+                        'or stop that run first')
+
+    descriptor = take_lock(folder, refuse)
+    if descriptor is not None:
+        held[folder] = descriptor
 
 
 def unlock(folder):
@@ -198,6 +183,5 @@ def unlock(folder):
 
 def sweep(folder, *names):
     """Removes what killed runs left half written, of files of these names, in a folder that is locked."""
-    for name in names if folder in held else ():
-        for torn in glob.glob(os.path.join(glob.escape(folder), f'{name}.*.tmp')):
-            os.remove(torn)
+    if folder in held:
+        remove_torn(folder, *names)

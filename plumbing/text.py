@@ -6,18 +6,18 @@ import functools
 import importlib.util
 import itertools
 import os
-import sys
 
 import torch
 
-from configurator import UserError
-from data.common import gpt2
+from configurator import UserError, reason
+from data.common import gpt2, read_text
 from data.loader import load_data
 
 
 PAD = '·'                   # one token of padding in a text
 CONTROLS = {**{c: chr(0x2400 + c) for c in range(32) if chr(c) not in '\t\n'}, 127: '␡',
             **{c: f'\\x{c:x}' for c in range(128, 160)}}
+LONGEST = 10**6             # tokens of a text that is written in windows, see parts/long.py
 HOLE = '[MASK]'             # a hole where a text can have _
 
 
@@ -66,7 +66,7 @@ def typed(meta, text):
     Where no text can have a backslash, \\n is a line end. A file's last line end counts if texts have them.
     """
     if text.startswith('FILE:'):
-        text = read_text(text.removeprefix('FILE:')).replace('\r\n', '\n')
+        text = text_of_file(text.removeprefix('FILE:')).replace('\r\n', '\n')
         return text if can_have(meta, '\n') else text.removesuffix('\n')
     return text if can_have(meta, '\\') else text.replace('\\n', '\n')
 
@@ -189,15 +189,12 @@ def text_canvas(model, meta, texts, ends):
     parts/long.py. Raises UserError if a text does not fit.
     """
     bos = [] if meta['bos'] is None else [meta['bos']]
-    room = model.config.block_size - len(bos) - (meta['eos'] is not None)
     longest = max(map(len, texts))
-    if longest > room and (meta['eos'] is not None or bos):
-        raise UserError(f'a text of {longest} tokens does not fit: block_size {model.config.block_size} '
-                        f'leaves room for {room}')
+    check_room(model, meta, longest)
     T = model.config.block_size
     if ends and meta['eos'] is None:
         T = len(bos) + longest
-    elif longest >= room and meta.get('format') == 'stream':        # half a window behind a long prompt
+    elif longest >= T and meta.get('format') == 'stream':           # half a window behind a long prompt
         T = longest + T // 2
     canvas = torch.full((len(texts), T), model.mask_token_id)
     for row, ids in zip(canvas, texts):
@@ -206,6 +203,16 @@ def text_canvas(model, meta, texts, ends):
             filled += [meta['eos']] + [meta['pad']] * (T - len(filled) - 1)
         row[:len(filled)] = torch.tensor(filled, dtype=torch.long)
     return canvas, canvas != model.mask_token_id
+
+
+def check_room(model, meta, longest):
+    """Raises UserError if a text of that many tokens does not fit on a canvas; without end it is long."""
+    room = model.config.block_size - (meta['bos'] is not None) - (meta['eos'] is not None)
+    why = f'block_size {model.config.block_size} leaves room for {room}'
+    if meta['bos'] is None and meta['eos'] is None:
+        room, why = LONGEST, f'at most {LONGEST:,} are written'
+    if longest > room:
+        raise UserError(f'a text of {longest} tokens does not fit: {why}')
 
 
 def start_canvas(model, meta, num, prompt=(), lengths=None):
@@ -224,10 +231,11 @@ def start_canvas(model, meta, num, prompt=(), lengths=None):
         ids = [holes(meta, text, '_', model.mask_token_id)[0] for text in texts]
         return text_canvas(model, meta, ids, ends=True)
     if lengths is None:
-        return text_canvas(model, meta, [list(prompt)] * num, ends=False)
+        return tuple(row.repeat(num, 1) for row in text_canvas(model, meta, [prompt], ends=False))
     if lengths.min() < max(1, len(prompt)):
         raise UserError(f'a length of {int(lengths.min())} is too short'
                         + (f': the prompt has {len(prompt)} tokens' if prompt else ''))
+    check_room(model, meta, int(lengths.max()))
     lengths = lengths.tolist() if meta['eos'] is not None else [int(lengths.max())] * num
     texts = [[*prompt] + [model.mask_token_id] * (n - len(prompt)) for n in lengths]
     return text_canvas(model, meta, texts, ends=True)
@@ -324,15 +332,12 @@ def pictured(task, text):
     return f'{text}   {task.verdict(text)}' if task else text
 
 
-def read_text(path):
-    """The text of a file without its byte-order mark; '-' is standard input. Raises UserError."""
+def text_of_file(path):
+    """data.common.read_text, raising UserError."""
     try:
-        if path == '-':
-            return sys.stdin.buffer.read().decode('utf-8-sig')
-        with open(path, 'rb') as file:
-            return file.read().decode('utf-8-sig')
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'{path}: cannot be read: {getattr(error, "strerror", None) or error}') from error
+        return read_text(path)
+    except (OSError, UnicodeError) as error:
+        raise UserError(f'{path}: cannot be read: {reason(error)}') from error
 
 
 def read_lines(path):
@@ -342,7 +347,7 @@ def read_lines(path):
     Raises UserError if there are none.
     """
     # not splitlines(): a text may have other line ends, such as \u2028, in it
-    lines = [line.removesuffix('\r') for line in read_text(path).split('\n')]
+    lines = [line.removesuffix('\r') for line in text_of_file(path).split('\n')]
     found = [(number, line) for number, line in enumerate(lines, 1) if line]
     if not found:
         raise UserError(f'{path}: there is no text in it')

@@ -14,7 +14,7 @@ import zipfile
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from configurator import UserError
+from configurator import UserError, reason
 from plumbing.checks import CHOICES
 
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -31,7 +31,7 @@ def check_readable(path):
         raise UserError(f'{path}: no such checkpoint; train one with '
                         'python train.py config/remask_all.py') from None
     except OSError as error:                                        # it is whole, but not ours
-        raise UserError(f'{path}: cannot be read: {error.strerror}') from error
+        raise UserError(f'{path}: cannot be read: {reason(error)}') from error
 
 
 def unpack(path, device):
@@ -68,12 +68,7 @@ def damaged(path, error):
     other = 'an older one'
     if others:
         other = f'--init_from={shlex.quote(max(others, key=os.path.getmtime))}'
-    return UserError(f'{path}: truncated or damaged ({first_line(error)}); take {other} or train again')
-
-
-def first_line(error):
-    """The first line of what an error says; its kind if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f'{path}: truncated or damaged ({reason(error)}); take {other} or train again')
 
 
 # -----------------------------------------------------------------------------
@@ -166,6 +161,10 @@ class AtMost(TorchDispatchMode):
     def __init__(self, numbers):
         super().__init__()
         self.left = numbers
+
+    @classmethod
+    def _should_skip_dynamo(cls):                                   # which would import all of torch.compile
+        return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))                        # memory is only taken when it is filled

@@ -225,7 +225,7 @@ def test_wrong_value(error, word, message):
 def test_wrong_value_that_python_itself_cannot_take(error):
     for text in ('(' * 5000, '-' * 5000 + '1', '-' * 100000 + '1', '9' * 5000):
         assert error('--max_iters=' + text).startswith(f"max_iters expects an int, got '{text[:9]}")
-    assert error('--learning_rate=1' + '0' * 400).startswith('learning_rate expects a float, got 1000')
+    assert error('--learning_rate=1' + '0' * 400).startswith('learning_rate expects a number below 2^127')
 
 
 def test_value_in_the_next_word(configure):
@@ -573,6 +573,7 @@ def test_run_ends_an_interrupt_with_130(script, monkeypatch, capsys):
     (['--out_dir='], 'out_dir is empty: give it a value, or leave it out'),
     (['--prompt', ''], 'prompt is empty'), (['exits.py'], 'exits.py, line 1: SystemExit'),
     ([f'--max_iters={2**62}'], 'max_iters expects a number below 2^62'),
+    (['--max_iters=1e308'], 'max_iters expects a number below 2^62'),
     ([f'--betas=0.9,{2**70}'], 'betas expects a number below')])
 def test_values_that_nobody_means(script, monkeypatch, capsys, tmp_path, words, message):
     (tmp_path / 'exits.py').write_text('import sys; sys.exit(0)')
@@ -584,6 +585,9 @@ def test_values_that_nobody_means(script, monkeypatch, capsys, tmp_path, words, 
     (MemoryError(), 'out of memory: lower --length=8'),
     (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate'), 'out of memory: lower --length=8'),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 'out of memory: lower'),
+    (RuntimeError('Storage size calculation overflowed with sizes=[4]'), 'out of memory: lower --length=8'),
+    (UserError('x' * 10**5 + ': write less\n\x1b[2J'), 'xxx: write less ?[2J\n'),
+    (UserError('x' * 10**5), 'x ... x'),
     (InductorError(RuntimeError('no C++ compiler'), None), 'leave --compile out, or install a C++ compiler'),
     (OSError(errno.ENOSPC, 'No space left on device', 'out/x'), 'out/x: No space left on device'),
     (PermissionError(errno.EACCES, 'Permission denied', 'out'), 'out: Permission denied')])

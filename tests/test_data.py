@@ -2,6 +2,7 @@
 The data folders: the arithmetic grammar and its scorer, the prepare scripts, what they share, and the loader.
 """
 
+import errno
 import hashlib
 import importlib.util
 import io
@@ -1081,3 +1082,35 @@ def test_openwebtext_interrupted(tmp_path, hub, toy_gpt2, monkeypatch):
     assert os.listdir(tmp_path / 'new') == []
     assert sorted(os.listdir(tmp_path / 'out')) == ['meta.json', 'train.bin', 'val.bin']
     assert sums(tmp_path / 'out') == old['sha256']
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    (tmp_path / 'file').touch()
+    for name in ('arithmetic', 'sudoku', 'shakespeare_char', 'wikitext2', 'openwebtext'):
+        script = load(f'{name}/prepare')
+        for work in ('draw_splits', 'draw_boards', 'read_source', 'load_corpus', 'read_documents'):
+            monkeypatch.setattr(script, work, None, raising=False)
+        with pytest.raises(UserError, match='cannot be made a folder for a dataset'):
+            script.prepare(f'{tmp_path}/file/x')
+
+
+@pytest.mark.parametrize('error, message', [
+    (OSError(errno.ENOMEM, 'Cannot allocate memory'), 'cannot be read: Cannot allocate memory'),
+    (PermissionError(errno.EACCES, 'Permission denied', 'x'), 'x: cannot be read: Permission denied'),
+    (FileNotFoundError(errno.ENOENT, 'No such file', 'x'), 'is damaged')])
+def test_only_what_is_wrong_with_the_files_is_damage(monkeypatch, error, message):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(loader, 'read_dataset', fail)
+    monkeypatch.setattr(loader.os.path, 'exists', lambda path: True)
+    with pytest.raises(UserError, match=message):
+        loader.load_data('arithmetic')
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/zero'), reason='no such device')
+def test_a_device_without_end_is_no_text():
+    with pytest.raises(OSError, match='it is a device'):
+        common.read_text('/dev/zero')
+    with pytest.raises(UserError, match='cannot be read: it is a device'):
+        canvas.read_lines('/dev/zero')

@@ -16,7 +16,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 import configurator  # noqa: E402
 from configurator import UserError  # noqa: E402
 from data.arithmetic.task import BLOCK_SIZE, CHARS, draw  # noqa: E402
-from data.common import write_dataset  # noqa: E402
+from data.common import check_writable, write_dataset  # noqa: E402
 
 out: str = None    # the folder to write to, None: the one of this script
 num_train = 20000  # strings to train on
@@ -56,6 +56,7 @@ def prepare(out_dir=HERE, num_train=20000, num_val=2000, seed=1337):
     """Draws the dataset, writes it into out_dir, says what it is and returns its meta."""
     if num_train < 1 or num_val < 1:
         raise UserError(f'num_train and num_val must be at least 1, got {num_train} and {num_val}')
+    check_writable(out_dir)
     train, val, rejected = draw_splits(num_train, num_val, seed)
     meta = write_dataset(out_dir, encode_rows(train), encode_rows(val), {
         'name': 'arithmetic', 'format': 'rows', 'block_size': BLOCK_SIZE,

@@ -14,7 +14,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 import configurator  # noqa: E402
 from configurator import UserError  # noqa: E402
-from data.common import dataset_writer, gpt2, library, load_corpus, report, text_meta  # noqa: E402
+from data.common import (  # noqa: E402
+    check_writable, dataset_writer, gpt2, library, load_corpus, report, text_meta)
 
 NAME, VAL_SHARE, SEED = 'Skylion007/openwebtext', 0.0005, 2357
 BATCH = 1024                # documents that are in memory at once
@@ -41,6 +42,7 @@ def prepare(out_dir=HERE, input=None, max_docs=None, num_proc=8):
     """Encodes the documents, writes them into out_dir, says what they are and returns the meta."""
     if num_proc < 1 or (max_docs is not None and max_docs < 2):
         raise UserError(f'num_proc must be at least 1 and max_docs at least 2, got {num_proc} and {max_docs}')
+    check_writable(out_dir)
     end = gpt2().eot_token  # before the download, which takes longer to fail
     docs = read_documents(input, max_docs, num_proc)
     if len(docs) < 2:

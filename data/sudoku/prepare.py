@@ -15,7 +15,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 import configurator  # noqa: E402
 from configurator import UserError  # noqa: E402
-from data.common import library, write_dataset  # noqa: E402
+from data.common import check_writable, library, write_dataset  # noqa: E402
 from data.sudoku.task import BOXES, GIVENS, full_board, guesses, picture, puzzle, text_of, vocabulary  # noqa: E402
 
 out: str = None            # the folder to write to, None: data/sudoku, or data/sudoku6 for size=6
@@ -79,6 +79,7 @@ def prepare(out_dir, size=9, num_train=10000, num_val=1000, givens=(None, None),
     if min(num_train, num_val) < 1 or not 0 <= least <= most <= size * size:
         raise UserError('num_train and num_val must be at least 1, and 0 <= least_givens <= most_givens <= '
                         f'{size * size}; got {num_train}, {num_val}, {least} and {most}')
+    check_writable(out_dir)
     # seeded with names: by seed and seed + 1 the held-out set would be the next dataset's training set
     rows, puzzles, avoid = {}, {}, ()
     with library('tqdm').tqdm(total=2 * (num_train + num_val), desc='boards and puzzles') as bar:

@@ -6,7 +6,6 @@ $ python data/text/prepare.py --input=notes/ --tokenizer=gpt2 --out=data/notes  
 $ python data/text/prepare.py --input=names.txt --rows=line --out=data/names     # every line is an example
 """
 
-import codecs
 import os
 import re
 import shlex
@@ -22,8 +21,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 DATA = os.path.dirname(HERE)
 sys.path.insert(0, os.path.dirname(DATA))
 import configurator  # noqa: E402
-from configurator import UserError  # noqa: E402
-from data.common import SHORTEST, write_rows, write_text  # noqa: E402
+from configurator import UserError, reason  # noqa: E402
+from data.common import SHORTEST, read_text, write_rows, write_text  # noqa: E402
 
 input: str = None       # text files, folders of them or patterns, commas between; -: standard input
 out: str = None         # the folder to write to, which names the dataset; None: the one of this script
@@ -73,13 +72,11 @@ def read_texts(input, glob='*.txt,*.md', skip_bad=False, nfc=True):
     texts, bad = [], []
     for path in find_files(input, glob):
         try:
-            data = sys.stdin.buffer.read() if str(path) == '-' else path.read_bytes()
-            wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-            text = data.decode('utf-16' if wide else 'utf-8-sig')  # without the mark of some editors
+            text = read_text(path)
         except UnicodeDecodeError as error:
             bad.append(f'{path} (byte {error.start})')
         except OSError as error:
-            raise UserError(f'cannot read {path}: {error.strerror}') from error
+            raise UserError(f'cannot read {path}: {reason(error)}') from error
         else:
             text = text.replace('\r\n', '\n')
             texts.append(unicodedata.normalize('NFC', text) if nfc else text)

@@ -11,7 +11,7 @@ import sys
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 import configurator  # noqa: E402
-from data.common import load_corpus, write_text  # noqa: E402
+from data.common import check_writable, load_corpus, write_text  # noqa: E402
 
 NAME = 'Salesforce/wikitext'
 HUB = dict(name='wikitext-2-raw-v1', revision='b08601e04326c79dfdd32d625aee71d232d685c3')
@@ -24,6 +24,7 @@ out: str = None    # the folder to write to, None: the one of this script
 
 def prepare(out_dir=HERE, input=None):
     """Encodes the text, writes it into out_dir, says what it is, returns its meta. Raises UserError."""
+    check_writable(out_dir)
     # a row is a line; the hub keeps some of the white space at their ends, files have other
     splits = load_corpus(NAME, PATTERNS, HUB, input)
     train, val = ('\n'.join(line.rstrip() for line in rows['text']) + '\n' for rows in splits)
