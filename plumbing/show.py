@@ -1,8 +1,8 @@
 """
 Watch the denoising: what a sampler wrote, took back and rewrote, and what the network thinks of each token.
 
-watch() makes traces into stories, frames of text, for animate() in the terminal and for write_page(), one
-HTML file that needs nothing else. report() says the end of it in lines of text, marks() what a repair did.
+stories() makes traces into frames of text, for animate() in the terminal and for page(), HTML that needs
+nothing else. report() says the end of it in lines of text, marks() what a repair did.
 """
 
 import html
@@ -177,14 +177,25 @@ def story(meta, trace, fixed, doubts, label):
     return dict(label=label, frames=frames)
 
 
-def animate(stories, seconds=0.08):
-    """Plays the stories in the terminal, one after the other. Raises UserError without rich."""
+def words_of(rules):
+    """Rules, a dict, as a line."""
+    return ', '.join(f'{name}={value}' for name, value in rules.items())
+
+
+def import_rich():
+    """The classes Console, Live and Text of rich. Raises UserError if it is not installed."""
     try:
         from rich.console import Console
         from rich.live import Live
         from rich.text import Text
     except ImportError:
         raise UserError('--animate needs rich: pip install rich') from None
+    return Console, Live, Text
+
+
+def animate(stories, seconds=0.08):
+    """Plays the stories in the terminal, one after the other. Raises UserError without rich."""
+    Console, Live, Text = import_rich()
     console = Console()
     legend = [(f'{state}  ', style) for state, style in STYLES.items()]
     console.print(Text.assemble(*legend, ('doubted  ', 'yellow'), ('p(WRONG) > 1/2', 'red')))
@@ -209,7 +220,12 @@ def animate(stories, seconds=0.08):
 
 
 def write_page(path, title, subtitle, stories):
-    """One self-contained HTML file: every story with a slider over its steps, coloured by p(WRONG)."""
+    """Writes the page as a file."""
+    write_atomically(path, page(title, subtitle, stories))
+
+
+def page(title, subtitle, stories):
+    """Self-contained HTML: every story with a slider over its steps, coloured by p(WRONG)."""
     table, told = {}, []  # text -> its index; what the page holds of the stories
     for story in stories:
         frames = [[[table.setdefault(token, len(table)) for token in frame['tokens']],
@@ -220,28 +236,24 @@ def write_page(path, title, subtitle, stories):
     data = to_json(dict(tokens=list(table), stories=told), separators=(',', ':'))
     for sign, escaped in (('<', r'\u003c'), ('>', r'\u003e'), ('&', r'\u0026')):  # no text can end the script
         data = data.replace(sign, escaped)
-    page = Template(Path(__file__).with_suffix('.html').read_text(encoding='utf-8'))
+    template = Template(Path(__file__).with_suffix('.html').read_text(encoding='utf-8'))
     title, subtitle = html.escape(title), html.escape(subtitle)
-    write_atomically(path, page.substitute(title=title, subtitle=subtitle, data=data))
+    return template.substitute(title=title, subtitle=subtitle, data=data)
 
 
-def watch(judge, meta, fixed, samples, verdict, title, subtitle, in_terminal, path, writer=None):
+def stories(judge, meta, fixed, samples, verdict=None, writer=None):
     """
-    Plays the first samples of sample.fill, with traces, in the terminal, or writes them to the page at path.
+    The stories of samples of sample.fill, with traces, a list.
 
-    fixed (B, T): what was given; verdict: a function of a text, or None. judge: the network that says how
-    wrong each token is, None if none learned it; writer: the one that wrote, if that is another.
+    fixed: B rows (T,), what was given; verdict: a function of a text, or None. judge: the network that says
+    how wrong each token is, None if none learned it; writer: the one that wrote, if that is another.
     """
-    stories = []
-    for given, sample in zip(fixed, samples[:20]):
+    found = []
+    for given, sample in zip(fixed, samples):
         trace = sample['trace']                                                 # (S, T)
         doubts = judge_steps(judge, trace, writer) if judge else torch.full(trace.shape, float('nan'))
         label = sample['text'][:60]
         if verdict:
             label = f"{sample['text']}   {verdict(sample['text'])}".replace('\n', ' ')
-        stories.append(story(meta, trace, given, doubts, label))
-    if in_terminal:
-        animate(stories)
-    if path:
-        write_page(path, f"{meta['name']}: {title}", subtitle, stories)
-        print(f'written to {path}')
+        found.append(story(meta, trace, given, doubts, label))
+    return found

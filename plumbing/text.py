@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import itertools
 import os
+import re
 import sys
 
 import torch
@@ -271,17 +272,55 @@ def spans(text, n):
     return found
 
 
+def marked_words(meta, text, words):
+    """
+    Which tokens of a text are to be written anew: (the text, their places, a list).
+
+    words: spans in tokens such as '2:4'; or a part of the text, the only one that is a word of its own, or
+    the only one at all; None: what stands in [brackets], which are no part of the text.
+    """
+    parts = re.split(r'\[(.*?)\]', text) if words is None else [text]
+    if words is None and len(parts) == 1:
+        raise UserError(f'{quoted(text)} has no [brackets] around what is to be written anew, and no mask')
+    text = ''.join(parts)
+    ids = encode(meta, text)
+    if words is not None and re.fullmatch(r'[\d\s:,]*:[\d\s:,]*', words):
+        return text, spans(words, len(ids))
+
+    # where it is in characters, and which tokens have a part of it
+    if words is None:
+        ends = [*itertools.accumulate(map(len, parts))]
+        found = [*zip(ends[::2], ends[1::2])]
+    else:
+        whole = rf'(?<!\w){re.escape(words)}(?!\w)'
+        found = [at.span() for at in [*re.finditer(whole, text)] or re.finditer(re.escape(words), text)]
+        if len(found) != 1 or not words:
+            raise UserError(f"mask: '{words}' stands {len(found)} times in {quoted(text)}; give a word that "
+                            'stands there once, spans in tokens such as 3:5 or 3:5,8:9, or put [brackets] '
+                            'around it')
+    at, places = 0, []
+    for place, (piece, _) in enumerate(pieces(meta, ids)):
+        if any(at < last and first < at + max(1, len(piece)) for first, last in found):
+            places.append(place)
+        at += len(piece)
+    if not places:
+        raise UserError(f'{quoted(text)}: there is nothing in the [brackets]')
+    return text, places
+
+
 def task_canvas(task, model, meta, text, hole=None, mask=None):
     """The canvas of one text for a task: (canvas (1, T), fixed (1, T)). See task at the top of sample.py."""
     if task == 'infill':
         ids, ends = holes(meta, text, hole, model.mask_token_id)
         return text_canvas(model, meta, [ids], ends)
-    ids = encode(meta, text)
-    if not ids:
+    if not text:
         raise UserError('the text is empty')
+    places = []
     if task == 'edit':
-        for i in spans(mask, len(ids)):
-            ids[i] = model.mask_token_id
+        text, places = marked_words(meta, text, mask)
+    ids = encode(meta, text)
+    for i in places:
+        ids[i] = model.mask_token_id
     canvas, fixed = text_canvas(model, meta, [ids], ends=True)
     if task == 'repair':  # nothing is trusted but the start symbol
         fixed = ~modelled(canvas, meta)[0]

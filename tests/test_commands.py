@@ -152,12 +152,15 @@ def test_sampling_from_merged_checkpoints(run, tmp_path):
     assert drawn(first, second, '--remask=none')[0] != alone
 
 
-def test_settings_reach_the_sampler(trained):
+@pytest.mark.parametrize('wanted', [
+    dict(steps=7, schedule='cosine', commit='confidence', block_length=5, remask='wrong',
+         remask_random_ratio=0.2, remask_schedule=(0.5, 0.1), correct_share=0.5, ar_prefix=3, temperature=0.9,
+         top_k=5, top_p=0.8, choice_temperature=2.5),
+    dict(commit='threshold', commit_threshold=0.7, remask='wrong', remask_rate=0.7, remask_patience=0.5),
+    dict(remask='remdm', remdm='rescale')], ids=str)
+def test_settings_reach_the_sampler(trained, wanted):
     """What the command line says is what fill is called with."""
-    wanted = dict(steps=7, schedule='cosine', commit='confidence', block_length=5, commit_threshold=0.7,
-                  remask='wrong', remask_rate=0.7, remask_random_ratio=0.2, remask_patience=0.5,
-                  remask_schedule=(0.5, 0.1), remdm='rescale', correct_share=0.5, ar_prefix=3,
-                  temperature=0.9, top_k=5, top_p=0.8, choice_temperature=2.5, seed=11, batch_size=13)
+    wanted = dict(wanted, seed=11, batch_size=13)
     module, calls = load_script('sample'), []
 
     def fill(model, meta, canvas, fixed, **more):
@@ -457,7 +460,7 @@ def test_sample_refuses_checkpoints(run, trained, tmp_path):
     writer = checkpoint(tmp_path / '16', 'unmasking', tiny_gpt(3, 16), STREAM)
     short = checkpoint(tmp_path / '8', 'remasking', tiny_gpt(3, 8), STREAM)
     for words, message in (
-            ([f'--out_dir={tmp_path}/empty'], f'no checkpoint under {tmp_path}/empty .. train one first'),
+            ([f'--out_dir={tmp_path}/empty'], f'no checkpoint in {tmp_path}/empty .. train one first'),
             ([broken], f'{half} .. truncated or damaged'),
             ([joint, judging(broken)], f'{half} .. truncated or damaged'),
             ([judge], 'remasking checkpoint .. --remask_from'),

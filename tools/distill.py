@@ -1,7 +1,7 @@
 """
 Consistency distillation: a student that reaches in a few passes where its teacher needs many.
 
-    python tools/distill.py --init_from=ckpt          500 steps from the newest checkpoint under out_dir
+    python tools/distill.py --init_from=ckpt          500 steps from the newest checkpoint in out_dir
     python sample.py --init_from=out/ckpt_distilled.pt --steps=4
 
 The student starts as a copy of the teacher. Rows are masked as in training, the teacher completes them with
@@ -40,7 +40,7 @@ from tools.common import learn, load_writer
 from train import loss
 
 # -----------------------------------------------------------------------------
-init_from = 'ckpt'       # the teacher: 'ckpt', the newest checkpoint under out_dir, or a path
+init_from = 'ckpt'       # the teacher: 'ckpt', the newest checkpoint in out_dir, or a path
 out_dir = 'out'          # where 'ckpt' looks, and where the student goes: ckpt_distilled.pt
 teacher_preset = 'maskgit'  # the teacher's sampler, see sample.py
 teacher_steps = 16       # its passes

@@ -46,7 +46,7 @@ from sample import generate
 from tools.common import learn, load_writer
 
 # -----------------------------------------------------------------------------
-init_from = 'ckpt'       # 'ckpt': the newest checkpoint under out_dir; or the path of one
+init_from = 'ckpt'       # 'ckpt': the newest checkpoint in out_dir; or the path of one
 out_dir = 'out'          # where 'ckpt' looks, and where the result goes
 save: str = None         # path of the result; None: ckpt_energy.pt in out_dir
 passes = 2               # what the head reads: 1, the bidirectional pass; 2, the causal one as well
