@@ -276,8 +276,8 @@ class Handle:
         The text with what is wrong in it written anew. str(sample) is the new one, sample.before the old.
 
         >>> sample = m.repair('(+12))=3')
-        >>> sample.before, sample.finished, sample.steps.shape[1]
-        ('(+12))=3', True, 64)
+        >>> sample.before, sample.task, sample.steps.shape[1]
+        ('(+12))=3', 'repair', 64)
         """
         return self.each('repair', text, num, {}, how)
 
