@@ -3,7 +3,6 @@
 import doctest
 import json
 import os
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -183,6 +182,7 @@ def test_words_of_tokens_longer_than_a_character():
 # -----------------------------------------------------------------------------
 # examples/tour.ipynb
 
+TINY = '--eval_rows=8 --eval_samples=2 --n_layer=1 --n_head=2 --n_embd=16 --n_recur=1 --batch_size=8'
 TOUR = os.path.join(ROOT, 'examples', 'tour.ipynb')
 
 
@@ -190,26 +190,31 @@ def tour(out):
     """The notebook with settings for a test: eight steps, into a folder of its own."""
     with open(TOUR, encoding='utf-8') as file:
         source = file.read()
-    assert source.count('STEPS = 150') == source.count("OUT = 'out-tour'") == 1
-    return source.replace('STEPS = 150', 'STEPS = 8').replace("'out-tour'", repr(str(out)))
+    changes = {'STEPS = 150': 'STEPS = 8', "'out-tour'": repr(str(out)), '--eval_rows=200': TINY}
+    for what, instead in changes.items():
+        assert source.count(what) == 1
+        source = source.replace(what, instead)
+    return source
 
 
-def test_the_cells_of_the_tour(tmp_path):
-    """In a plain process, without Jupyter: they train, write, judge and repair."""
+def test_the_cells_of_the_tour(tmp_path, monkeypatch, capsys):
+    """As a plain script, without Jupyter: they train, write, judge and repair."""
     cells = [cell for cell in json.loads(tour(tmp_path))['cells'] if cell['cell_type'] == 'code']
     assert not any(cell['outputs'] for cell in cells)
-    code = '\n'.join(cell['source'] for cell in cells)
-    done = subprocess.run([sys.executable, '-c', code], cwd=os.path.dirname(TOUR), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(os.path.dirname(TOUR))
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    exec('\n'.join(cell['source'] for cell in cells), {'__name__': 'tour'})
+    out = capsys.readouterr().out
     for words in ('saved ', ' passes', '▒', '(+12))=3\n-> '):
-        assert words in done.stdout, done.stdout
+        assert words in out, out
 
 
 def test_the_tour_as_a_notebook(tmp_path):
     client, nbformat = pytest.importorskip('nbclient'), pytest.importorskip('nbformat')
     pytest.importorskip('ipykernel')
     notebook = nbformat.reads(tour(tmp_path), as_version=4)
-    client.NotebookClient(notebook, timeout=120, resources=dict(metadata=dict(path=os.path.dirname(TOUR)))).execute()
+    place = dict(metadata=dict(path=os.path.dirname(TOUR)))
+    client.NotebookClient(notebook, timeout=120, resources=place).execute()
     pages = [output.data['text/html'] for cell in notebook.cells for output in cell.get('outputs', ())
              if 'text/html' in output.get('data', ())]
     assert len(pages) == 1 and pages[0].startswith('<iframe')
