@@ -1,5 +1,5 @@
 """
-Everything that is measured. Each suite is a file in suites/.
+Measure samplers, checkpoints and recipes. Each suite is a file in suites/.
 
     python bench.py --suite=arithmetic --init_from=ckpt   the samplers of one checkpoint
     python bench.py --suite=samplers --json=table.json    every rule and preset, at several numbers of passes

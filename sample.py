@@ -113,6 +113,7 @@ class How:
 
 
 how = How()      # what the command line says
+SAID = []        # and in which words, told after the samples
 USUAL = dict(commit='random', schedule='linear', choice_temperature=4.5, commit_threshold=0.9, priority=(),
              remask='none', remask_random_ratio=0.0, remask_patience=0.0, rewrite=False, remdm='cap',
              correct_share=0.25, temperature=1.0)
@@ -394,6 +395,7 @@ def main():
     s = configurator.namespace(globals())
     check_sampling(s, how, COMMIT, [*DOUBT, *OTHER_RULES])
     m = open_checkpoints(s, load)
+    m.said[:0] = SAID
     if s.export:
         return export_safetensors(s.export, m.model, m.checkpoint)
     t0 = time.perf_counter()

@@ -66,7 +66,10 @@ def export_safetensors(path, model, checkpoint):
             safetensors.torch.save_file(weights, half, {'nanoremask': keep})
     except Exception as error:                                      # safetensors has errors of its own
         raise UserError(f'{path}: cannot be written: {str(error).splitlines()[0]}') from error
-    print(f'written to {path}; sample from it: python sample.py --init_from={shlex.quote(path)}')
+    then = f'sample from it: python sample.py --init_from={shlex.quote(path)}'
+    if checkpoint['config']['training_type'] == 'remasking':
+        then = f'it judges what another one writes: add --remask_from={shlex.quote(path)} there'
+    print(f'written to {path}; {then}')
 
 
 def read_safetensors(path, device):

@@ -69,10 +69,11 @@ def progress_line(step, config, record, speed):
     words = [f'{name} {record[name]:.3f}' for name in PARTS if name in record]
     if config['target_mask_prob']:
         words.append(f"bias {record['mask_logit_bias']:+.2f}  price {record['penalty_keep_mask']:.2f}")
-    if config['training_type'] in ('joint', 'remasking', 'denoising'):
-        proofreading = ramp(step, config['proofreading_warmup_iters'])
-        penalty = ramp(step, config['masking_warmup_iters'])
-        words.append(f'proofreading {proofreading:.0%}  masking penalty {penalty:.0%}')
+    for name, kinds, setting in (('proofreading', ('joint', 'denoising'), 'proofreading_warmup_iters'),
+                                 ('masking penalty', ('joint', 'denoising', 'remasking'),
+                                  'masking_warmup_iters')):
+        if config['training_type'] in kinds:
+            words.append(f'{name} {ramp(step, config[setting]):.0%}')
     if record.get('skipped'):
         words.append(f"skipped {record['skipped']}")
     left = int((config['max_iters'] - step) / speed)

@@ -18,7 +18,7 @@ from data.common import gpt2
 from plumbing.files import to_json, write_atomically
 from plumbing.evaluate import p_wrong
 from plumbing.score import NAMES
-from plumbing.text import pictured, pieces, visible
+from plumbing.text import EMPTY, pictured, pieces, visible
 
 # how the terminal shows what a position can be in a frame; the first letter is its name in the page
 STYLES = dict(kept='', changed='magenta', new='green bold', remasked='red reverse', mask='dim',
@@ -107,10 +107,11 @@ def report(sample, meta, task, before=None):
 
 def marked(sample, meta, rows, legends, indent, verdict):
     """The lines of a sample's text, each with its part of rows of signs under it, and what these are."""
-    lines = [[line] for line in sample['text'].split('\n')]
+    lines = [[line] for line in (sample['text'] or EMPTY).split('\n')]
     if rows:
         shown = dict(sample, tokens=sample['tokens'][meta['bos'] is not None:])
         lines = annotated(meta, shown, rows, len(indent))
+        lines[0][0] = lines[0][0] if sample['text'] else EMPTY
     if verdict:
         lines[-1][0] += f'   {verdict}'
     told, legends = [], [*legends]

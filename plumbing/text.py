@@ -17,6 +17,7 @@ from data.loader import load_data
 
 
 PAD = '·'                   # one token of padding in a text
+EMPTY = '(empty)'           # what is shown of a text without a token
 CONTROLS = {**{c: chr(0x2400 + c) for c in range(32) if chr(c) not in '\t\n'}, 127: '␡',
             **{c: f'\\x{c:x}' for c in range(128, 160)}}
 HOLE = '[MASK]'             # a hole where a text can have _
@@ -355,7 +356,7 @@ def pictured(task, text):
     """What is printed of a text: as task.py draws it, and what it says of it; without a task the text."""
     if hasattr(task, 'picture'):
         return f'{task.picture(text)}\n{task.verdict(text)}\n'
-    return f'{text}   {task.verdict(text)}' if task else text
+    return f'{text or EMPTY}   {task.verdict(text)}' if task else text
 
 
 def read_text(path):

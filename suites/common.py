@@ -15,7 +15,7 @@ from plumbing.text import decode, load_task
 from model import GPT
 from plumbing.checkpoint import find_checkpoint, load_merged
 from configurator import UserError
-from corruption import own_errors
+from corruption import errors_of
 from data.loader import load_data
 from plumbing.device import configure_compute, freeze
 from plumbing.evaluate import evaluate
@@ -134,9 +134,9 @@ def training_texts(dataset):
 
 def worth(model, checkpoint, rows, detects=True, **how):
     """What a network is worth on clean rows (N, T): evaluate for the modes that it was trained for."""
-    can_unmask, causal, finds = supports(checkpoint['config'])
-    return evaluate(model, rows, checkpoint['meta'], causal=causal, bidirectional=can_unmask,
-                    own_errors=own_errors if detects and can_unmask and finds else None, **how)
+    can = supports(checkpoint['config'])
+    return evaluate(model, rows, checkpoint['meta'], causal=can.causal, bidirectional=can.writes,
+                    own_errors=errors_of(checkpoint['config']) if detects else None, **how)
 
 
 def mean_nfe(samples):

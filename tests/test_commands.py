@@ -22,7 +22,7 @@ import configurator
 import train
 from data import loader
 from model import GPT, GPTConfig
-from plumbing.checks import check_fits, check_sizes
+from plumbing.checks import check_fits, check_sizes, idle
 from suites import arithmetic, checkpoints
 from suites.common import standard_error
 
@@ -522,3 +522,82 @@ def test_importing_a_script_changes_nothing(tmp_path, monkeypatch):
         load_script(script)
     assert os.listdir(tmp_path) == [] and torch.equal(torch.get_rng_state(), state)
     assert default_config()['training_type'] == 'joint'
+
+
+# -----------------------------------------------------------------------------
+# what is told
+
+@pytest.mark.parametrize('changes, told', [
+    (dict(), []), (dict(training_type='unmasking', remask_target='wrong'), ['remask_target: no say']),
+    (dict(training_type='remasking', remask_ratio=0.1, mask_weighting='token'),
+     ['mask_weighting:', 'remask_ratio:']),
+    (dict(training_type='causal', views=2), ['views:']),
+    (dict(sigma_max=0.5), ['sigma_max: no say, since nothing is corrupted by noise']),
+    (dict(sigma_max=0.5, corruption='own:0.5,noise:0.5'), []),
+    (dict(training_type='denoising', sigma_max=0.5), []),
+    (dict(optimizer='adamw', muon_lr=0.1, lr_schedule='cosine', decay_share=0.1),
+     ['muon_lr:', 'decay_share:']),
+    (dict(remasking_loss_type='corrupted_only', masking_warmup_iters=9), ['masking_warmup_iters:'])], ids=str)
+def test_settings_without_a_say_are_named(changes, told):
+    defaults = {name: setting.default for name, setting in configurator.settings(f'{ROOT}/train.py').items()}
+    lines = idle({**defaults, **changes}, defaults)
+    assert len(lines) == len(told) and all(map(str.startswith, lines, told)), lines
+
+
+@pytest.mark.parametrize('path', sorted(glob.glob(f'{ROOT}/config/*.py')), ids=os.path.basename)
+def test_every_setting_of_a_config_has_a_say(path):
+    module = load_script('train')
+    defaults = configurator.current(vars(module))
+    assert idle(configurator.configure(vars(module), [path]), defaults) == []
+
+
+def test_what_training_proposes_works(run, tmp_path):
+    """Of a network that judges, another one samples by it."""
+    plain, out = tmp_path / 'plain', tmp_path / 'judge'
+    words = went_well(run('train', *TINY, 'config/unmask.py', '--remask_target=wrong', f'--out_dir={plain}'))
+    assert 'remask_target: no say, since training_type=unmasking has no wrong tokens' in words
+    command = words.rpartition('sample from it: python ')[2].split()
+    went_well(run(command[0].removesuffix('.py'), *command[1:], '--num_samples=1', '--steps=2', *CPU))
+    words = went_well(run('train', *TINY, 'config/remask_only.py', f'--out_dir={out}'))
+    assert 'sample from it' not in words and 'wrong tokens found: AUC' in words
+    more = words.rpartition(': add ')[2].split()[0]
+    words = went_well(run('sample', *command[1:], more, '--num_samples=1', '--steps=2', *CPU))
+    assert 'remask=wrong' in words
+
+
+def test_results_come_first(run, trained):
+    out = went_well(run('sample', f'--init_from={trained[1]}', '--num_samples=2', '--seed=3', *CPU))
+    lines = out.splitlines()
+    assert all('✗' in line or '✓' in line for line in lines[:2]) and lines[2] == ''
+    for words in ('override: seed = 3', f'{trained[1]}: joint', 'remask=causal, ar_prefix=0', '2 samples, '):
+        assert any(line.startswith(words) for line in lines[3:]), words
+    assert 'commit' not in out                                     # it has no say
+
+
+def test_a_folder_and_those_below(run, trained, tmp_path):
+    """ckpt is the newest in out_dir itself, whatever a suite or a second stage has trained below it."""
+    shutil.copy(trained[1], tmp_path / 'ckpt_joint_all_positions.pt')
+    checkpoint(tmp_path / 'faults' / '0', 'ckpt_unmasking')
+    out = went_well(run('sample', f'--out_dir={tmp_path}', '--num_samples=1', *CPU))
+    assert f'{tmp_path}/ckpt_joint_all_positions.pt: joint' in out
+    assert f'below it there are others: {tmp_path}/faults/0/ckpt_unmasking.pt' in out
+
+
+def test_animate_needs_rich_before_anything_is_loaded(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'rich.console', None)
+    refused(run('sample', '--animate', '--init_from=nowhere.pt'), 'sample', 'pip install rich')
+
+
+@pytest.mark.parametrize('words, message', [
+    ('--commit=best', 'commit expects one of'), ('--remask=best', 'remask expects'),
+    ('--preset=x', 'unknown preset')])
+def test_unknown_rules_are_found_before_anything_is_loaded(run, words, message):
+    refused(run('sample', words, '--init_from=nowhere.pt'), 'sample', message)
+
+
+def test_help_begins_with_what_a_script_is_for(run):
+    for path in glob.glob(f'{ROOT}/data/*/prepare.py') + glob.glob(f'{ROOT}/tools/[de]*.py'):
+        status, out, _ = run(path, '--help')
+        name = os.path.relpath(path, ROOT)
+        first, _, usage = out.partition('\n\n')
+        assert status == 0 and usage.startswith(f'usage: python {name} ') and first.endswith('.'), name

@@ -281,3 +281,11 @@ def test_animate_without_rich_says_what_to_install(monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match='pip install rich'):
         show.animate([hand_made(['a'])])
+
+
+def test_an_empty_text_is_shown_as_such():
+    for task in (None, SimpleNamespace(verdict=lambda text: '✗')):
+        for more in ({}, dict(p_wrong=[0.1, 0.95])):
+            shown = show.report(dict(text='', tokens=[BOS, EOS], **more), ARITHMETIC, task)
+            assert shown.startswith('(empty)') and '9' * bool(more) in shown
+    assert sample_line('', SimpleNamespace(verdict=lambda text: '✗')) == '(empty)   ✗'
