@@ -365,7 +365,7 @@ def train(config):
     with distributed.together():
         usual = None
         if distributed.rank() == 0:
-            if draws(config, meta) and not load_task(meta['name']):
+            if draws(config, meta) and not hasattr(load_task(meta['name']), 'score'):
                 usual = usual_text(data['train'], meta, config)
             run.open()
 

@@ -6,7 +6,7 @@ import os
 from configurator import UserError
 from plumbing.files import atomically, read_records, to_json, write_atomically
 from plumbing.optim import ramp
-from plumbing.text import encode, load_task, sample_line
+from plumbing.text import encode, load_task, sample_line, score_line, scored
 
 PARTS = ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)')  # of the loss, as training tells them
 
@@ -95,12 +95,11 @@ def show_samples(samples, meta, config, compare, shown=4):
         lines = [''.join(line.ljust(width) for line in row).rstrip() for row in rows]
     for line in lines:
         print(f'    {line}')
-    if not task:
+    if not hasattr(task, 'score'):
         given = len(encode(meta, config['sample_prompt'])) + (meta['bos'] is not None)
         return compare([text[len(config['sample_prompt']):] for text in texts],
                        [sample['tokens'][given:] for sample in samples])
-    score = task.score(texts)
-    line = '{valid:.0%} of {n} samples are well formed, {correct:.0%} have the right value'
-    line = getattr(task, 'LINE', line)
-    print('    ' + line.format(**{'n': len(texts), **score}))
-    return {name: score[name] for name in ('valid', 'correct', 'cells') if name in score}
+    score = scored(task, texts)
+    print('    ' + score_line(task, texts, score))
+    kept = [name for name in ('valid', 'correct', 'cells') if name in score]
+    return {name: score[name] for name in kept or score}

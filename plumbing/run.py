@@ -27,6 +27,7 @@ from plumbing.device import configure_compute
 from plumbing.files import append_line, check_output, copy_file, lock, make_folder, sweep, to_json
 from plumbing.log import draw_curves, start_log
 from plumbing.optim import make_optimizers
+from plumbing.text import check_task
 from plumbing.vocabulary import by_character, other_characters
 
 
@@ -304,6 +305,7 @@ def load_rows(config):
             if distributed.first_here() == turn:
                 meta, data = load_data(config['dataset'], config['coarse'])
                 check_fits(config, meta)
+                check_task(meta, data)
     return meta, data
 
 

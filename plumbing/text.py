@@ -4,8 +4,10 @@ import bisect
 import codecs
 import functools
 import importlib.util
+import inspect
 import itertools
 import os
+import random
 import re
 import sys
 
@@ -331,7 +333,8 @@ def task_canvas(task, model, meta, text, hole=None, mask=None):
 @functools.lru_cache
 def load_task(dataset):
     """
-    The module data/<dataset>/task.py, which knows right from wrong there, or None.
+    The module data/<dataset>/task.py, which knows right from wrong there, or None. What it lacks of verdict
+    says nothing.
 
     Raises UserError if it cannot be used.
     """
@@ -345,18 +348,66 @@ def load_task(dataset):
         spec.loader.exec_module(module)
     except Exception as error:                           # it is the user's code
         raise UserError(f'{path}: {type(error).__name__}: {error}') from error
-    missing = [name for name in ('score', 'verdict') if not callable(getattr(module, name, None))]
-    if missing:
-        raise UserError(f'{path} has no function {missing[0]}: training calls score(texts), verdict(text), '
-                        'see data/arithmetic/task.py')
+    odd = [name for name in ('draw', 'score', 'verdict') if not callable(getattr(module, name, len))]
+    if odd:
+        raise UserError(f'{path}: {odd[0]} is no function: there may be draw(rng), score(texts) and '
+                        'verdict(text), see docs/extending.md')
+    module.verdict = getattr(module, 'verdict', lambda text: '')
     return module
+
+
+def scored(task, texts, train=None):
+    """What task.py's score says of texts, a dict of numbers; {} without one. train: the training strings."""
+    if not hasattr(task, 'score'):
+        return {}
+    more = (train,) * (len(inspect.signature(task.score).parameters) > 1)
+    return task.score(texts, *more)
+
+
+def drawn_by(task, rng):
+    """A text that task.py draws, None if it draws none: draw(rng) is a text, or begins with one."""
+    if not hasattr(task, 'draw') or hasattr(task, 'starts'):
+        return None
+    found = task.draw(rng)
+    return found if isinstance(found, str) else found[0]
+
+
+def check_task(meta, data):
+    """Tries what the dataset's task.py has on rows of data, before training needs it. Raises UserError."""
+    task = load_task(meta['name'])
+    if task is None or meta['format'] != 'rows':
+        return
+    texts, what = [decode(meta, ids)[0] for ids in data['val'][:4].tolist()], 'draw(rng)'
+    try:
+        text = drawn_by(task, random.Random(0))
+        if text is not None:
+            encode(meta, text)
+        what = 'score(texts)'
+        found = scored(task, texts)
+        if not all(isinstance(value, (int, float, type(None))) for value in found.values()):
+            raise TypeError(f'a dict of numbers is wanted, got {found}')
+        what = 'LINE'
+        score_line(task, texts, found)
+        what = 'verdict(text)'
+        if not isinstance(task.verdict(texts[0]), str):
+            raise TypeError(f'a text is wanted, got {task.verdict(texts[0])!r}')
+    except Exception as error:                           # it is the user's code
+        raise UserError(f"data/{meta['name']}/task.py: {what}: {type(error).__name__}: {error}") from error
+
+
+def score_line(task, texts, found):
+    """What training prints of the score found of texts, a line."""
+    line = '{valid:.0%} of {n} samples are well formed, {correct:.0%} have the right value'
+    if not {'valid', 'correct'} <= set(found):
+        line = ', '.join(f'{name} {{{name}:.3g}}' for name in found if found[name] is not None)
+    return getattr(task, 'LINE', line).format(**{'n': len(texts), **found})
 
 
 def pictured(task, text):
     """What is printed of a text: as task.py draws it, and what it says of it; without a task the text."""
     if hasattr(task, 'picture'):
         return f'{task.picture(text)}\n{task.verdict(text)}\n'
-    return f'{text or EMPTY}   {task.verdict(text)}' if task else text
+    return f'{text or EMPTY}   {task.verdict(text)}'.rstrip() if task else text
 
 
 def read_text(path):

@@ -236,14 +236,16 @@ def test_bench_compares_runs(run, trained, tmp_path):
     rows = json.loads((tmp_path / 'table.json').read_text())['rows']
     samplers = ['', 'remask=none', 'remask=wrong', 'remask=causal']
     other, more = 'remask_ratio=0.25, allow_abstain=True', [*samplers[:3], 'commit=abstain', samplers[3]]
-    assert [(row['name'], row['sampler'], row['seeds']) for row in rows] == [
+    assert [(row['settings'], row['sampler'], row['seeds']) for row in rows] == [
         *(('the first', name, 2) for name in samplers), *((other, name, 1) for name in more)]
+    assert {row['name'] for row in rows} == {f'{first}, {third}', f'{tmp_path}/b.pt'}
     for row in rows:
         drawn, asked = 'valid correct length_tv unique nfe', 'nelbo causal_nll auc fixed refilled'
         for metric in (drawn if row['sampler'] else asked).split():
             assert row[metric] is not None and (row[f'{metric}_se'] is None) == (row['seeds'] == 1)
         assert row['sampler'] in ('', 'remask=causal') or 0 < row['nfe'] <= 3
-    assert all(words in out for words in ('| the first ', f'| {other} ', 'nelbo', 'valid %'))
+    for words in (f'| {first}, {third} | the first ', f'| {other} ', 'nelbo', 'valid %'):
+        assert words in out
 
     # what stands there is the mean over the seeds
     val = loader.spread_rows(loader.load_data('arithmetic')[1]['val'], 6, 64)
@@ -287,11 +289,13 @@ def test_bench_merges_pair_by_pair(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, 'checkpoint_scores', scores)
     s = bench_settings(f'--init_from={tmp_path}/a*.pt', f'--merge_from={tmp_path}/b*.pt')
     rows, _ = checkpoints.run(s)
-    assert seen == [('a1.pt', 'b1.pt'), ('a2.pt', 'b2.pt')] and rows[0]['name'] == 'the first + the first'
+    assert seen == [('a1.pt', 'b1.pt'), ('a2.pt', 'b2.pt')] and rows[0]['settings'] == 'the first + the first'
+    assert rows[0]['name'] == ', '.join(f'{tmp_path}/a{k}.pt + {tmp_path}/b{k}.pt' for k in (1, 2))
     assert [row['seeds'] for row in rows] == [2, 2] and rows[0]['auc'] is None
     write_checkpoint(tmp_path / 'b2.pt', seed=2, remask_ratio=0.25)
     rows, _ = checkpoints.run(s)
-    assert [row['name'] for row in rows[::2]] == ['the first + the first', 'the first + remask_ratio=0.25']
+    found = [row['settings'] for row in rows[::2]]
+    assert found == ['the first + the first', 'the first + remask_ratio=0.25']
 
 
 @pytest.mark.parametrize('path', sorted(glob.glob(f'{ROOT}/config/*.py')), ids=os.path.basename)
@@ -493,7 +497,7 @@ def test_bench_refuses(run, trained, tmp_path):
             ([joint, '--suite=speeed'], "'speeed'"), ([joint, '--num_seeds=0'], 'num_seeds must be at least'),
             (['--suite=samplers', '--budgets=0,8'], 'budgets expects numbers of passes, each at least 1'),
             ([joint, '--only=nothing'], "no row's name contains 'nothing'"), ([judge], 'cannot write'),
-            ([f'--out_dir={tmp_path}/empty'], 'train one first'), ([text], 'trained on arithmetic'),
+            ([f'--out_dir={tmp_path}/empty'], 'train one first'), ([text], 'take --suite=text'),
             ([joint, '--merge_weight=1.5'], 'merge_weight must be in 0..1, got 1.5'),
             ([joint, '--remask_rate=2'], 'remask_rate must be in 0..1, got 2'),
             ([joint, '--eval_rows=0'], 'eval_rows must be at least 1'),
@@ -501,8 +505,28 @@ def test_bench_refuses(run, trained, tmp_path):
             ([suite, f'--init_from={tmp_path}/x*.pt'], f"no checkpoint matches '{tmp_path}/x*.pt'"),
             ([suite, both, f'--merge_from={tmp_path}/r*.pt'], 'matches 1 checkpoints, init_from 2')):
         refused(run('bench', '--num_samples=5', *CPU, *words), 'bench', message)
-    status, out, err = run('bench', suite, text, *CPU)             # what stands there when the bar is gone
-    refused((status, out, err.split('\r')[-1]), 'bench', 'trained on arithmetic')
+
+
+def test_bench_leaves_out_what_it_cannot_measure(run, trained, tmp_path, monkeypatch):
+    """A text that runs on has no samples to score, a judge no samples at all, a torn file nothing."""
+    text = checkpoint(tmp_path, 'unmasking', tiny_gpt(3, 8), STREAM).partition('=')[2]
+    judge = checkpoint(tmp_path, 'remasking', corruption='random').partition('=')[2]
+    (tmp_path / 'torn.pt').write_bytes(b'x')
+    rows = torch.randint(3, (10, 8))
+    load = checkpoints.data_of
+    monkeypatch.setattr('suites.checkpoints.data_of', lambda meta, config: (
+        (meta, {'val': rows}) if meta['name'] == 'text' else load(meta, config)))
+    words = ['--suite=checkpoints', '--num_samples=2', '--steps=2', '--eval_rows=6', *CPU]
+    path, whole = tmp_path / 't.json', trained[1]
+    paths = f'{tmp_path}/torn.pt,{text},{judge},{whole}'
+    went_well(run('bench', *words, f'--init_from={paths}', f'--json={path}'))
+    rows = json.loads(path.read_text())['rows']
+    found = [(row['name'], row['sampler']) for row in rows]
+    samplers = ['', 'remask=none', 'remask=wrong', 'remask=causal']
+    assert found == [(text, ''), (judge, ''), *((whole, sampler) for sampler in samplers)]
+    assert len(rows) == 6 and rows[0]['nelbo'] and [row['auc'] for row in rows if row['name'] == judge][0]
+    status, out, err = run('bench', *words, f'--init_from={tmp_path}/torn.pt')
+    refused((status, out, err.split('\r')[-1]), 'bench', 'none of the 1 checkpoints')
 
 
 @pytest.mark.parametrize('script', ['train', 'sample', 'bench'])

@@ -397,7 +397,7 @@ FREE, GIVEN = 'text, file and mask are for --task=infill', 'prompt and length ar
     ('causal', '--task=infill --text=1_1', 'neither fill a hole with text right of it'),
     ('joint', '--task=infill --text=1_1 --remask=causal', 'cannot see what is right of a hole'),
     ('judge', '--task=infill --text=1_1', 'it judges tokens but cannot write'),
-    ('joint', '--remask_schedule=0.3', 'remask_schedule expects a tuple'),
+    ('joint', '--remask_schedule=0.3', 'two shares in 0..1'),
     ('joint', '--remask_schedule=0.3,2', 'two shares in 0..1'),
     ('joint', '--remdm=caps --remask=remdm', 'remdm expects one of'),
     ('joint', '--remask_schedule=0.3,0.1 --remask_threshold=0.5', 'give one of them'),

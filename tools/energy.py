@@ -41,7 +41,7 @@ from plumbing.device import configure_compute
 from plumbing.draw import draw, filtered
 from plumbing.evaluate import roc_auc
 from plumbing.rows import Ends, places
-from plumbing.text import load_task, modelled, rows_of
+from plumbing.text import load_task, modelled, rows_of, scored
 from sample import generate
 from tools.common import learn, load_writer
 
@@ -160,10 +160,10 @@ def measure(model, meta, x0, own, texts, generator):
     noisy = noised(model, x0, meta, MIXES[0], 0.2, 0.6, generator)
     hit = (noisy != x0).any(1).cpu()  # noise spares some rows, others are put right
     against = {'noise': energies(noisy)[hit], 'own samples': sampled}
-    if task:
-        parsed = [task.parse(text) for text in texts]
-        valid = torch.tensor([valid for valid, _, _ in parsed])
-        correct = torch.tensor([valid and value == claimed for valid, value, claimed in parsed])
+    scores = [scored(task, [text]) for text in texts]
+    if scores and {'valid', 'correct'} <= set(scores[0]):
+        valid, correct = (torch.tensor([score[name] > 0 for score in scores])
+                          for name in ('valid', 'correct'))
         against.update({'malformed samples': sampled[~valid], 'wrong values': sampled[valid & ~correct]})
     return {name: roc_auc(torch.cat((clean, other)), torch.arange(len(clean) + len(other)) >= len(clean))
             for name, other in against.items() if len(other)}
