@@ -185,7 +185,8 @@ def measure_draws(s, strings, name, draw, protocol='free', **more):
     seconds = time.perf_counter() - t0
     row = dict(name=name, protocol=protocol, n=s.num_samples, seeds=s.num_seeds, seconds=seconds,
                **averaged(scores, METRICS, s.num_samples), **more)
-    tqdm.write(f'{name}, {protocol}: ' + ', '.join(f'{metric} {cell(row, metric)}' for metric in METRICS))
+    told = ', '.join(f'{metric} {cell(row, metric)}' for metric in METRICS if row[metric] is not None)
+    tqdm.write(f'{name}, {protocol}: {told}')
     return row
 
 
