@@ -120,7 +120,7 @@ def find_checkpoint(name, out_dir, say=print):
     found = [path for path in found if os.path.isfile(path)]        # no link that leads nowhere
     own = [path for path in found if os.path.dirname(path) == os.path.dirname(os.path.join(folder, ''))]
     below = sorted(set(found) - set(own))
-    others = ', '.join(below[:3]) + f' and {len(below) - 3} more' * (len(below) > 3)
+    others = ', '.join(map(shlex.quote, below[:3])) + f' and {len(below) - 3} more' * (len(below) > 3)
     if not own and below:
         raise UserError(f'no checkpoint in {folder} itself; below it there are others, to be named with '
                         f'--init_from: {others}')
