@@ -16,7 +16,7 @@ from plumbing import distributed
 from plumbing.checks import parse_mixture
 from plumbing.draw import NotFinite, draw, filtered
 from plumbing.pieces import at_once
-from plumbing.rows import given_prefix, places, random_subset, some_rows, split, stratified_k
+from plumbing.rows import given_prefix, of_rows, places, random_subset, some_rows, split, stratified_k
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,8 @@ def own_guesses(model, generator):
         rows = places(rows)                                         # (R,)
         if len(rows):
             at = places(where[rows])                                # (N,) in R * T
-            hidden = model.eval()(input[rows], only=at)             # (N, C)
+            model.eval()
+            hidden = of_rows(model, rows)(input[rows], only=at)     # (N, C)
             model.train(training)
             pieces = hidden.split(at_once(model.wte.weight, model.most_logits))
             with suppress(NotFinite):                               # the loss will not be finite either

@@ -169,10 +169,11 @@ class GPT(nn.Module):
             self.parts = layers.build(config, layers.IN_THE_NETWORK)
 
         self.register_buffer('mask_logit_bias', torch.zeros(()))    # see parts/abstain.py
-        cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head)
+        # twice as long as a row: a window beside a cache may stand out of it
+        cos, sin = rotary_table(2 * config.block_size, config.n_embd // config.n_head)
         no_special = torch.zeros(config.vocab_size + 2)
         no_special[-2:] = float('-inf')
-        self.register_buffer('cos', cos, persistent=False)      # (block_size, hs)
+        self.register_buffer('cos', cos, persistent=False)      # (2 * block_size, hs)
         self.register_buffer('sin', sin, persistent=False)
         self.register_buffer('no_special', no_special, persistent=False)    # (V+2,) see logits
 
@@ -193,14 +194,16 @@ class GPT(nn.Module):
         causal: position i sees idx[:, :i] only, position 0 a start symbol; else all see the whole canvas.
         segment (B, T): which text of its row a position belongs to; each text is as if it were alone.
         cache: with causal, see parts/cache.py; at (B, W): only these positions are computed, (B, W, C), and
-            what is left of them is in the cache; None: all are computed, and fill the cache.
+            what is left of them is in the cache; None: all are computed, and fill the cache. Else idx (B, W)
+            are blocks of tokens that stand at (B, W), see parts/blocks.py.
         only (N,): places in the flattened batch; the result is (N, C), and half of the last block is spared.
         told: what optional parts are told, see parts/layers.py: level (B, 1) or (B, T), previous (B, T).
         """
         if causal:
             idx = beside(idx, 1, self.mask_token_id, segment)   # position i predicts idx[i], unseen
+        slots = slice(idx.size(1))
         if cache is not None:
-            at = cache.begin(idx, at)                           # (B, W)
+            at, slots = cache.begin(idx, at, causal)            # (B, W) or None, (B, 1, W)
         p = Pass(causal, self.plain_attention, segment, cache, at, told)
 
         added = self.causal_embd if causal else 0
@@ -209,14 +212,11 @@ class GPT(nn.Module):
         p.embedded = self.embed(idx if at is None else idx.gather(1, at))
         x = norm(p.embedded + added).to(self.compute_dtype)     # (B, T, C)
 
-        where = slice(idx.size(1))
-        if at is not None:
-            where = at[:, None].clamp(max=len(self.cos) - 1)    # (B, 1, W)
-        p.cos = self.cos[where].to(x.dtype)
-        p.sin = self.sin[where].to(x.dtype)
+        p.cos = self.cos[slots].to(x.dtype)
+        p.sin = self.sin[slots].to(x.dtype)
         if cache is not None:
             p.bias = cache.bias(x.dtype)
-        elif segment is not None or (causal and self.plain_attention):
+        if p.bias is None and (segment is not None or (causal and self.plain_attention)):
             p.bias = attention_bias(idx.size(1), causal, segment, x.dtype, x.device)
 
         # the places are padded, because a CPU prepares its products anew for each size

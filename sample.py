@@ -19,14 +19,17 @@ configurator.help_first(globals())           # --help does not wait for torch
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
 
+from configurator import UserError
 from parts.abstain import abstain
+from parts.blocks import write_blocks
 from parts.energy import best_samples, critic, energy, text_of
 from parts.handle import Handle
+from parts.long import in_windows
 from parts.look import Sampling
 from parts.presets import check_rules, check_sampling
 from parts.speculate import write, write_prefix
@@ -76,7 +79,8 @@ class How:
     steps: int = None          # passes; None: one a token; repair: a fourth, or 1 (causal: as it takes)
     commit: str = None         # random | confidence | margin | entropy | threshold | abstain | priority
     schedule: str = None       # linear: equally many tokens a step | cosine: few early, many late
-    block_length: int = None   # commit blocks of that many tokens from left to right (semi-autoregressive)
+    block_length: int = None   # write in blocks of that many tokens, each after those to its left
+    revise: bool = None        # block_length: the block before may change until the next one is written
     choice_temperature: float = None   # commit=confidence: noise in the order, annealed to 0; usually 4.5
     commit_threshold: float = None     # commit=threshold: candidates at least this probable; usually 0.9
     priority: str = None       # commit=priority: candidates of these characters first; usually ()=+*
@@ -106,6 +110,15 @@ class How:
     def corrects(self):
         """Whether the last steps only re-mask and refill."""
         return self.remask in DOUBT
+
+    def spends(self):
+        """Whether steps beyond one a token are of use while a canvas is filled."""
+        return self.remask in OTHER_RULES
+
+    def of_block(self, T):
+        """The same for a block, whose share of the steps for T tokens includes the pass that commits it."""
+        steps = self.steps and max(1, round(self.steps * self.block_length / T) - 1)
+        return replace(self, steps=steps, block_length=None)
 
     def needs_candidates(self):
         """Whether a rule looks at tokens for all masked positions."""
@@ -137,7 +150,8 @@ def generate_diffusion(model, canvas, fixed, *, ends=Ends(), closed=None, remask
     if how.remask == 'causal':
         return write(model, canvas, fixed, how.filters(), ends, generator=generator, trace=trace)
     run = Sampling(model, canvas, fixed, how, ends, closed, remask_model, generator, trace)
-    return rewrite(run) if how.rewrite else denoise(run)
+    loop = rewrite if how.rewrite else denoise
+    return write_blocks(run, loop) if how.block_length else loop(run)
 
 
 @torch.no_grad()
@@ -149,7 +163,7 @@ def denoise(run):
     part in (a row that has finished leaves the batch), and with trace the list of all canvases, else None.
     """
     for look in run.looks():                                        # a pass over the rows not finished yet
-        score = COMMIT[run.how.commit](look) - 1e6 * look.block     # which masked positions come first
+        score = COMMIT[run.how.commit](look)                        # which masked positions come first
         again = taken_back(look, score)                             # which visible ones go back to [MASK]
         chosen = first_of(score, look.masked, how_many(look, again))
 
@@ -167,9 +181,8 @@ def rewrite(run):
     A network that was trained on noise reads out of a wrong token what it was before, and mends lengths too.
     """
     for look in run.looks():
-        score = look.noise.log() - 1e6 * look.block
         again = by_doubt(look, DOUBT[run.how.remask](look))
-        chosen = again | first_of(score, look.masked, how_many(look, torch.zeros_like(again)))
+        chosen = again | first_of(look.noise, look.masked, how_many(look, torch.zeros_like(again)))
 
         ids, logp, _ = look.propose(chosen)
         x = torch.where(chosen, ids, look.x)
@@ -184,7 +197,7 @@ def how_many(look, again):
         return count
     if look.how.commit == 'threshold':
         sure = look.candidates[1] >= math.log(look.how.commit_threshold)
-        return (look.ready & sure).sum(1).clamp(min=1)
+        return (look.masked & sure).sum(1).clamp(min=1)
     return count + again.sum(1) - look.left
 
 
@@ -341,7 +354,7 @@ OTHER_RULES = dict(remdm=remdm, p2=p2)
 def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=256, seed=1337, progress=False,
          trace=False, **rules):
     """
-    Runs a sampler on canvas, fixed (B, T) in batches.
+    Runs a sampler on canvas, fixed (B, T) in batches, longer rows in windows, see parts/long.py.
 
     meta: the dataset's, from a checkpoint; ar_prefix, best_of: see How; rules: what generate_diffusion takes.
     Returns a list of B dicts: text, tokens (ids from the first position to the end), nfe (all passes spent on
@@ -358,12 +371,19 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
     num = len(canvas)
     samples = []
     quiet = not progress or num <= batch_size
+
+    if best_of and canvas.size(1) > model.config.block_size:
+        raise UserError(f'best_of judges whole texts, of at most block_size={model.config.block_size} tokens')
+
+    def written(x, fixed):
+        x, prefix_nfe, prefix_steps = write_prefix(model, x, fixed, ar_prefix, **rules)
+        x, nfe, steps = generate_diffusion(model, x, fixed, **rules)
+        return x, nfe + prefix_nfe, trace and prefix_steps + steps
+
     for first in tqdm(range(0, num, batch_size), disable=quiet, desc='sampling', leave=False):
         x = canvas[first:first + batch_size].to(device)
         kept = fixed[first:first + batch_size].to(device)
-        x, prefix_nfe, prefix_steps = write_prefix(model, x, kept, ar_prefix, **rules)
-        x, nfe, steps = generate_diffusion(model, x, kept, **rules)
-        nfe = nfe + prefix_nfe
+        x, nfe, steps = in_windows(written, x, kept, model.config.block_size)
         if best_of:
             nfe = nfe + model.config.energy_head
             energies = energy(model, *text_of(x, rules['ends'])).tolist()
@@ -371,7 +391,7 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
             text, finished = decode(meta, ids)
             samples.append(dict(text=text, tokens=until_end(meta, ids), nfe=passes, finished=finished))
             if trace is True:
-                samples[-1]['trace'] = torch.stack([step[row] for step in prefix_steps + steps])
+                samples[-1]['trace'] = torch.stack([step[row] for step in steps])
             if best_of:
                 samples[-1]['energy'] = energies[row]
     return best_samples(samples, canvas.tolist(), num // best_of) if best_of else samples

@@ -26,6 +26,7 @@ from corruption import ask, errors_of, own_guesses, task_of
 from data.loader import random_rows, spread_rows
 from model import GPT, GPTConfig
 from parts.abstain import abstaining_ce, steer
+from parts.blocks import InBlocks, Kept, block_bounds, lay_out
 from parts.layers import told
 from parts.presets import best_rules, supports
 from parts.speculate import draft_loss
@@ -56,6 +57,7 @@ training_type = 'joint'      # unmasking | remasking | joint | denoising | causa
 causal_ratio = 0.5           # share of every batch that trains the causal mode: the next token
 remask_ratio = 0.5           # joint, denoising: share of the rows in which visible tokens may be wrong
 full_ratio = 0.5             # joint: share of these rows in which no mask is left
+block_lengths: tuple = ()    # 4,8,16,32: the causal rows also train blocks of these lengths
 corruption = 'own'           # own (its guesses) | random | fragment | sticky | noise | own:0.7,random:0.3
 remask_target = 'original'   # at a wrong token the target is the clean token | wrong: [WRONG]
 # model
@@ -194,31 +196,42 @@ def curricula(step, config):
                 penalty_mask_correct=penalty * ramp(step, config['masking_warmup_iters']))
 
 
-def causal_part(model, x0, real, all_causal, meta):
+def causal_part(model, x0, all_causal, meta, *settings):
     """
     The causal mode on rows x0 (B, T): yields (sum of weight * CE, parts), then what draft_loss says.
 
-    all_causal: how many such rows all processes have together; these tokens share a weight of one a row.
+    all_causal: how many such rows all processes have together; these tokens share a weight of one a row. With
+    block_lengths the rows are canvases in blocks too, beside what the causal pass has read; meta, settings:
+    the other arguments of diffusion_part, which trains them.
     """
-    count = distributed.total(real.sum())
+    count = distributed.total(modelled(x0, meta)[1].sum())
     if not len(x0):
         return
-    segment = None
-    if meta['pad'] is not None:                                     # the causal pass needs no padding
-        x0, real, segment = pack(x0.size(1) - real.flip(1).long().argmax(1), x0, real)
-    weight = real * (all_causal / count)
-    hidden, at = model(x0, causal=True, segment=segment), places(weight > 0)
+    x0, free, real, segment, blocks = lay_out(x0, meta, settings[0]['block_lengths'], settings[2])
+    weight, kept = real * (all_causal / count), Kept() if blocks else None
+    hidden, at = model(x0, causal=True, segment=segment, cache=kept), places(weight > 0)
     here = hidden.flatten(0, 1).index_select(0, at)                 # (N, C)
-    yield loss(model, x0, x0, weight, causal=True, at=at, hidden=here)
+    total, parts = loss(model, x0, x0, weight, causal=True, at=at, hidden=here)
+    if blocks:                                                      # one backward pass for both; no padding
+        rows = blocks.rows(x0, free, real, all_causal / count)
+        more, others = diffusion_part(InBlocks(model, kept, blocks), rows, {**meta, 'pad': None}, *settings)
+        total, parts = total + more, {**parts, **others}
+    yield total, parts
     if model.drafter is not None:
         yield draft_loss(model, hidden, x0, weight)                 # each process picks tokens for itself
 
 
-def diffusion_part(model, x0, meta, config, task, generator, price):
-    """The training type on rows x0 (B, T): (sum of weight * CE, parts)."""
+def diffusion_part(model, rows, meta, config, task, generator, price):
+    """
+    The training type on rows: (sum of weight * CE, parts).
+
+    rows: x0, free, real (B, T), see ask, and what each row weighs, (B, 1) or a number.
+    """
+    x0, free, real, scale = rows
     tokens = model.mask_token_id, model.wrong_token_id, meta['pad']
     guess = own_guesses(model, generator)
-    input, target, weight = ask(x0, *modelled(x0, meta), task, tokens, generator, guess)
+    input, target, weight = ask(x0, free, real, task, tokens, generator, guess)
+    weight = weight * scale
 
     # the level is that of the whole row; only a denoiser is told of wrong tokens, others have to find them
     noisy = input != x0 if task.training_type == 'denoising' else input == model.mask_token_id
@@ -244,8 +257,10 @@ def losses(model, x0, meta, config, step, generator, price=None):
     batch = num * distributed.world()                               # rows over all processes
     all_causal = batch if config['training_type'] == 'causal' else round(batch * config['causal_ratio'])
     num_causal = distributed.share(all_causal)
-    real = modelled(x0, meta)[1]
-    for total, parts in causal_part(model, x0[:num_causal], real[:num_causal], all_causal, meta):
+    ramped = curricula(step, config)
+    task = replace(task_of(config), **ramped)
+    settings = meta, config, task, generator, price
+    for total, parts in causal_part(model, x0[:num_causal], all_causal, *settings):
         if 'draft' in parts:                                        # a mean already
             part = num_causal * distributed.world() / all_causal
             yield total * part / accumulate, dict(draft=parts['draft'] * part)
@@ -255,12 +270,12 @@ def losses(model, x0, meta, config, step, generator, price=None):
     others = x0.repeat(views, 1) if views else x0[num_causal:]
     if len(others) and config['training_type'] != 'causal':
         # the rows that may have wrong tokens are the first ones of the whole batch
-        ramped = curricula(step, config)
         before, all_others = (0, batch * views) if views else (all_causal, batch - all_causal)
         last = before + round(all_others * ramped['remask_ratio'])
-        ramped['remask_ratio'] = (distributed.share(last) - distributed.share(before)) / len(others)
-        task = replace(task_of(config), **ramped)
-        total, parts = diffusion_part(model, others, meta, config, task, generator, price)
+        ratio = (distributed.share(last) - distributed.share(before)) / len(others)
+        rows = others, *modelled(others, meta), 1.0
+        total, parts = diffusion_part(model, rows, meta, config, replace(task, remask_ratio=ratio), generator,
+                                      price)
         yield total / (num * max(1, views) * accumulate), parts
 
 
@@ -274,7 +289,7 @@ def training_step(model, x0, meta, config, step, generator, price=None, parallel
     parts = {}
     for total, more in losses(model, *batch) if parallel is None else [parallel(*batch)]:
         total.backward()
-        parts.update(more)
+        parts = added(parts, more)
     return parts
 
 
@@ -328,7 +343,8 @@ def examine(run, val, usual):
     with distributed.together():
         if distributed.rank() == 0:
             result = evaluate(model, val, run.meta, causal=causal, bidirectional=can_unmask,
-                              own_errors=errors_of(config), seed=config['seed'])
+                              own_errors=errors_of(config), seed=config['seed'],
+                              bounds=block_bounds(config['block_lengths']))
             print(evaluation_line(run.step, result))
             if draws(config, run.meta) and (run.step or config['eval_only']):
                 num = usual['num'] if usual else config['eval_samples']

@@ -15,6 +15,7 @@ class Cache:
     def __init__(self, kept):
         self.kept = kept
         self.at = None                                              # (B, W) of the latest pass
+        self.end = None                                             # a block sees no slot behind this one
 
     @classmethod
     def empty(cls, model, B, S=0):
@@ -38,19 +39,30 @@ class Cache:
         if len(rows) < self.kept.size(2):
             self.kept = self.kept.index_select(2, rows)
 
-    def begin(self, idx, at):
-        """A pass over idx (B, T) begins, at the positions at (B, W), None: at all of them. Returns at."""
+    def of(self, rows):
+        """The same for some rows (R,): a copy."""
+        other = Cache(self.kept.index_select(2, rows))
+        other.end = self.end
+        return other
+
+    def begin(self, idx, at, causal):
+        """
+        A causal pass over idx (B, T) begins, at the positions at (B, W), None: at all of them; or one over
+        blocks idx (B, W) of tokens that stand at (B, W). Returns which of idx are computed, None: all; and
+        their slots (B, 1, W).
+        """
         if at is None:
             at = torch.arange(idx.size(1), device=idx.device).expand(len(idx), -1)
-        self.at = at
+        self.at = slots = at if causal else at + 1                  # (B, W) token i has slot i + 1
+        self.last = slots if causal else slots[:, -1:].clamp(max=self.end)         # (B, W or 1) that is seen
         B, nh, S = self.kept.shape[2:5]
         heads = torch.arange(B * nh, device=idx.device).view(B, -1, 1)
-        self.slots = (heads * S + at[:, None]).flatten()            # (B * nh * W,) where the new ones go
-        return at
+        self.slots = (heads * S + slots[:, None]).flatten()         # (B * nh * W,) where the new ones go
+        return at if causal else None, slots[:, None]
 
     def bias(self, dtype):
-        """What is added to the scores of W queries and S keys: (B, 1, W, S), -inf right of the query."""
-        behind = torch.arange(self.kept.size(4), device=self.at.device) > self.at[:, None, :, None]
+        """What is added to the scores of W queries and S keys: (B, 1, W or 1, S), -inf where not seen."""
+        behind = torch.arange(self.kept.size(4), device=self.at.device) > self.last[:, None, :, None]
         return torch.zeros(behind.shape, dtype=dtype, device=behind.device).masked_fill(behind, float('-inf'))
 
     def put(self, layer, k, v):

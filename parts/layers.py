@@ -59,7 +59,7 @@ class ShortConv(Part):
         if not p.causal:
             offsets += range(-1, -n - 1, -1)
         weight = self.weight[:len(offsets), 0].to(x.dtype)           # (n or 2n, C)
-        if p.cache is None:
+        if p.at is None:
             return x + Taps.apply(norm(x), weight, offsets, p.segment)
         return p.cache.convolve(p.layer, x, norm(x), weight, offsets)
 

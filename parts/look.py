@@ -6,7 +6,7 @@ import torch
 
 from parts.energy import guided
 from plumbing.draw import draw, filtered, fine, forbid
-from plumbing.rows import Ends, left_of, places, recorded, spread
+from plumbing.rows import Ends, left_of, of_rows, places, recorded, spread
 
 
 class Sampling:
@@ -28,12 +28,15 @@ class Sampling:
         self.canvas = canvas.clone()
         self.closed = left_of(fixed) if closed is None else closed
 
-        # no row is filled in more steps than it has tokens to fill; the last steps may only correct
+        # a row is filled in no more steps than it has tokens, unless they are spent on re-masking; the
+        # last steps may only correct
         masked = canvas == self.mask
         self.start = masked.sum(1)                                   # (B,) tokens to fill
         self.steps = how.steps or int(self.start.max()) or max(1, canvas.size(1) // 4)
         filling = self.steps - int(how.correct_share * self.steps) if how.corrects() else self.steps
         self.fill = self.start.clamp(min=1, max=max(1, filling))     # (B,) steps to fill a row in
+        if how.steps and how.spends():
+            self.fill = torch.full_like(self.start, how.steps)
         self.first_hole = masked.long().argmax(1)
 
         self.committed_logp = torch.zeros(canvas.shape, dtype=fine(canvas.device), device=canvas.device)
@@ -67,7 +70,7 @@ class Look:
     """One pass over the rows (R, T) that have not finished, and what it tells the rules."""
 
     def __init__(self, run, step):
-        rows, how, model = run.rows, run.how, run.model
+        rows, how, model = run.rows, run.how, of_rows(run.model, run.rows)
         self.run, self.how, self.step = run, how, step
         self.x = run.canvas[rows]
         self.masked = self.x == run.mask
@@ -77,14 +80,6 @@ class Look:
         self.progress = ((step + 1) / run.fill[rows]).clamp(max=1)   # (R,)
         share = 1 - self.progress if how.schedule == 'linear' else (self.progress * math.pi / 2).cos()
         self.left = (run.start[rows] * share + 1e-4).long()          # (R,) masks after this step
-
-        # with block_length the blocks are numbered, and only the first one with a mask is ready
-        self.block, self.ready = 0, self.masked
-        if how.block_length:
-            position = torch.arange(self.x.size(1), device=self.x.device)
-            self.block = (position - run.first_hole[rows, None]) // how.block_length     # (R, T)
-            first_open = self.block.masked_fill(~self.masked, self.x.size(1)).amin(1, keepdim=True)
-            self.ready = self.masked & (self.block == first_open)
 
         # the pass; a network with self-conditioning is shown what it predicted in the pass before
         told = {}

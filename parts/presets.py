@@ -31,6 +31,8 @@ PRESETS = dict(
     remdm=dict(commit='random', remask='remdm'),                               # Wang et al. 2025
     p2=dict(commit='random', remask='p2'),                                     # Peng et al. 2025
     intelligent=dict(commit='random', schedule='cosine', remask='wrong'),
+    # all at once, then a share is taken back and written anew, less each time, the most doubted first
+    redraft=dict(commit='random', remask='wrong', remask_schedule=(1.0, 0.0), correct_share=1.0),
     hybrid=dict(ar_prefix=16, commit='random', schedule='cosine', remask='wrong'),
     speculative=dict(remask='causal'),                                         # Leviathan et al. 2023
     universal=dict(ar_prefix=3, commit='confidence', schedule='cosine', steps=20, remask='none'),
@@ -82,9 +84,11 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
          f'repair finds what to change by re-masking: use --remask=wrong, random or critic, not {remask}'),
         *[(name in rules and not config.get('energy_head'), NO_HEAD.format(name))
           for name in ('guide', 'best_of')],
+        ('block_length' in rules and not config.get('block_lengths'),
+         'this checkpoint was not trained to write in blocks: train with --block_lengths=4,8,16,32'),
         (rate > 1 and remask != 'p2',
          f"remask_rate is a probability, in 0..1 (only p2's is not), got {rate}"))
-    inside = inside or 'guide' in rules  # the causal pass has no steps to guide
+    inside = inside or bool({'guide', 'block_length'} & set(rules))  # the causal pass has no steps, no blocks
     named = {name: rules.get(name) for name in ('commit', 'remask', 'ar_prefix')}
     return {**rules, **best_rules(config, inside, judge=judge, **named)}
 
@@ -231,7 +235,8 @@ def have_no_say(names):
 
 
 LOOP = ('steps commit schedule block_length choice_temperature commit_threshold priority remask_rate '
-        'remask_random_ratio remask_patience remask_threshold remask_schedule rewrite remdm correct_share')
+        'remask_random_ratio remask_patience remask_threshold remask_schedule rewrite remdm correct_share '
+        'revise')
 
 
 def idle(config, rules):
@@ -248,6 +253,8 @@ def idle(config, rules):
         choice_temperature='confidence', commit_threshold='threshold', priority='priority').items()
         if commit in ('random', 'confidence', 'margin', 'entropy', 'threshold', 'priority', 'abstain')
         and commit != wanted]
+    if not rules.get('block_length'):
+        found.append(('no block_length', 'revise'))
     if remask != 'remdm':
         found.append((f'remask={remask}', 'remdm'))
     if remask == 'none':
@@ -307,6 +314,9 @@ def check_rules(how, canvas, fixed, mask, judge, commits, remasks):
         (doubts_some and not how.corrects(),
          'remask_threshold and remask_schedule are for rules that doubt tokens, such as --remask=wrong, '
          f'not for {how.remask}'),
+        (how.block_length and (how.remask in ('causal', 'critic') or how.guide or judge),
+         'block_length goes with rules that look at a block alone: not with --remask=causal or critic, guide '
+         'or a second network'),
         (how.rewrite and (not rewrites or judge or how.guide),
          'rewrite goes with --commit=random and --remask=wrong, random or confidence, '
          'without a second network or guide'))

@@ -84,13 +84,17 @@ class Unfinished:
             self.cache.make_room(int(hole.max()) + window)
         return x, hole
 
+    def show(self, x):
+        """Adds a canvas with x (R, T) to the history."""
+        self.history.append(self.canvas.index_copy(0, self.rows, x))
+
     def put(self, x, passes):
         """Keeps x (R, T), which took passes, an int or (R,). Returns which of the R rows go on."""
         masked = self.canvas[self.rows] == self.mask
         self.canvas[self.rows] = close_rows(x, masked, self.mask, self.ends)
         self.nfe[self.rows] += passes
         if self.history:
-            self.history.append(self.canvas.clone())
+            self.show(self.canvas[self.rows])
         going = (self.canvas[self.rows] == self.mask).any(1).nonzero()[:, 0]
         if self.cache is not None:
             self.cache.keep_rows(going)

@@ -88,6 +88,13 @@ def conflicts_of_tasks(config):
           for part in ('level', 'previous')],
         (config['draft_head'] and kind != 'causal' and not config['causal_ratio'],
          'draft_head drafts for the causal mode, which this run does not train: set --causal_ratio=0.5'),
+        (config['block_lengths'] and (kind == 'causal' or no_masks or not config['causal_ratio']),
+         'block_lengths trains blocks beside what the causal mode has read: it needs causal rows and masks, '
+         'set --causal_ratio=0.3 and --training_type=joint'),
+        (config['block_lengths'] and 'graph' in config['parts'],
+         'the part graph compares whole rows, and has no blocks: leave out block_lengths, or graph'),
+        (any(length < 1 for length in config['block_lengths']),
+         f"block_lengths expects lengths of at least 1, got {config['block_lengths']}"),
         (config['bigram_decay'] and 'bigrams' not in config['parts'],
          'bigram_decay is of the tables of pairs, and there are none: set --parts=bigrams:8192'),
         (bias and not config['allow_abstain'],

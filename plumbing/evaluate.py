@@ -120,17 +120,19 @@ def detection(model, rows, free, real, input, pad):
 
 
 @torch.no_grad()
-def evaluate(model, x0, meta, *, causal, bidirectional, own_errors=None, draws=1, batch_size=256, seed=0):
+def evaluate(model, x0, meta, *, causal, bidirectional, own_errors=None, draws=1, batch_size=256, seed=0,
+             bounds=None):
     """
     What the model is worth on clean rows x0 (N, T), by a fixed seed: a dict of nats a token and shares.
 
     nelbo, nelbo_se: the bound of the diffusion mode and its standard error, from this many draws of masks for
     each row; padding is paid for, but does not count as tokens. causal_nll, causal_nll_se: -log p of the
-    causal mode. With own_errors(model, rows, free, real, generator, full) -> input, which puts own guesses
-    into rows -- auc: how well p(WRONG) tells them from correct visible tokens; fixed, refilled: the shares
-    put right, see detection; calibration, calibration_full: how far p(WRONG) is from the share of tokens that
-    are wrong, beside masks and in rows without a mask. If there is no mask in what own_errors makes, only auc
-    and calibration_full. What cannot be known is None.
+    causal mode. bounds: other bounds by name, functions (model, rows, free, real, generator) -> nats (B,).
+    With own_errors(model, rows, free, real, generator, full) -> input, which puts own guesses into rows --
+    auc: how well p(WRONG) tells them from correct visible tokens; fixed, refilled: the shares put right, see
+    detection; calibration, calibration_full: how far p(WRONG) is from the share of tokens that are wrong,
+    beside masks and in rows without a mask. If there is no mask in what own_errors makes, only auc and
+    calibration_full. What cannot be known is None.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -138,6 +140,7 @@ def evaluate(model, x0, meta, *, causal, bidirectional, own_errors=None, draws=1
     # at most 1 GiB of logits
     batch_size = max(1, min(batch_size, 2 ** 28 // (x0.size(1) * model.mask_token_id)))
     bound, exact, tokens, found, found_full, masks = [], [], [], [], [], False
+    others = {name: [] for name in bounds or ()}
     full_rng = torch.Generator(device).manual_seed(seed + 1)
     for rows in x0.split(batch_size):
         rows = rows.to(device)
@@ -147,6 +150,8 @@ def evaluate(model, x0, meta, *, causal, bidirectional, own_errors=None, draws=1
             bound.append(nelbo(model, rows, free, generator, draws))
         if causal:
             exact.append(causal_nll(model, rows, real))
+        for name, nats in others.items():
+            nats.append(bounds[name](model, rows, free, real, generator))
         if own_errors:
             input = own_errors(model, rows, free, real, generator)
             masks = masks or bool((input == model.mask_token_id).any())
@@ -161,6 +166,8 @@ def evaluate(model, x0, meta, *, causal, bidirectional, own_errors=None, draws=1
         result['nelbo'], result['nelbo_se'] = per_token(torch.cat(bound).cpu(), tokens)
     if causal:
         result['causal_nll'], result['causal_nll_se'] = per_token(torch.cat(exact).cpu(), tokens)
+    for name, nats in others.items():
+        result[name], result[f'{name}_se'] = per_token(torch.cat(nats).cpu(), tokens)
     if own_errors:
         doubts, wrong, fixed, refilled, *beside = [torch.cat(parts).cpu() for parts in zip(*found)]
         full = [torch.cat(parts).cpu() for parts in zip(*found_full)]
@@ -177,6 +184,9 @@ def evaluation_line(step, result):
         if name in result:
             error = result[f'{name}_se']
             words.append(f'{title} {result[name]:.3f}' + ('' if error is None else f' ± {error:.3f}') + unit)
+    blocks = [f'{name[6:]}: {nats:.3f}' for name, nats in result.items() if name[6:].isdecimal()]
+    if blocks:
+        words.append('in blocks of ' + ', '.join(blocks))
     if 'auc' in result:
         own = 'own errors' if 'refilled' in result else 'wrong tokens'
         right = f", put right {result['refilled']:.0%}" if result.get('refilled') is not None else ''

@@ -41,6 +41,11 @@ def random_subset(candidates, k, generator=None):
     return chosen.scatter(1, order, rank < k[:, None]) & candidates
 
 
+def of_rows(model, rows):
+    """The network for rows (R,) of a batch: itself, unless its rows are blocks, see parts/blocks.py."""
+    return model.of(rows) if hasattr(model, 'of') else model
+
+
 class Ends(NamedTuple):
     """The special ids of a dataset, None where it has none."""
     end: int = None
@@ -71,7 +76,7 @@ def recorded(canvas, trace):
     Where a sampler that starts from canvas (B, T) puts what it makes of it: a list; None without a trace.
     trace: True, or a list, which goes on.
     """
-    if trace is False:
+    if trace is None or trace is False:
         return None
     kept = [] if trace is True else trace
     if not (kept and torch.equal(kept[-1], canvas)):

@@ -189,15 +189,20 @@ def text_canvas(model, meta, texts, ends):
 
     texts: B lists of ids, model.mask_token_id for a token that is to be found. ends: whether each text ends
     there, and the end token and the padding behind it are fixed too; otherwise the rest of the canvas is
-    open. (Without end token, texts that end must be equally long.) Raises UserError if a text does not fit.
+    open. Without end token, texts that end must be equally long, and may be longer than block_size, see
+    parts/long.py. Raises UserError if a text does not fit.
     """
     bos = [] if meta['bos'] is None else [meta['bos']]
     room = model.config.block_size - len(bos) - (meta['eos'] is not None)
     longest = max(map(len, texts))
-    if longest > room:
+    if longest > room and (meta['eos'] is not None or bos):
         raise UserError(f'a text of {longest} tokens does not fit: block_size {model.config.block_size} '
                         f'leaves room for {room}')
-    T = len(bos) + longest if ends and meta['eos'] is None else model.config.block_size
+    T = model.config.block_size
+    if ends and meta['eos'] is None:
+        T = len(bos) + longest
+    elif longest >= room and meta.get('format') == 'stream':        # half a window behind a long prompt
+        T = longest + T // 2
     canvas = torch.full((len(texts), T), model.mask_token_id)
     for row, ids in zip(canvas, texts):
         filled = [*bos, *ids]

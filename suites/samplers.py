@@ -31,7 +31,6 @@ def budget_rows(config, block_size):
             (can_unmask, 'commit=entropy', True, dict(commit='entropy')),
             (can_unmask, 'commit=threshold (preset threshold)', True, PRESETS['threshold']),
             (can_unmask, 'commit=priority', True, dict(commit='priority', priority='()=+*')),
-            (can_unmask, 'commit=random, block_length=8', True, dict(block_length=8)),
             (can_unmask, 'remask=remdm, rescale', True, dict(remask='remdm', remdm='rescale')),
             (both, 'preset universal', False, PRESETS['universal'])]
     return [row for known, *row in rows if known]

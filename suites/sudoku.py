@@ -40,6 +40,7 @@ def sampler_rows(config):
             (can_unmask, 'random order, remask=confidence', dict(remask='confidence')),
             (can_unmask and detects, 'random order, remask=p2', PRESETS['p2']),
             (can_unmask and detects, 'random order, remask=wrong', dict(remask='wrong')),
+            (can_unmask and detects, 'random order, redraft', PRESETS['redraft']),
             (can_unmask and detects, 'commit=margin, remask=wrong', dict(commit='margin', remask='wrong'))]
     return [row for known, *row in rows if known]
 

@@ -74,8 +74,7 @@ CASES = {
         *(f'--commit={rule}' for rule in ('random', 'confidence', 'margin', 'entropy', 'threshold',
             'priority')),
         '--commit=confidence --choice_temperature=1', '--commit=threshold --commit_threshold=0.2',
-        '--ar_prefix=5', '--commit=priority --priority=12+', '--block_length=8',
-        '--block_length=8 --commit=confidence', '--top_p=0.8', '--schedule=cosine',
+        '--ar_prefix=5', '--commit=priority --priority=12+', '--top_p=0.8', '--schedule=cosine',
         '--schedule=linear --temperature=0.7 --top_k=5', '--temperature=0', '--length=20',
         '--prompt="(1+2" --seed=5', '--batch_size=4 --steps=None'))],
     'remask': [JOINT, *(f'--remask={way}' for way in (
@@ -128,7 +127,7 @@ CASES = {
               '--ar_prefix=6'],
     'text': [f'{TEXT} --causal_ratio=0.25 --draft_head=True --corruption=own:0.7,random:0.3', '--score=True',
              '--remask=wrong', '--remask=p2', '--remask=confidence --prompt=ROMEO:', '--length=30',
-             '--block_length=16 --commit=entropy', *(f'--task=infill --text="To be, {hole}"'
+             '--commit=entropy', *(f'--task=infill --text="To be, {hole}"'
                  for hole in ('__ not', '_')),
              '--task=repair --text="To bq, or not"', '--task=edit --text="To be, or not" --mask=3:5'],
     'text parts': [f'{TEXT} --block_size=48 --training_type=unmasking --bigram_decay=0.07 '

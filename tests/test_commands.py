@@ -90,7 +90,7 @@ def read_samples(path):
 @pytest.mark.parametrize('words', [
     '', '--prompt=(+', '--commit=confidence --steps=8 --schedule=cosine', '--remask=wrong --length=9',
     '--remask=random --remask_rate=0.1 --steps=12 --top_k=5', '--ar_prefix=8 --steps=6 --top_p=0.9',
-    '--remask=none --block_length=1 --temperature=0.5 --length=20'])
+    '--remask=none --commit=entropy --temperature=0.5 --length=20'])
 def test_sampling(run, trained, tmp_path, words):
     files = [tmp_path / name for name in ('a.jsonl', 'b.jsonl', 'c.jsonl')]
     for path, seed in zip(files, (5, 5, 6)):
@@ -153,7 +153,7 @@ def test_sampling_from_merged_checkpoints(run, tmp_path):
 
 
 @pytest.mark.parametrize('wanted', [
-    dict(steps=7, schedule='cosine', commit='confidence', block_length=5, remask='wrong',
+    dict(steps=7, schedule='cosine', commit='confidence', remask='wrong',
          remask_random_ratio=0.2, remask_schedule=(0.5, 0.1), correct_share=0.5, ar_prefix=3, temperature=0.9,
          top_k=5, top_p=0.8, choice_temperature=2.5),
     dict(commit='threshold', commit_threshold=0.7, remask='wrong', remask_rate=0.7, remask_patience=0.5),

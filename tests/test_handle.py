@@ -137,8 +137,9 @@ def test_other_checkpoints(m, folder):
     text = load(str(folder / 'text.pt'), **how)
     sample = text.score('ab\n' * 12)                                            # in windows
     assert len(sample.p_wrong) == len(sample.pieces) == 36
-    with pytest.raises(UserError, match='the prompt fills the canvas: its 16 tokens'):
-        text.generate(1, prompt='ab' * 8)
+    with pytest.raises(UserError, match='the prompt fills the canvas: its 6 tokens leave nothing'):
+        text.generate(1, prompt='ab' * 3, length=6)
+    assert len(text.generate(1, prompt='ab' * 10, length=30)[0].text) == 30     # in windows
     with pytest.raises(UserError, match='no such checkpoint'):
         load(str(folder / 'nowhere.pt'))
 

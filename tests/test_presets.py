@@ -242,12 +242,13 @@ def test_settings_that_make_no_sense(changes, message):
     (dict(remask='none', commit_threshold=0.5), 'commit_threshold with commit=random'),
     (dict(commit='confidence', remask='none', remask_rate=0.5, steps=5), 'remask_rate with remask=none'),
     (dict(remask='p2', correct_share=0.5), 'correct_share with remask=p2'),
+    (dict(remask='none', revise=True), 'revise with no block_length'),
     (dict(remask='wrong', remask_threshold=0.5, remask_rate=0.5), 'remask_rate with remask_threshold'),
     (dict(remask='wrong', remask_threshold=0.5, remask_rate=0.5, remask_random_ratio=0.5), ''),
     (dict(remask='wrong', remask_rate=0.5, steps=5, schedule='cosine', block_length=3), '')], ids=str)
 def test_rules_without_a_say(chosen, idle):
     """What was chosen and does nothing is refused, what is told are the others."""
-    config = default_config(training_type='joint', causal_ratio=0.5)
+    config = default_config(training_type='joint', causal_ratio=0.5, block_lengths=(3,))
     rules = choose_rules(config, **chosen)
     if idle:
         with pytest.raises(UserError, match=idle):

@@ -22,7 +22,15 @@ from plumbing.rows import Ends, first_of
 from plumbing.text import encode
 from sample import USUAL, How, generate
 
-LEFT_TO_RIGHT = dict(block_length=1)
+LEFT_TO_RIGHT = dict(commit='leftmost')
+
+
+@pytest.fixture(autouse=True)
+def leftmost(monkeypatch):
+    """A commit rule for tests of orders: from the left."""
+    def score(look):
+        return -torch.arange(look.x.size(1)).double().expand(look.x.shape)
+    monkeypatch.setitem(sample.COMMIT, 'leftmost', score)
 SURE = [[0.50, 0.49, 0.01], [0.45, 0.275, 0.275], [0.60, 0.20, 0.20], [0.62, 0.37, 0.01]]
 LAW = random_law(3, 3, seed=1)
 
@@ -51,7 +59,7 @@ def even(T=4, wrong=None):
 # -----------------------------------------------------------------------------
 # the law of the samples
 
-@pytest.mark.parametrize('rules', [{}, LEFT_TO_RIGHT, dict(steps=9), dict(block_length=2)], ids=str)
+@pytest.mark.parametrize('rules', [{}, LEFT_TO_RIGHT, dict(steps=9)], ids=str)
 def test_one_token_a_step_reproduces_the_law(rules):
     canvas, nfe, _ = from_empty(Oracle(3, 3, LAW), **rules)
     assert follows(canvas, 3, LAW) and (nfe == 3).all()
@@ -113,34 +121,6 @@ def test_a_rate_of_zero_is_ancestral_sampling(rules):
     """Nothing is re-masked whatever is doubted, and one token a step is exact, as without a remask rule."""
     out, nfe, trace = from_empty(Oracle(3, 3, LAW, wrong=[0.9, 0.5, 0.99]), remask_rate=0.0, **rules)
     assert not remasked(trace, 3).any() and (nfe == rules.get('steps', 3)).all() and follows(out, 3, LAW)
-
-
-@pytest.mark.parametrize('commit', ['random', 'confidence', 'margin', 'entropy', 'threshold', 'priority'])
-def test_one_block_for_the_whole_canvas_changes_nothing(commit):
-    oracle = Oracle(3, 4, random_law(3, 4, seed=1))
-    how = dict(commit=commit, priority=(1,), remask='random', steps=5)
-    plain, *others = (from_empty(oracle, 100, block_length=length, **how) for length in (None, 4, 99))
-    assert all(torch.equal(a, b) for other in others for a, b in zip(plain, other))
-
-
-@pytest.mark.parametrize('commit', sample.COMMIT)
-@pytest.mark.parametrize('steps', [None, 3])
-def test_blocks_are_filled_from_left_to_right(commit, steps):
-    """While an earlier block has a hole no later one gets a token; the first begins at the first hole."""
-    model, V = stubborn_gpt(5, 8), 5
-    canvas = torch.full((60, 8), V)
-    canvas[20:, 0] = 1                                        # blocks 1-2, 3-4, .. here
-    canvas[40:, 4] = 2                                        # a given token in the middle
-    _, _, trace = traced(model, canvas, commit=commit, steps=steps, block_length=2, priority=(1, 3))
-    orders = set()
-    for row, start in zip(trace.unbind(1), canvas):
-        block = (torch.arange(8) - int((start == V).long().argmax())) // 2
-        for now in row:
-            unfilled, new = now == V, (now != V) & (start == V)
-            assert not (unfilled.any() and new.any()) or block[new].max() <= block[unfilled].min()
-        orders.add(tuple(committed(row, V).nonzero()[:, 1].tolist()))
-    if commit == 'random' and steps is None:
-        assert len(orders) > 20                               # within its block every token may be the first
 
 
 # -----------------------------------------------------------------------------
@@ -254,16 +234,6 @@ def test_threshold_does_not_wait_for_the_schedule(schedule):
                                schedule=schedule)
     assert [(x == 3).sum(1).tolist() for x in trace] == [[6] * 5, [5] * 5, [4] * 5, [0] * 5]
     assert (nfe == 3).all()
-
-
-def test_threshold_within_a_block_does_not_count_the_sure_ones_of_later_blocks():
-    """A token below the threshold is committed alone, or in the last step, whatever other blocks hold."""
-    model = Independent([[0.6, 0.4], [0.6, 0.4], [1.0, 0.0], [1.0, 0.0], [0.6, 0.4], [0.6, 0.4]])
-    _, _, trace = from_empty(model, 50, commit='threshold', commit_threshold=0.9, block_length=2, steps=6)
-    for before, after in zip(trace[:-2], trace[1:-1]):
-        for old, new in zip(before, after):
-            at = ((old == 2) & (new != 2)).nonzero()[:, 0]
-            assert len(at) <= 1 or (model.table[at, new[at]] >= 0.9).all(), (old, new)
 
 
 # -----------------------------------------------------------------------------
@@ -415,6 +385,18 @@ def test_repair_finds_the_errors_itself():
     assert out.tolist() == [[1, 1, 1, 1]] * 3 + [[0, 1, 1, 1]]
     out, nfe, _ = traced(Doubter(3, 4, only_ones), canvas, fixed, remask='none')
     assert torch.equal(out, canvas) and (nfe == 0).all()
+
+
+def test_more_passes_than_tokens_bring_remdm_closer_to_the_law():
+    """As its authors' own sampler; with as many passes as tokens some are always drawn together."""
+    law, number = random_law(3, 4, seed=3), torch.tensor([27, 9, 3, 1])
+    off = []
+    for steps in (2, 4, 32):
+        x, nfe, _ = from_empty(Oracle(3, 4, law), remask='remdm', steps=steps)
+        found = torch.bincount(x @ number, minlength=81) / len(x)
+        off.append((found - law).abs().sum().item() / 2)
+        assert (nfe == nfe[0]).all() and steps / 2 < nfe[0] <= steps
+    assert off[0] > 3 * off[1] and off[1] > 1.6 * off[2] and off[2] < 0.03
 
 
 # -----------------------------------------------------------------------------
