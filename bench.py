@@ -1,5 +1,5 @@
 """
-Everything that is measured. Each suite is a file in suites/.
+Measure samplers, checkpoints and recipes. Each suite is a file in suites/.
 
     python bench.py --suite=arithmetic --init_from=ckpt   the samplers of one checkpoint
     python bench.py --suite=samplers --json=table.json    every rule and preset, at several numbers of passes
@@ -31,7 +31,7 @@ from configurator import UserError
 
 # -----------------------------------------------------------------------------
 suite = 'arithmetic'     # which one, see above
-init_from = 'ckpt'       # the newest checkpoint under out_dir; or a path; checkpoints: patterns with commas
+init_from = 'ckpt'       # the newest checkpoint in out_dir; or a path; checkpoints: patterns with commas
 merge_from: str = None   # another checkpoint, merged with the first; checkpoints: as many as init_from
 merge_weight = 0.5       # its share
 out_dir = 'out'          # where 'ckpt' looks; universal, text, stages: runs and table go to that folder in it

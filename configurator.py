@@ -132,13 +132,12 @@ def check(setting, value):
         raise UserError(f'{setting.name} expects a number below 2^{most}, got {value!r}')
     if value == '' and kind is str and setting.default != '':  # mostly an unset variable of the shell
         raise UserError(f'{setting.name} is empty: give it a value, or leave it out')
-    if kind in (tuple, list) and type(value) in (tuple, list):
-        return kind(value)
+    if kind in (tuple, list) and type(value) in (tuple, list, int, float):    # one value is a tuple of it
+        return kind(numbers)
     if setting.name in PATHS and type(value) is str:
         value = os.path.expanduser(value)  # the shell leaves it as it is behind =
     if kind is not None and type(value) is not kind:  # isinstance would let True pass for 1
-        one = f'; one value is written {value!r},' if kind is tuple and type(value) in (int, float) else ''
-        raise UserError(f'{setting.name} expects {expected(kind)}, got {value!r}{one}')
+        raise UserError(f'{setting.name} expects {expected(kind)}, got {value!r}')
     return value
 
 
@@ -210,7 +209,9 @@ def apply_file(file, values, known):
 def print_help(scope, known):
     if scope.get('__doc__'):
         print(scope['__doc__'].strip().split('\n\n')[0] + '\n')
-    print(f'usage: python {os.path.basename(scope["__file__"])} [config/file.py ...] [--key=value ...]')
+    path = os.path.relpath(scope['__file__'], os.path.dirname(os.path.abspath(__file__)))
+    path = os.path.basename(path) if path.startswith('..') else path
+    print(f'usage: python {path} [config/file.py ...] [--key=value ...]')
     flags = {name: f'--{name}={setting.default!r}' for name, setting in known.items()}
     # one long default must not push all comments away
     width = min(max(map(len, flags.values()), default=0), 40)
@@ -263,11 +264,12 @@ def configure(scope, argv):
     files, overrides = parse(argv, known)
     if any(name in OUTPUTS and value == '-' for name, value in overrides):
         sys.stdout = sys.stderr  # which leaves the stream to what is written there; run() puts it back
+    say = scope['SAID'].append if 'SAID' in scope else print  # a script may tell it later
     for file in files:
         apply_file(file, values, known)
-        print(f'using {file}')
+        say(f'using {file}')
     for name, value in overrides:
-        print(f'override: {name} = {value!r}')
+        say(f'override: {name} = {value!r}')
         values[name] = value
     if former:
         values = scope['modernise'](values)

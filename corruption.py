@@ -4,11 +4,13 @@ What the network is asked: clean rows -> (input, target, weight). A training typ
 
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 
 from configurator import UserError
+from parts.presets import supports
 from parts.noise import NOISE, another_token, fragment, noise, noise_weights, sticky
 from plumbing import distributed
 from plumbing.checks import parse_mixture
@@ -153,10 +155,21 @@ def own_guesses(model, generator):
     return guess
 
 
-def own_errors(model, x0, free, real, generator, full=False):
-    """Rows x0 (B, T) with some own guesses of the network in them and some [MASK], full: none: ids (B, T)."""
+def errors_of(config):
+    """own_errors for a network of this config: what it was trained on if it cannot write; None: none."""
+    can = supports(config)
+    usual = dict(noise_mix='replace', sigma_min=0.1, sigma_max=0.9)     # an older one may not say
+    task = task_of({**usual, **config}) if can.detects and not can.writes else None
+    return partial(own_errors, task=task) if can.detects else None
+
+
+def own_errors(model, x0, free, real, generator, full=False, task=None):
+    """
+    Rows x0 (B, T) with some own guesses of the network in them and some [MASK], full: none: ids (B, T). task:
+    what else is in them.
+    """
     tokens = model.mask_token_id, model.wrong_token_id, None
     guess = own_guesses(model, generator)
-    task = Task(remask_ratio=1.0, full_ratio=float(full))
+    task = task or Task(remask_ratio=1.0, full_ratio=float(full))
     input, _, _ = ask(x0, free, real, task, tokens, generator, guess)
     return input

@@ -5,7 +5,7 @@ Sample from a trained nanoRemask checkpoint: generate, infill, repair, edit.
     python sample.py --preset=remdm --steps=32                a named sampler; every choice can be overridden
     python sample.py --task=infill --text="(+_2)=_"           fill the holes
     python sample.py --task=repair --text="(+12))=3"          find what is wrong and write it anew
-    python sample.py --task=edit --text="(+12)=3" --mask=2:4  write only this span anew
+    python sample.py --task=edit --text="(+[12])=3"          write only what is in brackets anew
     python sample.py --remask=wrong --html=steps.html         watch it think
 
 All sampling is one loop with two rules: the commit rule says which masked positions of the canvas become
@@ -20,22 +20,21 @@ configurator.help_first(globals())           # --help does not wait for torch
 import math
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from configurator import UserError
-from model import GPT
 from parts.abstain import abstain
 from parts.blocks import write_blocks
 from parts.energy import best_samples, critic, energy, text_of
+from parts.handle import Handle
 from parts.long import in_windows
 from parts.look import Sampling
-from parts.presets import check_rules, check_sampling, choose_rules, supports
+from parts.presets import check_rules, check_sampling
 from parts.speculate import write, write_prefix
 from plumbing.checkpoint import export_safetensors
-from plumbing.command import by_length, canvases, given_samples, load_networks, show_samples
+from plumbing.command import ask, open_checkpoints, show_samples
 from plumbing.evaluate import p_wrong
 from plumbing.rows import Ends, close_rows, first_of, places, random_subset, spread
 from plumbing.text import decode, encode, start_canvas, until_end
@@ -46,7 +45,7 @@ task = 'generate'          # generate | infill | repair | edit | score (says wha
 prompt = ''                # generate: text that every sample starts with; FILE:PATH is all of that file
 text: str = None           # infill, repair, edit, score: the text; \n is a line end where texts have no \
 file: str = None           # or a file of texts, one a line; - is standard input
-mask: str = None           # edit: the tokens to write anew, 3:5 for the fourth and fifth; or 3:5,8:9
+mask: str = None           # edit: a word to write anew, or 3:5,8:9 in tokens; None: what is in [brackets]
 num_samples: int = None    # how many samples to draw; None: 10, with a text 1 each
 preset: str = None         # rules with a name, see parts/presets.py; None: the checkpoint's best
 seed = 1337                # the same seed and command give the same text
@@ -55,7 +54,7 @@ animate = False            # play the denoising in the terminal (pip install ric
 html: str = None           # write it to this file, a page that plays the steps; score: shades what is doubted
 save: str = None           # also write the samples to this file, one JSON object a line
 # the checkpoint
-init_from = 'ckpt'         # 'ckpt': the newest checkpoint under out_dir; or the path of one, or a folder
+init_from = 'ckpt'         # 'ckpt': the newest checkpoint in out_dir; or the path of one, or a folder
 out_dir = 'out'            # where 'ckpt' looks
 remask_from: str = None    # path of a second, remasking checkpoint that judges the visible tokens
 merge_from: str = None     # path of a second checkpoint of the same architecture to merge with the first
@@ -127,6 +126,7 @@ class How:
 
 
 how = How()      # what the command line says
+SAID = []        # and in which words, told after the samples
 USUAL = dict(commit='random', schedule='linear', choice_temperature=4.5, commit_threshold=0.9, priority=(),
              remask='none', remask_random_ratio=0.0, remask_patience=0.0, rewrite=False, remdm='cap',
              correct_share=0.25, temperature=1.0)
@@ -358,7 +358,8 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
 
     meta: the dataset's, from a checkpoint; ar_prefix, best_of: see How; rules: what generate_diffusion takes.
     Returns a list of B dicts: text, tokens (ids from the first position to the end), nfe (all passes spent on
-    the sample), finished; with trace also trace (S, T), the row's canvases.
+    the sample), finished; with trace also trace (S, T), the row's canvases. A trace that is a list
+    gets every canvas (B, T) as it happens.
     """
     device = next(model.parameters()).device
     rules = {'remask_patience': float(meta['eos'] is None), **rules}    # by measurement, see docs/log.md
@@ -389,7 +390,7 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
         for row, (ids, passes) in enumerate(zip(x.tolist(), nfe.tolist())):
             text, finished = decode(meta, ids)
             samples.append(dict(text=text, tokens=until_end(meta, ids), nfe=passes, finished=finished))
-            if trace:
+            if trace is True:
                 samples[-1]['trace'] = torch.stack([step[row] for step in steps])
             if best_of:
                 samples[-1]['energy'] = energies[row]
@@ -402,35 +403,24 @@ def generate(model, meta, num, *, prompt=(), lengths=None, **how):
 
 
 # -----------------------------------------------------------------------------
-# the command
+# from Python, and as a command
+
+
+def load(path='ckpt', **how):
+    """A checkpoint to sample from, see parts.handle.Handle: load('out-text').generate(3, prompt='ROMEO:')."""
+    return Handle.load(fill, [*vars(How())], path, **how)
 
 
 def main():
     s = configurator.namespace(globals())
-    check_sampling(s, how)
-    model, checkpoint, judge = load_networks(s, GPT.load, supports)
-    meta, config = checkpoint['meta'], checkpoint['config']
-    shown = partial(show_samples, s, model, judge, meta, supports(config))
+    check_sampling(s, how, COMMIT, [*DOUBT, *OTHER_RULES])
+    m = open_checkpoints(s, load)
+    m.said[:0] = SAID
     if s.export:
-        return export_safetensors(s.export, model, checkpoint)
-    if s.task == 'score':
-        return shown(given_samples(s, model, meta))
-
-    # what is to be written, and by which rules
-    texts, canvas, fixed = canvases(s, model, meta)
-    masked = [row == model.mask_token_id for row in canvas]
-    # whether there is text right of a hole
-    inside = s.task == 'repair' or any((row.cummax(0).values & ~row).any() for row in masked)
-    rules = choose_rules(config, preset=s.preset, task=s.task, inside=inside, judge=judge is not None,
-                         **vars(how))
-    said = ', '.join(f'{name}={value}' for name, value in rules.items())
-    print(said)
-
+        return export_safetensors(s.export, m.model, m.checkpoint)
     t0 = time.perf_counter()
-    sampler = partial(fill, model, meta, batch_size=s.batch_size, seed=s.seed, progress=True,
-                      remask_model=judge, trace=bool(s.animate or s.html) or s.task == 'repair', **rules)
-    samples = by_length(sampler, canvas, fixed)
-    shown(samples, texts, canvas, fixed, said, time.perf_counter() - t0)
+    samples = ask(s, m, vars(how))
+    show_samples(s, m, samples, time.perf_counter() - t0)
 
 
 if __name__ == '__main__':

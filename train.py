@@ -22,7 +22,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from corruption import ask, own_errors, own_guesses, task_of
+from corruption import ask, errors_of, own_guesses, task_of
 from data.loader import random_rows, spread_rows
 from model import GPT, GPTConfig
 from parts.abstain import abstaining_ce, steer
@@ -338,13 +338,13 @@ def draws(config, meta):
 def examine(run, val, usual):
     """What an evaluation by rank 0 finds, with samples, printed: a dict, empty on the other ranks."""
     config, result = run.config, {}
-    can_unmask, causal, detects = supports(config)
+    can_unmask, causal, _ = supports(config)
     model = distributed.whole_model(run.ema)
     with distributed.together():
         if distributed.rank() == 0:
             result = evaluate(model, val, run.meta, causal=causal, bidirectional=can_unmask,
-                              own_errors=own_errors if detects and can_unmask else None,
-                              seed=config['seed'], bounds=block_bounds(config['block_lengths']))
+                              own_errors=errors_of(config), seed=config['seed'],
+                              bounds=block_bounds(config['block_lengths']))
             print(evaluation_line(run.step, result))
             if draws(config, run.meta) and (run.step or config['eval_only']):
                 num = usual['num'] if usual else config['eval_samples']
@@ -372,14 +372,16 @@ def train(config):
     # settings, folder, data and network, each checked before the next one costs time
     place = distributed.connect(config['device'])
     check_settings(config)
+    known = configurator.settings(__file__)
+    idle = checks.idle(config, {name: setting.default for name, setting in known.items()})
     with distributed.together():
-        run = Run(config)
+        run = Run(config, idle)
     meta, data = load_rows(config)
     run.start(meta, *load_network(GPT, GPTConfig, config, meta, place, run.newest))
     with distributed.together():
         usual = None
         if distributed.rank() == 0:
-            if draws(config, meta) and not load_task(meta['name']):
+            if draws(config, meta) and not hasattr(load_task(meta['name']), 'score'):
                 usual = usual_text(data['train'], meta, config)
             run.open()
 

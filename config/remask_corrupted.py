@@ -3,4 +3,3 @@
 remasking_loss_type = 'corrupted_only'
 causal_ratio = 0.0
 draft_head = False
-masking_warmup_iters = 500

@@ -6,4 +6,3 @@ remask_target = 'wrong'
 corruption = 'random'        # it cannot unmask, so it has no guesses of its own to learn from
 causal_ratio = 0.0
 draft_head = False
-proofreading_warmup_iters = 500

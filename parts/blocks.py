@@ -233,7 +233,7 @@ def write_blocks(run, loop):
     doubted in it can still be taken back. Returns what sample.denoise returns; the committing passes count.
     """
     how, model, L, T = run.how, run.model, run.how.block_length, run.canvas.size(1)
-    todo = Unfinished(model, run.canvas, run.ends, run.history is not None)
+    todo = Unfinished(model, run.canvas, run.ends, run.history)
     todo.cache.end = T
     begin = run.first_hole[todo.rows][:, None]                      # (R, 1)
     known, width = begin, L                                         # the last slots, not in the cache yet

@@ -6,7 +6,7 @@ import torch
 
 from parts.energy import guided
 from plumbing.draw import draw, filtered, fine, forbid
-from plumbing.rows import Ends, left_of, of_rows, places, spread
+from plumbing.rows import Ends, left_of, of_rows, places, recorded, spread
 
 
 class Sampling:
@@ -17,7 +17,7 @@ class Sampling:
     ends: the special ids of the dataset, see plumbing.rows.Ends
     closed (B, T) bool: where none of ends.forbid is drawn; None: left of what is fixed
     judge: a second network that finds the wrong tokens, or None
-    trace: whether the canvas of every step is kept in history
+    trace: whether the canvas of every step is kept in history, or a list that it goes to
     """
 
     def __init__(self, model, canvas, fixed, how, ends=Ends(), closed=None, judge=None, generator=None,
@@ -45,7 +45,7 @@ class Sampling:
         self.nfe = torch.zeros_like(self.start)
         at_work = torch.ones_like(self.start) if how.corrects() else self.start
         self.rows = at_work.nonzero()[:, 0]                          # (R,) the rows that have not finished
-        self.history = [self.canvas.clone()] if trace else None
+        self.history = recorded(self.canvas, trace)
 
     def looks(self):
         """A Look for every step, until all rows have finished; put comes between two of them."""

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from configurator import UserError
 from plumbing.checkpoint import import_safetensors
 from plumbing.files import check_output
+from plumbing.show import import_rich
 
 
 class Abilities(NamedTuple):
@@ -65,9 +66,7 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
     whether a second checkpoint finds the wrong tokens; chosen: fields of sample.How. Raises UserError for
     what does not fit.
     """
-    if preset is not None and preset not in PRESETS:
-        hint = nearest(preset, PRESETS) or 'there are ' + ', '.join(PRESETS)
-        raise UserError(f"unknown preset '{preset}'; {hint}")
+    check_preset(preset)
     chosen = {name: value for name, value in chosen.items() if value is not None}
     usual = TASKS[task]
     kind = config['training_type']
@@ -157,36 +156,51 @@ RANGES = {(1, None): 'num_samples batch_size steps length top_k block_length gui
           (0, 1): 'top_p remask_random_ratio correct_share merge_weight'}
 
 
-def check_sampling(settings, how):
-    """Raises UserError for settings of sample.py that make no sense: its own, and those of its How."""
-    settings = {**vars(settings), **vars(how)}
+def check_chosen(settings):
+    """Raises UserError for a number that is out of its range, or a rule that makes no sense by itself."""
     for (low, high), names in RANGES.items():
         wanted = f'at least {low}' if high is None else f'in {low}..{high}'
         for name in names.split():
-            value = settings[name]
+            value = settings.get(name)
             if value is not None and (value < low or (high is not None and value > high)):
                 raise UserError(f'{name} must be {wanted}, got {value}')
-    seed, shares, export = settings['seed'], how.remask_schedule, settings['export']
+    seed, shares = settings.get('seed', 0), settings.get('remask_schedule')
     refuse(
         (not 0 <= seed < 2 ** 63, f'seed must be in 0..2^63 - 1, got {seed}'),
-        (how.top_p == 0, 'top_p=0 leaves no token to draw'),
-        (how.commit_threshold == 0, 'commit_threshold must be above 0'),
+        (settings.get('top_p') == 0, 'top_p=0 leaves no token to draw'),
+        (settings.get('commit_threshold') == 0, 'commit_threshold must be above 0'),
         (shares is not None and (len(shares) != 2 or not all(0 <= share <= 1 for share in shares)),
          f'remask_schedule expects two shares in 0..1, for example 0.3,0.05; got {shares}'),
-        (shares is not None and how.remask_threshold is not None,
-         'remask_schedule and remask_threshold both say how much is re-masked: give one of them'),
-        *conflicts_of_task(settings),
+        (shares is not None and settings.get('remask_threshold') is not None,
+         'remask_schedule and remask_threshold both say how much is re-masked: give one of them'))
+
+
+def check_sampling(settings, how, commits, remasks):
+    """Raises UserError for settings of sample.py that make no sense: its own, and those of its How."""
+    settings = {**vars(settings), **vars(how)}
+    check_chosen(settings)
+    check_names(settings, commits, remasks)
+    chosen = [name for name, value in {**vars(how), 'preset': settings['preset'],
+                                       'num_samples': settings['num_samples']}.items() if value is not None]
+    export = settings['export']
+    refuse(
+        *conflicts_of_task(settings, chosen),
         (export and not export.endswith('.safetensors'),
          f"export expects the name of a .safetensors file, got '{export}'"))
     if export:
         import_safetensors()
+    if settings['animate']:
+        import_rich()
     outputs = [settings[name] for name in ('export', 'save', 'html')]
     for number, path in enumerate(outputs):
         check_output(path, settings['file'], *outputs[:number], text=number > 0)
 
 
-def conflicts_of_task(settings):
-    """[(whether it is wrong, message)], of a task of sample.py, and of settings that are for another one."""
+def conflicts_of_task(settings, chosen):
+    """
+    [(whether it is wrong, message)], of a task of sample.py, and of settings that are for another one.
+    chosen: what was chosen of the rules, the preset and num_samples, names.
+    """
     task, text, file, mask = (settings[name] for name in ('task', 'text', 'file', 'mask'))
     hint = ', '.join(filter(None, (f"got '{task}'", nearest(task, TASKS))))
     generates = task == 'generate'
@@ -204,17 +218,90 @@ def conflicts_of_task(settings):
         (not generates and settings['stop'], f'stop is for --task=generate, {task} ends where its text ends'),
         (not generates and (text is None) == (file is None),
          f'--task={task} needs a text: --text="..." or --file=FILE, one text a line{both}'),
-        ((task == 'edit') != (mask is not None),
-         f'--mask=3:5 says what --task=edit writes anew{no_mask}')]
+        (task != 'edit' and mask is not None, f'--mask=3:5 says what --task=edit writes anew{no_mask}'),
+        (task == 'edit' and mask is None and '[' not in (text or '['),
+         '--task=edit needs to know what it writes anew: give --mask=WORD, or --mask=3:5 in tokens, or put '
+         '[brackets] around it in the text'),
+        (task == 'score' and chosen,
+         f"{', '.join(chosen)} {have_no_say(chosen)}: --task=score writes nothing"),
+        (settings['hole'] is not None and task != 'infill',
+         f'hole has no say: it is for --task=infill, not {task}'),
+        (settings['merge_weight'] != 0.5 and not settings['merge_from'],
+         'merge_weight has no say: there is no --merge_from to merge with')]
+
+
+def have_no_say(names):
+    """The verb behind a list of names."""
+    return 'have no say' if len(names) > 1 else 'has no say'
+
+
+LOOP = ('steps commit schedule block_length choice_temperature commit_threshold priority remask_rate '
+        'remask_random_ratio remask_patience remask_threshold remask_schedule rewrite remdm correct_share '
+        'revise')
+
+
+def idle(config, rules):
+    """Which rules have no say beside the others, and why: a dict of names."""
+    commit, remask = rules.get('commit'), rules.get('remask')
+    if remask == 'causal':
+        return dict.fromkeys(LOOP.split(), 'remask=causal')
+    if (rules.get('ar_prefix') or 0) >= config['block_size']:
+        return dict.fromkeys(LOOP.split(), 'a text that is written from left to right')
+    shares = [name for name in ('remask_schedule', 'remask_threshold') if rules.get(name) is not None]
+    share = shares[0] if shares else None
+    at_random = share == 'remask_threshold' and rules.get('remask_random_ratio')
+    found = [(f'commit={commit}', name) for name, wanted in dict(
+        choice_temperature='confidence', commit_threshold='threshold', priority='priority').items()
+        if commit in ('random', 'confidence', 'margin', 'entropy', 'threshold', 'priority', 'abstain')
+        and commit != wanted]
+    if not rules.get('block_length'):
+        found.append(('no block_length', 'revise'))
+    if remask != 'remdm':
+        found.append((f'remask={remask}', 'remdm'))
+    if remask == 'none':
+        found.append(('remask=none', 'remask_rate'))
+    if remask in ('none', 'remdm', 'p2'):
+        found += [(f'remask={remask}', name)
+                  for name in ('remask_random_ratio', 'remask_patience', 'correct_share')]
+    elif share:
+        found += [(share, 'remask_patience')] + [(share, 'remask_rate')] * (not at_random)
+    return {name: why for why, name in found}
+
+
+def refuse_idle(config, chosen, rules):
+    """
+    The rules that have a say, of all that choose_rules found. Raises UserError for one that was chosen and
+    has none.
+    """
+    names = idle(config, rules)
+    wrong = [name for name in names if chosen.get(name) is not None]
+    if wrong:
+        reasons = ', '.join(f'{name} with {names[name]}' for name in wrong)
+        hint = '' if 'remask=causal' not in reasons else ', or choose another rule, as --remask=none or wrong'
+        raise UserError(f'what has no say: {reasons}; leave it out{hint}')
+    return {name: value for name, value in rules.items() if name not in names}
+
+
+def check_names(settings, commits, remasks):
+    """Raises UserError for a rule or a preset that does not exist. None: it was not chosen."""
+    known = dict(commit=[*commits], remask=['none', *remasks, 'causal'], remdm=['cap', 'rescale'],
+                 schedule=['linear', 'cosine'])
+    for name, names in known.items():
+        if settings[name] not in (None, *names):
+            raise UserError(f"{name} expects one of {', '.join(names)}; got '{settings[name]}'")
+    check_preset(settings.get('preset'))
+
+
+def check_preset(preset):
+    """Raises UserError for a preset that does not exist; None is none."""
+    if preset is not None and preset not in PRESETS:
+        hint = nearest(preset, PRESETS) or 'there are ' + ', '.join(PRESETS)
+        raise UserError(f"unknown preset '{preset}'; {hint}")
 
 
 def check_rules(how, canvas, fixed, mask, judge, commits, remasks):
     """Raises UserError for rules of How that do not exist, or do not fit together or the canvas (B, T)."""
-    known = dict(commit=[*commits], remask=['none', *remasks, 'causal'], remdm=['cap', 'rescale'],
-                 schedule=['linear', 'cosine'])
-    for name, names in known.items():
-        if getattr(how, name) not in names:
-            raise UserError(f"{name} expects one of {', '.join(names)}; got '{getattr(how, name)}'")
+    check_names(vars(how), commits, remasks)
     masked = canvas == mask
     if how.remask == 'causal':
         check_suffix(masked)

@@ -15,7 +15,7 @@ from parts.cache import Cache
 from parts.presets import check_suffix
 from plumbing.kernels import squared_relu
 from plumbing.pieces import in_pieces
-from plumbing.rows import close_rows, left_of
+from plumbing.rows import close_rows, left_of, recorded
 
 WINDOW = 5   # tokens drafted a round; docs/log.md has measured 1 to 63
 
@@ -73,7 +73,7 @@ class Unfinished:
         self.ends = ends
         self.rows = (canvas == self.mask).any(1).nonzero()[:, 0]
         self.nfe = torch.zeros(len(canvas), dtype=torch.long, device=canvas.device)
-        self.history = [canvas.clone()] if trace else None
+        self.history = recorded(canvas, trace)
         self.cache = Cache.empty(model, len(self.rows))
 
     def look(self, window):

@@ -66,13 +66,19 @@ def export_safetensors(path, model, checkpoint):
             safetensors.torch.save_file(weights, half, {'nanoremask': keep})
     except Exception as error:                                      # safetensors has errors of its own
         raise UserError(f'{path}: cannot be written: {reason(error)}') from error
-    print(f'written to {path}; sample from it: python sample.py --init_from={shlex.quote(path)}')
+    then = f'sample from it: python sample.py --init_from={shlex.quote(path)}'
+    if checkpoint['config']['training_type'] == 'remasking':
+        then = f'it judges what another one writes: add --remask_from={shlex.quote(path)} there'
+    print(f'written to {path}; {then}')
 
 
 def read_safetensors(path, device):
     """The counterpart of export_safetensors: a checkpoint as a dict."""
     with import_safetensors().safe_open(path, 'pt', device=str(device)) as file:
         keep = json.loads((file.metadata() or {}).get('nanoremask', '{}'))
+        if isinstance(keep.get('config'), dict):                    # JSON has no tuples
+            keep['config'] = {name: tuple(value) if isinstance(value, list) else value
+                              for name, value in keep['config'].items()}
         return {**keep, 'model': {name: file.get_tensor(name) for name in file.keys()}, 'ema': None}
 
 
@@ -101,9 +107,10 @@ def read_checkpoint(path, device='cpu'):
     return modernised(checkpoint)
 
 
-def find_checkpoint(name, out_dir):
+def find_checkpoint(name, out_dir, say=print):
     """
-    'ckpt': the newest ckpt_*.pt under out_dir; a folder: under that one; else the path itself.
+    'ckpt': the newest ckpt_*.pt in out_dir; a folder: in that one; else the path itself. say is told, in a
+    line, of others in the folders below.
 
     Raises UserError if there is none.
     """
@@ -114,10 +121,20 @@ def find_checkpoint(name, out_dir):
         raise UserError(f'{folder}: cannot be read: {os.strerror(errno.EACCES)}')
     found = glob.glob(os.path.join(glob.escape(folder), '**', 'ckpt_*.pt'), recursive=True)
     found = [path for path in found if os.path.isfile(path)]        # no link that leads nowhere
-    if not found:
-        raise UserError(f'no checkpoint under {folder}; '
-                        'train one first: python train.py config/remask_all.py')
-    return max(found, key=os.path.getmtime)
+    own = [path for path in found if os.path.dirname(path) == os.path.dirname(os.path.join(folder, ''))]
+    below = sorted(set(found) - set(own))
+    others = ', '.join(map(shlex.quote, below[:3])) + f' and {len(below) - 3} more' * (len(below) > 3)
+    if not own and below:
+        raise UserError(f'no checkpoint in {folder} itself; below it there are others, to be named with '
+                        f'--init_from: {others}')
+    if not own:
+        where = '' if folder == 'out' else f' --out_dir={shlex.quote(folder)}'
+        raise UserError(f'no checkpoint in {folder}; '
+                        f'train one first: python train.py config/remask_all.py{where}')
+    newest = max(own, key=os.path.getmtime)
+    if below:
+        say(f'{newest} is the newest in {folder} itself; below it there are others: {others}')
+    return newest
 
 
 def load_checkpoint(path, network, sizes, device='cpu', ema=True):

@@ -103,6 +103,35 @@ def conflicts_of_tasks(config):
         (abs(bias) > limit, f'mask_logit_bias={bias} is beyond mask_bias_limit={limit}')]
 
 
+def idle(config, defaults):
+    """Lines that name the settings which are not at their defaults, and have no say beside the others."""
+    kind, noisy = config['training_type'], 'noise' in config['corruption']
+    wrong = ('remask_target corruption remask_ratio full_ratio remasking_loss_type weight_remask_task '
+             'penalty_mask_correct proofreading_warmup_iters masking_warmup_iters')
+    hidden = 'weight_unmask_task mask_weighting reward_correct_unmask'
+    no_say = []
+    for holds, names, why in (
+            (kind in ('unmasking', 'causal'), wrong, f'training_type={kind} has no wrong tokens'),
+            (kind in ('remasking', 'causal'), hidden, f'training_type={kind} has no masks'),
+            (kind == 'remasking', 'remask_ratio full_ratio proofreading_warmup_iters',
+             'all rows of training_type=remasking have wrong tokens'),
+            (kind == 'causal', 'views', 'all rows are causal'),
+            (kind == 'denoising', 'corruption', 'training_type=denoising has mixed noise, see noise_mix'),
+            (kind != 'denoising' and not (noisy and kind in ('joint', 'remasking')),
+             'sigma_min sigma_max noise_mix', 'nothing is corrupted by noise'),
+            (config['remasking_loss_type'] == 'corrupted_only', 'penalty_mask_correct masking_warmup_iters',
+             'remasking_loss_type=corrupted_only never looks at clean tokens'),
+            (not config['allow_abstain'], 'penalty_keep_mask', 'allow_abstain is off'),
+            (not config['target_mask_prob'], 'mask_control_rate', 'target_mask_prob is 0'),
+            (config['optimizer'] == 'adamw', 'muon_lr', 'optimizer=adamw'),
+            (config['lr_schedule'] == 'cosine', 'decay_share', 'lr_schedule=cosine'),
+            (not config['wandb_log'], 'wandb_project wandb_run_name', 'wandb_log is off')):
+        found = [name for name in names.split() if holds and config[name] != defaults[name]]
+        if found:
+            no_say.append(f"{', '.join(found)}: no say, since {why}")
+    return no_say
+
+
 def check_fits(config, meta):
     """Raises UserError if the settings do not fit the dataset."""
     name, size = meta['name'], config['block_size']

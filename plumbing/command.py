@@ -1,102 +1,60 @@
 """
-What sample.py does before and after it samples: networks, canvases, and what is shown. s is always its
-settings.
+What sample.py does around the methods of parts.handle.Handle, here m: what they are asked, and what is shown.
+s is always its settings.
 """
 
 import json
-import os
 import shlex
 import sys
 from functools import partial
 
-import torch
-
 from configurator import UserError
 from plumbing import show
-from plumbing.checkpoint import best_of, check_same_model, find_checkpoint, identity, load_merged
-from plumbing.device import configure_compute, freeze
+from plumbing.checkpoint import find_checkpoint
 from plumbing.files import check_output, to_json, write_atomically
-from plumbing.score import given_sample, judge_samples, total
-from plumbing.text import (
-    can_have,
-    decode,
-    encode,
-    load_task,
-    read_lines,
-    start_canvas,
-    stop_at,
-    task_canvas,
-    typed,
-    usual_hole,
-)
+from plumbing.score import total
+from plumbing.text import read_lines, typed
 
 
-def load_networks(s, load, supports):
-    """The network, its checkpoint and the judge (or None), ready to compute; says on screen what they are."""
-    path = find_checkpoint(s.init_from, s.out_dir)
-    other, judging = (name and find_checkpoint(name, s.out_dir) for name in (s.merge_from, s.remask_from))
+def open_checkpoints(s, load):
+    """The Handle of what the settings name. load: of sample.py."""
+    paths = [name and find_checkpoint(name, s.out_dir, lambda line: None)
+             for name in (s.init_from, s.merge_from, s.remask_from)]
     for output in (s.save, s.html, s.export):
-        check_output(output, path, other, judging)
-    merged = ''
-    if other:
-        model, checkpoint = load_merged(load, supports, path, other, s.merge_weight)
-        merged = f', merged with {s.merge_weight:g} of {other}'
-    else:
-        model, checkpoint = load(path)
-    s.checkpoint = (f"{path}: {checkpoint['config']['training_type']} on {checkpoint['meta']['name']}, "
-                    f"iteration {checkpoint['iter_num']}{merged}")
-    print(s.checkpoint)
-    if os.path.exists(best_of(path)):
-        print(f'its validation loss was lower before: --init_from={shlex.quote(best_of(path))}')
-
-    judge = None
-    if judging:
-        judge, second = load(judging)
-        check_same_model(path, identity(checkpoint), judging, identity(second),
-                         ('vocab_size', 'block_size', 'itos'))
-        if not supports(second['config']).detects:
-            raise UserError(f'{judging} was not trained to find wrong tokens '
-                            f"(training_type={second['config']['training_type']})")
-        configure_compute(judge, s.device, s.dtype, s.attention, s.compile)
-    model, choices = configure_compute(model, s.device, s.dtype, s.attention, s.compile)
-    print(f'{model.num_params():,} parameters, {choices}')
-    if not s.export:  # what is exported stays as it was trained
-        for network in filter(None, (model, judge)):
-            freeze(network)
-    return model, checkpoint, judge
+        check_output(output, *paths)
+    return load(s.init_from, out_dir=s.out_dir, merge=s.merge_from, merge_weight=s.merge_weight,
+                judge=s.remask_from, frozen=not s.export, device=s.device, dtype=s.dtype,
+                attention=s.attention, compile=s.compile)
 
 
 def saved(line):
-    """A line that --save wrote -> (text, tokens). Raises UserError for any other."""
+    """A line that --save wrote -> dict of its text and tokens. Raises UserError for any other."""
     try:
         sample = json.loads(line)
-        return sample['text'] + '', sample.get('tokens')
+        return dict(text=sample['text'] + '', tokens=sample.get('tokens'))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise UserError("expected a JSON object with a 'text', as --save writes them") from None
 
 
-def of_each_text(s, meta, use):
+def given_texts(s, m):
     """
-    [(text, use(text, its tokens if it was saved with them))] of --text, or of the lines of --file, as the
-    dataset's task.py reads them.
+    What --text says, or the lines of --file, as the dataset's task.py gathers them: texts, or dicts of saved
+    samples, a list.
 
     Lines that cannot be used are named, left out and counted in s. Raises UserError if there are no others.
     """
-    task, size = load_task(meta['name']), meta['block_size']
-    hole = s.hole or usual_hole(meta)
-    read = (lambda text: task.read(text, size, hole)) if hasattr(task, 'read') else lambda text: text
     if not s.file:
-        text = read(typed(meta, s.text))
-        return [(text, use(text, None))]
+        return [typed(m.meta, s.text)]
+    check = m.given if s.task == 'score' else partial(m.canvas, s.task, hole=s.hole, mask=s.mask)
     found, wrong, name = [], [], 'standard input' if s.file == '-' else s.file
     lines = read_lines(s.file)
-    if hasattr(task, 'gather') and not s.file.endswith('.jsonl'):
-        lines = task.gather(lines, size)
+    if hasattr(m.task, 'gather') and not s.file.endswith('.jsonl'):
+        lines = m.task.gather(lines, m.meta['block_size'])
     for number, line in lines:
         try:
-            text, tokens = saved(line) if s.file.endswith('.jsonl') else (line, None)
-            text = read(text)
-            found.append((text, use(text, tokens)))
+            text = saved(line) if s.file.endswith('.jsonl') else line
+            check(text if s.task == 'score' or not isinstance(text, dict) else text['text'])
+            found.append(text)
         except UserError as error:
             wrong.append(f'{name}, line {number}: {error}')
     if not found:
@@ -108,82 +66,53 @@ def of_each_text(s, meta, use):
     return found
 
 
-def canvases(s, model, meta):
-    """What is to be written: (texts or None, canvas, fixed), num_samples rows (T,) a text in the last two."""
+def ask(s, m, rules):
+    """The Samples that the settings ask for. rules: those of How that were chosen, None for the others."""
+    how = dict(rules, preset=s.preset, seed=s.seed, batch_size=s.batch_size, progress=True,
+               trace=bool(s.animate or s.html) or s.task == 'repair')
     if s.task == 'generate':
-        s.prompt = typed(meta, s.prompt)
-        s.stop = s.stop and typed(meta, s.stop)
-        odd = [c for c in s.stop or '' if not can_have(meta, c)]
-        if odd:
-            raise UserError(f"stop: {odd[0]!r} is not in the vocabulary of {meta['name']}")
-        num = s.num_samples or 10
-        lengths = None if s.length is None else torch.full((num,), s.length)
-        return None, *start_canvas(model, meta, num, encode(meta, s.prompt), lengths)
-    pairs = of_each_text(s, meta, lambda text, _: task_canvas(s.task, model, meta, text, s.hole, s.mask))
-    rows = [(text, canvas[0], fixed[0]) for text, (canvas, fixed) in pairs for _ in range(s.num_samples or 1)]
-    return zip(*rows)
+        s.prompt = typed(m.meta, s.prompt)
+        s.stop = s.stop and typed(m.meta, s.stop)
+        return m.generate(s.num_samples or 10, s.prompt, s.length, s.stop, **how)
+    texts = given_texts(s, m)
+    if s.task == 'score':
+        return m.score(texts)
+    texts = [text['text'] if isinstance(text, dict) else text for text in texts]
+    if s.task == 'edit':
+        return m.edit(texts, s.mask, s.num_samples, **how)
+    if s.task == 'infill':
+        return m.infill(texts, s.num_samples, s.hole, **how)
+    return m.repair(texts, s.num_samples, **how)
 
 
-def by_length(sampler, canvas, fixed):
-    """The samples of sampler(canvas (B, T), fixed) for the rows of each length, in the order of the rows."""
-    lengths = [len(row) for row in canvas]
-    samples = [None] * len(lengths)
-    for T in dict.fromkeys(lengths):
-        where = [i for i, length in enumerate(lengths) if length == T]
-        group = (torch.stack([rows[i] for i in where]) for rows in (canvas, fixed))
-        for i, sample in zip(where, sampler(*group)):
-            samples[i] = sample
-    return samples
-
-
-def given_samples(s, model, meta):
-    """The given texts as samples, to be scored."""
-    return [sample for _, sample in of_each_text(s, meta, partial(given_sample, model, meta))]
-
-
-def show_samples(s, model, judge, meta, can, samples, texts=None, canvas=None, *written):
-    """
-    Prints the samples, plays them, writes the page and the file: whatever was asked for.
-
-    can: the checkpoint's parts.presets.Abilities; texts: what was given, None: nothing; canvas: the rows
-    where sampling started; written: what is fixed in them, the rules in words and the seconds it took, if it
-    wrote.
-    """
-    if s.task == 'score' and s.html and not can.detects:
+def show_samples(s, m, samples, seconds):
+    """Prints the samples, plays them, writes the page and the file: whatever was asked for."""
+    if s.task == 'score' and s.html and not m.can.detects:
         raise UserError('--html shows p(WRONG) of a text, and this checkpoint was not trained to find wrong '
                         'tokens: use --task=score without it, or train with training_type joint')
-    if s.stop:
-        stop_at(meta, samples, s.stop, len(decode(meta, encode(meta, s.prompt))[0]))
-    if s.task == 'repair':
-        for sample, before in zip(samples, canvas):
-            marks = show.marks(before, sample['trace'].cpu(), model.mask_token_id)
-            sample['marks'] = marks[:len(sample['tokens'])]
-    if s.score or s.task == 'score':
-        judge_samples(model, meta, can, samples)
-
-    scorer = load_task(meta['name'])
-    for i, sample in enumerate(samples[:50]):
-        print(show.report(sample, meta, scorer, texts and texts[i]))
+    if s.score and s.task != 'score':
+        m.judge_all(samples)
+    for sample in samples[:50]:
+        print(sample.report())
     if len(samples) > 50:
         print(f'... and {len(samples) - 50} more' + ('' if s.save else ' (--save=FILE.jsonl keeps them all)'))
     if s.task == 'score' and len(samples) > 1:
-        print(total(samples, meta))
-    fixed, foot = None, []
-    if written:
-        fixed, rules, seconds = written
-        nfe = sum(sample['nfe'] for sample in samples) / len(samples)
-        print(f'{len(samples)} samples, {nfe:.1f} passes each (NFE), {len(samples) / seconds:.1f} samples/s')
+        print(total(samples, m.meta))
+    if s.animate:
+        show.animate(m.stories(samples[:20]))
+    print('', *m.said, sep='\n')
+    foot = []
+    if s.task != 'score':
+        rules = show.words_of(samples[0].rules)
+        nfe = sum(sample.nfe for sample in samples) / len(samples)
+        print(f'{rules}\n{len(samples)} samples, {nfe:.1f} passes each (NFE), '
+              f'{len(samples) / seconds:.1f} samples/s')
         foot.append(f'{rules}; {nfe:.0f} passes a sample')
-    if s.animate or s.html:
-        foot += [s.checkpoint, shlex.join(['python', *sys.argv]), f'seed {s.seed}']
-        finds = judge or (model if can.detects else None)
-        stories = show.stories(finds, meta, fixed, samples[:20], scorer, model if judge else None)
-        if s.animate:
-            show.animate(stories)
-        if s.html:
-            look = dict(show.layout(meta, scorer), diff=s.task == 'repair')
-            show.write_page(s.html, f"{meta['name']}: {s.task}", foot, stories, look)
-            print(f'written to {s.html}')
+    if s.html:
+        foot += [m.said[0], shlex.join(['python', *sys.argv]), f'seed {s.seed}']
+        look = dict(show.layout(m.meta, m.task), diff=s.task == 'repair')
+        show.write_page(s.html, f"{m.meta['name']}: {s.task}", foot, m.stories(samples[:20]), look)
+        print(f'written to {s.html}')
     if s.save:
         lines = [{key: value for key, value in sample.items() if key != 'trace'} for sample in samples]
         write_atomically(s.save, ''.join(to_json(line, ensure_ascii=False) + '\n' for line in lines))

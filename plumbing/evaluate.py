@@ -131,14 +131,15 @@ def evaluate(model, x0, meta, *, causal, bidirectional, own_errors=None, draws=1
     With own_errors(model, rows, free, real, generator, full) -> input, which puts own guesses into rows --
     auc: how well p(WRONG) tells them from correct visible tokens; fixed, refilled: the shares put right, see
     detection; calibration, calibration_full: how far p(WRONG) is from the share of tokens that are wrong,
-    beside masks and in rows without a mask. What cannot be known is None.
+    beside masks and in rows without a mask. If there is no mask in what own_errors makes, only auc and
+    calibration_full. What cannot be known is None.
     """
     model.eval()
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     # at most 1 GiB of logits
     batch_size = max(1, min(batch_size, 2 ** 28 // (x0.size(1) * model.mask_token_id)))
-    bound, exact, tokens, found, found_full = [], [], [], [], []
+    bound, exact, tokens, found, found_full, masks = [], [], [], [], [], False
     others = {name: [] for name in bounds or ()}
     full_rng = torch.Generator(device).manual_seed(seed + 1)
     for rows in x0.split(batch_size):
@@ -153,6 +154,7 @@ def evaluate(model, x0, meta, *, causal, bidirectional, own_errors=None, draws=1
             nats.append(bounds[name](model, rows, free, real, generator))
         if own_errors:
             input = own_errors(model, rows, free, real, generator)
+            masks = masks or bool((input == model.mask_token_id).any())
             found.append(detection(model, rows, free, real, input, meta['pad']))
             input = own_errors(model, rows, free, real, full_rng, full=True)
             doubt = p_wrong(model, model(input), input)
@@ -169,8 +171,9 @@ def evaluate(model, x0, meta, *, causal, bidirectional, own_errors=None, draws=1
     if own_errors:
         doubts, wrong, fixed, refilled, *beside = [torch.cat(parts).cpu() for parts in zip(*found)]
         full = [torch.cat(parts).cpu() for parts in zip(*found_full)]
-        result.update(auc=roc_auc(doubts, wrong), fixed=share(fixed), refilled=share(refilled),
-                      calibration=calibration_error(*beside), calibration_full=calibration_error(*full))
+        mended = dict(fixed=share(fixed), refilled=share(refilled), calibration=calibration_error(*beside))
+        result.update(auc=roc_auc(doubts, wrong), **(mended if masks else {}),
+                      calibration_full=calibration_error(*full))
     return result
 
 
@@ -185,9 +188,11 @@ def evaluation_line(step, result):
     if blocks:
         words.append('in blocks of ' + ', '.join(blocks))
     if 'auc' in result:
-        words.append('own errors: there are none, or nothing else, so no AUC' if result['auc'] is None else
-                     f"own errors found: AUC {result['auc']:.3f}, put right {result['refilled']:.0%}")
-        if result['calibration'] is not None:
+        own = 'own errors' if 'refilled' in result else 'wrong tokens'
+        right = f", put right {result['refilled']:.0%}" if result.get('refilled') is not None else ''
+        words.append(f'{own}: there are none, or nothing else, so no AUC' if result['auc'] is None else
+                     f"{own} found: AUC {result['auc']:.3f}{right}")
+        if result.get('calibration') is not None:
             words.append(f"p(WRONG) off by {result['calibration']:.3f} beside masks, "
                          f"{result['calibration_full']:.3f} without")
     return f"step {step}  validation: " + ('  '.join(words) or 'nothing to measure for this training type')

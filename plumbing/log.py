@@ -6,7 +6,7 @@ import os
 from configurator import UserError
 from plumbing.files import atomically, read_records, to_json, write_atomically
 from plumbing.optim import ramp
-from plumbing.text import encode, load_task, sample_line
+from plumbing.text import encode, load_task, sample_line, score_line, scored
 
 PARTS = ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)')  # of the loss, as training tells them
 
@@ -69,10 +69,11 @@ def progress_line(step, config, record, speed):
     words = [f'{name} {record[name]:.3f}' for name in PARTS if name in record]
     if config['target_mask_prob']:
         words.append(f"bias {record['mask_logit_bias']:+.2f}  price {record['penalty_keep_mask']:.2f}")
-    if config['training_type'] in ('joint', 'remasking', 'denoising'):
-        proofreading = ramp(step, config['proofreading_warmup_iters'])
-        penalty = ramp(step, config['masking_warmup_iters'])
-        words.append(f'proofreading {proofreading:.0%}  masking penalty {penalty:.0%}')
+    for name, kinds, setting in (('proofreading', ('joint', 'denoising'), 'proofreading_warmup_iters'),
+                                 ('masking penalty', ('joint', 'denoising', 'remasking'),
+                                  'masking_warmup_iters')):
+        if config['training_type'] in kinds:
+            words.append(f'{name} {ramp(step, config[setting]):.0%}')
     if record.get('skipped'):
         words.append(f"skipped {record['skipped']}")
     left = int((config['max_iters'] - step) / speed)
@@ -94,12 +95,11 @@ def show_samples(samples, meta, config, compare, shown=4):
         lines = [''.join(line.ljust(width) for line in row).rstrip() for row in rows]
     for line in lines:
         print(f'    {line}')
-    if not task:
+    if not hasattr(task, 'score'):
         given = len(encode(meta, config['sample_prompt'])) + (meta['bos'] is not None)
         return compare([text[len(config['sample_prompt']):] for text in texts],
                        [sample['tokens'][given:] for sample in samples])
-    score = task.score(texts)
-    line = '{valid:.0%} of {n} samples are well formed, {correct:.0%} have the right value'
-    line = getattr(task, 'LINE', line)
-    print('    ' + line.format(**{'n': len(texts), **score}))
-    return {name: score[name] for name in ('valid', 'correct', 'cells') if name in score}
+    score = scored(task, texts)
+    print('    ' + score_line(task, texts, score))
+    kept = [name for name in ('valid', 'correct', 'cells') if name in score]
+    return {name: score[name] for name in kept or score}

@@ -71,6 +71,19 @@ def close_rows(x, masked, mask, ends):
     return x.masked_fill(masked & (is_end.cumsum(1) > is_end), ends.pad)
 
 
+def recorded(canvas, trace):
+    """
+    Where a sampler that starts from canvas (B, T) puts what it makes of it: a list; None without a trace.
+    trace: True, or a list, which goes on.
+    """
+    if trace is None or trace is False:
+        return None
+    kept = [] if trace is True else trace
+    if not (kept and torch.equal(kept[-1], canvas)):
+        kept.append(canvas.clone())
+    return kept
+
+
 def left_of(fixed):
     """Which positions have a fixed one to their right: fixed (B, T) bool -> (B, T)."""
     return fixed.flip(1).cummax(1).values.flip(1)

@@ -27,6 +27,7 @@ from plumbing.device import configure_compute
 from plumbing.files import append_line, check_output, copy_file, lock, make_folder, sweep, to_json
 from plumbing.log import draw_curves, start_log
 from plumbing.optim import make_optimizers
+from plumbing.text import check_task
 from plumbing.vocabulary import by_character, other_characters
 
 
@@ -43,8 +44,10 @@ class Run:
     control, see parts/abstain.py; skipped, how many steps were not finite.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, idle=()):
+        """idle: lines that say which settings have no say."""
         self.config, self.folder, self.source = config, config['out_dir'], config['init_from']
+        self.idle = idle
         names = config['training_type'], config['remasking_loss_type']
         self.newest = os.path.join(self.folder, checkpoint_name(*names))
         self.log_path = os.path.join(self.folder, 'log.jsonl')
@@ -95,7 +98,7 @@ class Run:
         self.first = self.step
         self.began = time.perf_counter() - seconds                          # evaluations and saves taken out
 
-        print(choices + (f', {world} processes' if world > 1 else ''))
+        print(*self.idle, choices + (f', {world} processes' if world > 1 else ''), sep='\n')
         print(f"{model.num_params():,} parameters; {config['training_type']} on {config['dataset']}: "
               f"{meta['train_tokens']:,} training tokens, vocabulary {meta['vocab_size']} + [MASK] + [WRONG]")
         if path:
@@ -285,8 +288,12 @@ class Run:
         else:
             curves = ', curves.png' if self.plotted else ' (pip install matplotlib for curves.png)'
             print(f'losses and validation: {self.log_path}{curves}')
-            name = 'ckpt' if self.folder == 'out' else self.newest
-            print(f'saved {self.newest}; sample from it: python sample.py --init_from={shlex.quote(name)}')
+            name = shlex.quote('ckpt' if self.folder == 'out' else self.newest)
+            then = f'sample from it: python sample.py --init_from={name}'
+            if self.config['training_type'] == 'remasking':
+                name = shlex.quote(self.newest)
+                then = f'it judges what another one writes: add --remask_from={name} there'
+            print(f'saved {self.newest}; {then}')
             if self.best and not self.best['last']:
                 print(f"the lowest validation loss was at step {self.best['step']}: {best_of(self.newest)}")
 
@@ -298,6 +305,7 @@ def load_rows(config):
             if distributed.first_here() == turn:
                 meta, data = load_data(config['dataset'], config['coarse'])
                 check_fits(config, meta)
+                check_task(meta, data)
     return meta, data
 
 

@@ -19,7 +19,7 @@ from data.common import gpt2
 from plumbing.files import to_json, write_atomically
 from plumbing.evaluate import p_wrong
 from plumbing.score import NAMES
-from plumbing.text import can_have, modelled, pictured, pieces, visible
+from plumbing.text import EMPTY, can_have, modelled, pictured, pieces, visible
 
 # how the terminal shows what a position can be in a frame, in the colours of the page; the first letter is
 # its name there
@@ -113,10 +113,11 @@ def report(sample, meta, task, before=None):
 
 def marked(sample, meta, rows, legends, indent, verdict):
     """The lines of a sample's text, each with its part of rows of signs under it, and what these are."""
-    lines = [[line] for line in sample['text'].split('\n')]
+    lines = [[line] for line in (sample['text'] or EMPTY).split('\n')]
     if rows:
         shown = dict(sample, tokens=sample['tokens'][meta['bos'] is not None:])
         lines = annotated(meta, shown, rows, len(indent))
+        lines[0][0] = lines[0][0] if sample['text'] else EMPTY
     if verdict:
         lines[-1][0] += f'   {verdict}'
     told, legends = [], [*legends]
@@ -192,14 +193,25 @@ def story(meta, trace, fixed, doubts, label, note=''):
     return dict(label=label, note=note, frames=frames)
 
 
-def animate(stories, seconds=0.08):
-    """Plays the stories in the terminal, one after the other. Raises UserError without rich."""
+def words_of(rules):
+    """Rules, a dict, as a line."""
+    return ', '.join(f'{name}={value}' for name, value in rules.items())
+
+
+def import_rich():
+    """The classes Console, Live and Text of rich. Raises UserError if it is not installed."""
     try:
         from rich.console import Console
         from rich.live import Live
         from rich.text import Text
     except ImportError:
         raise UserError('--animate needs rich: pip install rich') from None
+    return Console, Live, Text
+
+
+def animate(stories, seconds=0.08):
+    """Plays the stories in the terminal, one after the other. Raises UserError without rich."""
+    Console, Live, Text = import_rich()
     console = Console()
     legend = [part for state, style in STYLES.items() for part in ((WORDS[state], style), '  ')]
     console.print(Text.assemble(*legend, ('doubted', 'yellow'), '  ', ('p(WRONG) > 1/2', 'bold yellow')))

@@ -4,8 +4,11 @@ import bisect
 import codecs
 import functools
 import importlib.util
+import inspect
 import itertools
 import os
+import random
+import re
 
 import torch
 
@@ -15,6 +18,7 @@ from data.loader import load_data
 
 
 PAD = '·'                   # one token of padding in a text
+EMPTY = '(empty)'           # what is shown of a text without a token
 CONTROLS = {**{c: chr(0x2400 + c) for c in range(32) if chr(c) not in '\t\n'}, 127: '␡',
             **{c: f'\\x{c:x}' for c in range(128, 160)}}
 LONGEST = 10**6             # tokens of a text that is written in windows, see parts/long.py
@@ -284,17 +288,55 @@ def spans(text, n):
     return found
 
 
+def marked_words(meta, text, words):
+    """
+    Which tokens of a text are to be written anew: (the text, their places, a list).
+
+    words: spans in tokens such as '2:4'; or a part of the text, the only one that is a word of its own, or
+    the only one at all; None: what stands in [brackets], which are no part of the text.
+    """
+    parts = re.split(r'\[(.*?)\]', text) if words is None else [text]
+    if words is None and len(parts) == 1:
+        raise UserError(f'{quoted(text)} has no [brackets] around what is to be written anew, and no mask')
+    text = ''.join(parts)
+    ids = encode(meta, text)
+    if words is not None and re.fullmatch(r'[\d\s:,]*:[\d\s:,]*', words):
+        return text, spans(words, len(ids))
+
+    # where it is in characters, and which tokens have a part of it
+    if words is None:
+        ends = [*itertools.accumulate(map(len, parts))]
+        found = [*zip(ends[::2], ends[1::2])]
+    else:
+        whole = rf'(?<!\w){re.escape(words)}(?!\w)'
+        found = [at.span() for at in [*re.finditer(whole, text)] or re.finditer(re.escape(words), text)]
+        if len(found) != 1 or not words:
+            raise UserError(f"mask: '{words}' stands {len(found)} times in {quoted(text)}; give a word that "
+                            'stands there once, spans in tokens such as 3:5 or 3:5,8:9, or put [brackets] '
+                            'around it')
+    at, places = 0, []
+    for place, (piece, _) in enumerate(pieces(meta, ids)):
+        if any(at < last and first < at + max(1, len(piece)) for first, last in found):
+            places.append(place)
+        at += len(piece)
+    if not places:
+        raise UserError(f'{quoted(text)}: there is nothing in the [brackets]')
+    return text, places
+
+
 def task_canvas(task, model, meta, text, hole=None, mask=None):
     """The canvas of one text for a task: (canvas (1, T), fixed (1, T)). See task at the top of sample.py."""
     if task == 'infill':
         ids, ends = holes(meta, text, hole, model.mask_token_id)
         return text_canvas(model, meta, [ids], ends)
-    ids = encode(meta, text)
-    if not ids:
+    if not text:
         raise UserError('the text is empty')
+    places = []
     if task == 'edit':
-        for i in spans(mask, len(ids)):
-            ids[i] = model.mask_token_id
+        text, places = marked_words(meta, text, mask)
+    ids = encode(meta, text)
+    for i in places:
+        ids[i] = model.mask_token_id
     canvas, fixed = text_canvas(model, meta, [ids], ends=True)
     if task == 'repair':  # nothing is trusted but the start symbol
         fixed = ~modelled(canvas, meta)[0]
@@ -304,7 +346,8 @@ def task_canvas(task, model, meta, text, hole=None, mask=None):
 @functools.lru_cache
 def load_task(dataset):
     """
-    The module data/<dataset>/task.py, which knows right from wrong there, or None.
+    The module data/<dataset>/task.py, which knows right from wrong there, or None. What it lacks of verdict
+    says nothing.
 
     Raises UserError if it cannot be used.
     """
@@ -318,18 +361,66 @@ def load_task(dataset):
         spec.loader.exec_module(module)
     except Exception as error:                           # it is the user's code
         raise UserError(f'{path}: {type(error).__name__}: {error}') from error
-    missing = [name for name in ('score', 'verdict') if not callable(getattr(module, name, None))]
-    if missing:
-        raise UserError(f'{path} has no function {missing[0]}: training calls score(texts), verdict(text), '
-                        'see data/arithmetic/task.py')
+    odd = [name for name in ('draw', 'score', 'verdict') if not callable(getattr(module, name, len))]
+    if odd:
+        raise UserError(f'{path}: {odd[0]} is no function: there may be draw(rng), score(texts) and '
+                        'verdict(text), see docs/extending.md')
+    module.verdict = getattr(module, 'verdict', lambda text: '')
     return module
+
+
+def scored(task, texts, train=None):
+    """What task.py's score says of texts, a dict of numbers; {} without one. train: the training strings."""
+    if not hasattr(task, 'score'):
+        return {}
+    more = (train,) * (len(inspect.signature(task.score).parameters) > 1)
+    return task.score(texts, *more)
+
+
+def drawn_by(task, rng):
+    """A text that task.py draws, None if it draws none: draw(rng) is a text, or begins with one."""
+    if not hasattr(task, 'draw') or hasattr(task, 'starts'):
+        return None
+    found = task.draw(rng)
+    return found if isinstance(found, str) else found[0]
+
+
+def check_task(meta, data):
+    """Tries what the dataset's task.py has on rows of data, before training needs it. Raises UserError."""
+    task = load_task(meta['name'])
+    if task is None or meta['format'] != 'rows':
+        return
+    texts, what = [decode(meta, ids)[0] for ids in data['val'][:4].tolist()], 'draw(rng)'
+    try:
+        text = drawn_by(task, random.Random(0))
+        if text is not None:
+            encode(meta, text)
+        what = 'score(texts)'
+        found = scored(task, texts)
+        if not all(isinstance(value, (int, float, type(None))) for value in found.values()):
+            raise TypeError(f'a dict of numbers is wanted, got {found}')
+        what = 'LINE'
+        score_line(task, texts, found)
+        what = 'verdict(text)'
+        if not isinstance(task.verdict(texts[0]), str):
+            raise TypeError(f'a text is wanted, got {task.verdict(texts[0])!r}')
+    except Exception as error:                           # it is the user's code
+        raise UserError(f"data/{meta['name']}/task.py: {what}: {type(error).__name__}: {error}") from error
+
+
+def score_line(task, texts, found):
+    """What training prints of the score found of texts, a line."""
+    line = '{valid:.0%} of {n} samples are well formed, {correct:.0%} have the right value'
+    if not {'valid', 'correct'} <= set(found):
+        line = ', '.join(f'{name} {{{name}:.3g}}' for name in found if found[name] is not None)
+    return getattr(task, 'LINE', line).format(**{'n': len(texts), **found})
 
 
 def pictured(task, text):
     """What is printed of a text: as task.py draws it, and what it says of it; without a task the text."""
     if hasattr(task, 'picture'):
         return f'{task.picture(text)}\n{task.verdict(text)}\n'
-    return f'{text}   {task.verdict(text)}' if task else text
+    return f'{text or EMPTY}   {task.verdict(text)}'.rstrip() if task else text
 
 
 def text_of_file(path):

@@ -1,5 +1,6 @@
 """
 The generation table: every sampler on the same checkpoint, num_seeds x num_samples each, at temperature 1.
+Of arithmetic, or any strings that end: what task.py's score says, and how many are unique, novel, how long.
 
 'free': the length is the model's own decision; 'given': the true length of a fresh draw is fixed in advance.
 """
@@ -7,7 +8,8 @@ The generation table: every sampler on the same checkpoint, num_seeds x num_samp
 from tqdm import tqdm
 
 from parts.presets import supports
-from suites.common import METRICS, checkpoint_of_arithmetic, grammar_itself, measure, table_of, wanted
+from suites.common import (METRICS, checkpoint_of_rows, draws_strings, grammar_itself, measure, table_of,
+                           wanted)
 
 
 def sampler_rows(config, steps, block_size):
@@ -30,10 +32,14 @@ def sampler_rows(config, steps, block_size):
 
 def run(s):
     """The suite with bench's settings s: (rows, table)."""
-    model, checkpoint, strings = checkpoint_of_arithmetic(s)
-    rows = [grammar_itself(s, strings)]
-    asked = wanted(s, sampler_rows(checkpoint['config'], s.steps, model.config.block_size))
+    model, checkpoint, strings = checkpoint_of_rows(s)
+    fresh = draws_strings(strings)
+    rows = [grammar_itself(s, strings)] if fresh else []
+    asked = [row for row in sampler_rows(checkpoint['config'], s.steps, model.config.block_size)
+             if fresh or row[1] == 'free']
+    asked = wanted(s, asked)
     for name, protocol, rules in tqdm(asked, desc='rows', leave=False):
         rows.append(measure(s, model, checkpoint['meta'], strings, name, rules, protocol))
     print(f'{s.num_seeds} seeds x {s.num_samples} samples, ± standard error')
-    return rows, table_of(rows, dict(sampler='name', start='protocol'), METRICS)
+    metrics = [metric for metric in METRICS if any(row[metric] is not None for row in rows)]
+    return rows, table_of(rows, dict(sampler='name', start='protocol'), metrics)

@@ -1,7 +1,8 @@
 """
 Training runs side by side. Those that differ in their seed only share a row, ± the standard error over seeds.
 
-A row is named by what it sets differently from the first run; merged ones by both.
+A row is named by its paths, beside what it sets differently from the first run; merged ones by both. What
+cannot be measured is named and left out: a file that is no checkpoint, samples of a text that runs on.
 """
 
 import glob
@@ -53,7 +54,6 @@ def checkpoint_scores(s, path, other=None):
     """(validation: dict of what there is of VALIDATION; {sampler: dict of GENERATED}) of one checkpoint."""
     model, checkpoint = load(s, path, other)
     meta, config = checkpoint['meta'], checkpoint['config']
-    strings = training_strings(s, meta)
     can_unmask, causal, detects = supports(config)
     val = spread_rows(data_of(meta, config)[1]['val'], s.eval_rows, model.config.block_size)
     validation = worth(model, checkpoint, val)
@@ -63,6 +63,10 @@ def checkpoint_scores(s, path, other=None):
                 'commit=abstain': (config.get('allow_abstain'), dict(commit='abstain')),
                 'remask=causal': (can_unmask and causal, dict(remask='causal'))}
     scores = {}
+    if meta['eos'] is None and 'given' not in meta:
+        tqdm.write(f'{path}: no samples are scored, {meta["name"]} is a text that runs on (see --suite=text)')
+        return validation, {}
+    strings = training_strings(s, meta)
     for name, (known, rules) in samplers.items():
         if known and asked_for(s, name):
             rules.update(steps=s.steps, batch_size=s.batch_size, seed=s.seed)
@@ -81,23 +85,34 @@ def run(s):
         counts = f'{len(others)} checkpoints, init_from {len(paths)}'
         raise UserError(f"merge_from='{s.merge_from}' matches {counts}")
 
-    first, groups = recipe(GPT.load(paths[0])[1]), {}
+    first, groups, failed = None, {}, []
     with tqdm(list(zip(paths, others or [None] * len(paths))), desc='checkpoints', leave=False) as bar:
         for pair in bar:
-            name = ' + '.join(changed(GPT.load(path)[1], first) for path in pair if path)
-            groups.setdefault(name, []).append(checkpoint_scores(s, *pair))
+            named = ' + '.join(filter(None, pair))
+            try:
+                checkpoints = [GPT.load(path)[1] for path in pair if path]
+                first = first or recipe(checkpoints[0])
+                settings = ' + '.join(changed(checkpoint, first) for checkpoint in checkpoints)
+                groups.setdefault(settings, []).append((named, *checkpoint_scores(s, *pair)))
+            except UserError as error:
+                failed.append(str(error))
+                tqdm.write(f'left out: {error}')
+    if not groups:
+        raise UserError(f'none of the {len(paths)} checkpoints can be measured: {failed[0]}')
     rows = []
-    for name, runs in groups.items():
-        validations, scores = zip(*runs)
-        rows.append(dict(name=name, sampler='', seeds=len(runs), **averaged(validations, VALIDATION)))
+    for settings, runs in groups.items():
+        names, validations, scores = zip(*runs)
+        same = dict(name=', '.join(names), settings=settings, seeds=len(runs))
+        rows.append(dict(same, sampler='', **averaged(validations, VALIDATION)))
         for sampler in scores[0]:
             mean = averaged([score[sampler] for score in scores], GENERATED)
-            rows.append(dict(name=name, sampler=sampler, seeds=len(runs), **mean))
+            rows.append(dict(same, sampler=sampler, **mean))
     generated = [row for row in rows if row['sampler']]
     if s.only and not generated:
         raise UserError(f"no sampler's name contains '{s.only}'")
     print(f'{s.num_samples} samples a seed and sampler, ± standard error over training seeds\n')
-    table = table_of([row for row in rows if not row['sampler']], dict(run='name', seeds='seeds'), VALIDATION)
+    columns = dict(run='name', settings='settings')
+    table = table_of([row for row in rows if not row['sampler']], dict(columns, seeds='seeds'), VALIDATION)
     if generated:
-        table += '\n\n' + table_of(generated, dict(run='name', sampler='sampler'), GENERATED)
+        table += '\n\n' + table_of(generated, dict(columns, sampler='sampler'), GENERATED)
     return rows, table

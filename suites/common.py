@@ -7,15 +7,16 @@ import math
 import random
 import statistics
 import time
+from collections import Counter
 
 import torch
 from tqdm import tqdm
 
-from plumbing.text import decode, load_task
+from plumbing.text import decode, drawn_by, load_task, scored
 from model import GPT
 from plumbing.checkpoint import find_checkpoint, load_merged
 from configurator import UserError
-from corruption import own_errors
+from corruption import errors_of
 from data.loader import load_data
 from plumbing.device import configure_compute, freeze
 from plumbing.evaluate import evaluate
@@ -55,7 +56,8 @@ def averaged(scores, metrics, n=None):
 
 def with_errors(row, n):
     """row, with the binomial error of its shares over n strings (draws of one are not independent)."""
-    errors = {f'{name}_se': (value * (1 - value) / n) ** 0.5 for name, value in row.items() if name in SHARES}
+    errors = {f'{name}_se': (value * (1 - value) / n) ** 0.5 for name, value in row.items()
+              if name in SHARES and value is not None}
     return {**row, **errors, 'nfe_se': None}
 
 
@@ -111,17 +113,17 @@ def load(s, path, other=None, learns=False):
     return model if learns else freeze(model), checkpoint
 
 
-def checkpoint_of_arithmetic(s):
+def checkpoint_of_rows(s):
     """(model, checkpoint, strings) of the one checkpoint that is measured."""
     model, checkpoint = load(s, find_checkpoint(s.init_from, s.out_dir), s.merge_from)
     return model, checkpoint, training_strings(s, checkpoint['meta'])
 
 
 def training_strings(s, meta):
-    """(the dataset's task, the set of its training strings). Raises UserError if it is not arithmetic."""
-    if meta['name'] != 'arithmetic':
-        raise UserError(f"the suite {s.suite} needs checkpoints trained on arithmetic, "
-                        f"this one saw {meta['name']}")
+    """(the dataset's task or None, the set of its training strings). Raises UserError if it has no rows."""
+    if meta['eos'] is None and 'given' not in meta:
+        raise UserError(f"the suite {s.suite} measures strings that end, {meta['name']} is a text that runs "
+                        'on: take --suite=text')
     return load_task(meta['name']), training_texts(meta.get('dataset', meta['name']))
 
 
@@ -134,9 +136,9 @@ def training_texts(dataset):
 
 def worth(model, checkpoint, rows, detects=True, **how):
     """What a network is worth on clean rows (N, T): evaluate for the modes that it was trained for."""
-    can_unmask, causal, finds = supports(checkpoint['config'])
-    return evaluate(model, rows, checkpoint['meta'], causal=causal, bidirectional=can_unmask,
-                    own_errors=own_errors if detects and can_unmask and finds else None, **how)
+    can = supports(checkpoint['config'])
+    return evaluate(model, rows, checkpoint['meta'], causal=can.causal, bidirectional=can.writes,
+                    own_errors=errors_of(checkpoint['config']) if detects else None, **how)
 
 
 def mean_nfe(samples):
@@ -145,9 +147,24 @@ def mean_nfe(samples):
 
 
 def score(strings, samples):
-    """What the task says of samples, dicts text, nfe, and their mean number of passes."""
-    task, known = strings
-    return {**task.score([sample['text'] for sample in samples], known), 'nfe': mean_nfe(samples)}
+    """
+    What the task says of samples, dicts text, nfe, and their mean number of passes. What it does not say of
+    METRICS is as for any strings; length_tv is then the distance from the lengths of the training strings.
+    """
+    (task, known), texts = strings, [sample['text'] for sample in samples]
+    found = dict(unique=len(set(texts)) / len(texts), mean_length=statistics.fmean(map(len, texts)),
+                 novel=sum(text not in known for text in texts) / len(texts))
+    if known:
+        mine, theirs = Counter(map(len, texts)), lengths_of(frozenset(known))
+        apart = [abs(mine[n] / len(texts) - theirs[n] / len(known)) for n in sorted({*mine, *theirs})]
+        found['length_tv'] = sum(apart) / 2
+    return {**found, **scored(task, texts, known), 'nfe': mean_nfe(samples)}
+
+
+@functools.lru_cache(maxsize=1)
+def lengths_of(texts):
+    """How many of the texts, a frozenset, are of each length."""
+    return Counter(map(len, texts))
 
 
 def measure(s, model, meta, strings, name, rules, protocol='free', **more):
@@ -168,8 +185,14 @@ def measure_draws(s, strings, name, draw, protocol='free', **more):
     seconds = time.perf_counter() - t0
     row = dict(name=name, protocol=protocol, n=s.num_samples, seeds=s.num_seeds, seconds=seconds,
                **averaged(scores, METRICS, s.num_samples), **more)
-    tqdm.write(f'{name}, {protocol}: ' + ', '.join(f'{metric} {cell(row, metric)}' for metric in METRICS))
+    told = ', '.join(f'{metric} {cell(row, metric)}' for metric in METRICS if row[metric] is not None)
+    tqdm.write(f'{name}, {protocol}: {told}')
     return row
+
+
+def draws_strings(strings):
+    """Whether the task's draw makes fresh strings."""
+    return drawn_by(strings[0], random.Random(0)) is not None
 
 
 def grammar_itself(s, strings):
@@ -182,7 +205,7 @@ def grammar_itself(s, strings):
 def fresh_draws(s, strings, number):
     """num_samples strings of the grammar, for the seed of that number: dicts like samples."""
     rng = random.Random(f'bench {s.seed + number}')
-    return [dict(text=strings[0].draw(rng)[0], nfe=0) for _ in range(s.num_samples)]
+    return [dict(text=drawn_by(strings[0], rng), nfe=0) for _ in range(s.num_samples)]
 
 
 def asked_for(s, name):

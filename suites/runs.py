@@ -72,7 +72,8 @@ def folder_of(s, runs, name):
 
 def progress_of(folder, script):
     """(the path of the newest checkpoint there or None, whether training is finished)."""
-    found = glob.glob(os.path.join(glob.escape(folder), 'ckpt_*[!0-9].pt'))    # none of the numbered ones
+    # none of the numbered ones; the tools have a folder in it
+    found = glob.glob(os.path.join(glob.escape(folder), '**', 'ckpt_*[!0-9].pt'), recursive=True)
     found = [path for path in found if not path.endswith('_best.pt')]
     if not found:
         return None, False

@@ -6,9 +6,9 @@ The temperature is 1, the length is the model's own decision.
 
 from tqdm import tqdm
 
-from plumbing.text import encode
+from plumbing.text import can_have, encode
 from parts.presets import PRESETS, supports
-from suites.common import cell, cells, checkpoint_of_arithmetic, headings, markdown, measure, wanted
+from suites.common import cell, cells, checkpoint_of_rows, headings, markdown, measure, wanted
 
 
 def budget_rows(config, block_size):
@@ -25,6 +25,7 @@ def budget_rows(config, block_size):
             (finds, 'remask=wrong', True, dict(remask='wrong')),
             (finds, 'schedule=cosine, remask=wrong (preset intelligent)', True, PRESETS['intelligent']),
             (finds, 'remask=p2 (preset p2)', True, PRESETS['p2']),
+            (finds, 'all at once, then a share of it again (preset redraft)', True, PRESETS['redraft']),
             (finds and causal, 'half of the passes by ar_prefix, then remask=wrong', True, halves),
             (can_unmask, 'commit=confidence, schedule=cosine (preset maskgit)', True, PRESETS['maskgit']),
             (can_unmask, 'commit=margin', True, dict(commit='margin')),
@@ -38,10 +39,12 @@ def budget_rows(config, block_size):
 
 def run(s):
     """The suite with bench's settings s: (rows, two tables with a column for each budget)."""
-    model, checkpoint, strings = checkpoint_of_arithmetic(s)
+    model, checkpoint, strings = checkpoint_of_rows(s)
     meta = checkpoint['meta']
     rows, tables = [], {('valid', 'length_tv'): [], ('correct', 'unique', 'novel'): []}
-    asked = wanted(s, budget_rows(checkpoint['config'], model.config.block_size))
+    rows_here = [row for row in budget_rows(checkpoint['config'], model.config.block_size)
+                 if all(can_have(meta, c) for c in row[2].get('priority', ''))]
+    asked = wanted(s, rows_here)
     for name, takes, rules in tqdm(asked, desc='rows', leave=False):
         found = []
         for n in s.budgets if takes else (None,):

@@ -3,8 +3,11 @@ Held-out strings to complete and to mend: num_samples of them, the same in every
 
 infill expr=_    correct: the share whose value is right
 infill _=value   valid, and with that value; as many holes as the original had tokens, for all of budgets
-edit             the first operand written anew: valid, and with that value
+edit             the first digit (or character) written anew: valid, and with that value
 repair           see repair_rows
+
+The first two are of strings that have one '='. valid and correct are task.py's; without its score correct is
+what the string was.
 """
 
 import statistics
@@ -12,14 +15,15 @@ import statistics
 import torch
 from tqdm import tqdm
 
-from plumbing.text import decode, modelled, task_canvas
+from plumbing.text import decode, modelled, scored, task_canvas
 from data.loader import data_of, spread_rows
 from parts.noise import NOISE, mixed_noise
+from configurator import UserError
 from plumbing.checks import parse_mixture
 from plumbing.evaluate import per_token
 from parts.presets import choose_rules, supports
 from sample import fill
-from suites.common import checkpoint_of_arithmetic, mean_nfe, table_of, wanted, with_errors
+from suites.common import checkpoint_of_rows, mean_nfe, table_of, wanted, with_errors
 
 # an insertion never fired in the experiment that the first protocol is from
 WITHOUT_INSERTIONS = 'mask:0.5,replace:0.2,swap:0.15,delete:0.075,insert:0'
@@ -28,12 +32,14 @@ PROTOCOLS = {"without insertions": WITHOUT_INSERTIONS, 'with insertions': WITHOU
 
 def run(s):
     """The suite with bench's settings s: (rows, two tables)."""
-    model, checkpoint, (task, _) = checkpoint_of_arithmetic(s)
+    model, checkpoint, (task, _) = checkpoint_of_rows(s)
     meta, config, T = checkpoint['meta'], checkpoint['config'], model.config.block_size
     can_unmask = supports(config)[0]
     clean = spread_rows(data_of(meta, config)[1]['val'], s.num_samples, T)
     texts = [decode(meta, ids)[0] for ids in clean.tolist()]
-    goals = [int(text.partition('=')[2]) for text in texts] * s.num_seeds
+    if 'given' in meta:
+        raise UserError(f"the suite tasks opens any token, {meta['name']} has some that are given: take "
+                        '--suite=sudoku')
     asked = rows_of_tasks(s, config, texts, T)
     asked = [] if can_unmask and s.only == 'repair' else wanted(s, asked)
 
@@ -44,7 +50,8 @@ def run(s):
         for number in range(s.num_seeds):
             rules = dict(rules, batch_size=s.batch_size, seed=s.seed + number)
             samples += fill(model, meta, canvas, fixed, **rules)
-        row = dict(name=name, sampler=sampler, nfe=mean_nfe(samples), **right_shares(task, samples, goals))
+        shares = right_shares(task, samples, texts * s.num_seeds)
+        row = dict(name=name, sampler=sampler, nfe=mean_nfe(samples), **shares)
         rows.append(with_errors(row, len(texts)))
     if rows:
         tables.append(table_of(rows, dict(task='name', sampler='sampler'), ('valid', 'correct', 'nfe')))
@@ -60,25 +67,29 @@ def run(s):
 def rows_of_tasks(s, config, texts, block_size):
     """What is to be completed: (task, sampler, the texts with holes, keywords of sample.fill)."""
     can_unmask, causal, detects = supports(config)
+    kinds = ['none', 'random'] + ['wrong'] * detects if can_unmask else []
+    opened = first_operand_open(texts)
+    edits = [('edit', f'remask={kind}', opened, dict(remask=kind, steps=8)) for kind in kinds]
+    if any(text.count('=') != 1 for text in texts):
+        return edits
     heads, values = zip(*(text.split('=') for text in texts))
     open_ends = [f'{head}=_' for head in heads]
     open_heads = [f"{'_' * len(head)}={value}" for head, value in zip(heads, values)]
-    kinds = ['none', 'random'] + ['wrong'] * detects if can_unmask else []
 
     rows = [('infill expr=_', f'remask={kind}', open_ends, dict(remask=kind))
             for kind in kinds + ['causal'] * (can_unmask and causal)]
     if not can_unmask and causal:
         rows.append(('infill expr=_', 'AR', open_ends, dict(ar_prefix=block_size)))
-    for kind in kinds:
+    for kind, edit in zip(kinds, edits):
         rows += [('infill _=value', f'remask={kind}, {n} passes', open_heads, dict(remask=kind, steps=n))
                  for n in s.budgets]
-        rows.append(('edit', f'remask={kind}', first_operand_open(texts), dict(remask=kind, steps=8)))
+        rows.append(edit)
     return rows
 
 
 def first_operand_open(texts):
     """The texts, a hole in the place of the first operand of each."""
-    at = [next(i for i, c in enumerate(text) if c.isdigit()) for text in texts]
+    at = [next((i for i, c in enumerate(text) if c.isdigit()), 0) for text in texts]
     return [f'{text[:i]}_{text[i + 1:]}' for text, i in zip(texts, at)]
 
 
@@ -88,11 +99,19 @@ def canvas_of(model, meta, holed):
     return [torch.cat(parts) for parts in zip(*canvases)]
 
 
-def right_shares(task, samples, goals):
-    """The share of samples that are valid, and that are correct: of the value that they claim, the goal."""
-    parsed = [(*task.parse(sample['text']), goal) for sample, goal in zip(samples, goals)]
-    correct = [valid and value == claimed == goal for valid, value, claimed, goal in parsed]
-    return dict(valid=statistics.mean(valid for valid, *_ in parsed), correct=statistics.mean(correct))
+def right_shares(task, samples, originals):
+    """
+    The share of samples that are valid, and that are correct, with what stands behind the '=' of the
+    originals, texts.
+    """
+    valid, correct = [], []
+    for sample, before in zip(samples, originals):
+        text = sample['text']
+        found = scored(task, [text])
+        valid.append(found.get('valid'))
+        same = text.partition('=')[2] == before.partition('=')[2]
+        correct.append(found['correct'] * same if 'correct' in found else text == before)
+    return dict(valid=None if None in valid else statistics.mean(valid), correct=statistics.mean(correct))
 
 
 def with_noise(model, meta, clean, mixture, level, rng):

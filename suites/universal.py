@@ -1,7 +1,8 @@
 """
 The universal denoiser's whole table: everything that an earlier experiment tried, and what came after it.
 
-RUNS says what is trained, GENERATION and ROWS what is measured. Runs and rows are kept in out_dir/universal.
+It is about arithmetic. RUNS says what is trained, GENERATION and ROWS what is measured. Runs and rows are
+kept in out_dir/universal.
 """
 
 import copy
@@ -170,7 +171,7 @@ def edit_row(s, model, meta, task, clean):
     samples = fill(model, meta, canvas, fixed, steps=8, batch_size=s.batch_size, seed=s.seed, trace=True)
     result = torch.stack([sample['trace'][-1].cpu() for sample in samples])
     kept = (result == clean)[fixed & modelled(clean, meta)[1]].double().mean().item()
-    shares = right_shares(task, samples, [int(text.partition('=')[2]) for text in texts])
+    shares = right_shares(task, samples, texts)
     return with_errors(dict(shares, anchors=kept, nfe=mean_nfe(samples)), len(clean))
 
 # -----------------------------------------------------------------------------

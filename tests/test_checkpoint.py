@@ -112,22 +112,27 @@ def test_check_same_model():
 
 
 def test_find_checkpoint(tmp_path):
-    with pytest.raises(UserError, match=f'no checkpoint under {tmp_path}.*train one first'):
-        find_checkpoint('ckpt', str(tmp_path))
+    """The newest of the folder itself; those below are named, and never taken."""
+    said, find = [], find_checkpoint
+    with pytest.raises(UserError, match=f'no checkpoint in {tmp_path}; train.*--out_dir={tmp_path}'):
+        find('ckpt', str(tmp_path))
     (tmp_path / 'run').mkdir()
-    joint = tmp_path / 'run' / 'ckpt_joint_all_positions.pt'
-    for path, age in (
-        (tmp_path / 'ckpt_unmasking.pt', 300),
-        (joint, 100),
-        (tmp_path / 'run/ckpt_x.pt.9.tmp', 0),
-        (tmp_path / 'run/table.pt', 0),
-    ):
-        path.write_bytes(b'')
-        os.utime(path, (10**9 - age,) * 2)
-    assert find_checkpoint('ckpt', str(tmp_path)) == str(joint)
+    below = tmp_path / 'run' / 'ckpt_joint_all_positions.pt'
+    below.write_bytes(b'')
+    for name in ('run/ckpt_x.pt.9.tmp', 'run/table.pt'):
+        (tmp_path / name).write_bytes(b'')
+    with pytest.raises(UserError, match=f'no checkpoint in {tmp_path} itself; .*--init_from: {below}$'):
+        find('ckpt', str(tmp_path))
+    for name, age in (('ckpt_unmasking.pt', 300), ('ckpt_causal.pt', 200)):
+        (tmp_path / name).write_bytes(b'')
+        os.utime(tmp_path / name, (10**9 - age,) * 2)
+    for name, out_dir in (('ckpt', tmp_path), ('ckpt', f'{tmp_path}/'), (str(tmp_path), 'out')):
+        assert os.path.samefile(find(name, str(out_dir), said.append), tmp_path / 'ckpt_causal.pt')
+        assert said.pop().endswith(f'below it there are others: {below}')
     os.utime(tmp_path / 'ckpt_unmasking.pt', (10**9,) * 2)  # it is the age that counts, not the name
-    assert find_checkpoint('ckpt', str(tmp_path)) == str(tmp_path / 'ckpt_unmasking.pt')
-    assert find_checkpoint('other.pt', str(tmp_path)) == 'other.pt'
+    assert find('ckpt', str(tmp_path)) == str(tmp_path / 'ckpt_unmasking.pt')
+    assert find('ckpt', str(tmp_path / 'run'), said.append) == str(below) and said == []
+    assert find('other.pt', str(tmp_path)) == 'other.pt'
 
 
 # -----------------------------------------------------------------------------
@@ -391,7 +396,8 @@ def test_a_changed_field_is_refused_or_does_no_harm(whole):
             inside[place[-1]] = rng.choice(ODD + TENSORS)
         torch.save(changed, path)
         for action in (
-            lambda: run_main('sample', f'--init_from={path}', '--num_samples=1', '--steps=1', '--score'),
+            lambda: run_main('sample', f'--init_from={path}', '--num_samples=1', '--remask=wrong',
+                             '--steps=1', '--score'),
             lambda: start(folder, *SMALL, '--init_from=resume', '--max_iters=2'),
         ):
             try:

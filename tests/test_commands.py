@@ -22,7 +22,7 @@ import configurator
 import train
 from data import loader
 from model import GPT, GPTConfig
-from plumbing.checks import check_fits, check_sizes
+from plumbing.checks import check_fits, check_sizes, idle
 from suites import arithmetic, checkpoints
 from suites.common import standard_error
 
@@ -152,12 +152,15 @@ def test_sampling_from_merged_checkpoints(run, tmp_path):
     assert drawn(first, second, '--remask=none')[0] != alone
 
 
-def test_settings_reach_the_sampler(trained):
+@pytest.mark.parametrize('wanted', [
+    dict(steps=7, schedule='cosine', commit='confidence', remask='wrong',
+         remask_random_ratio=0.2, remask_schedule=(0.5, 0.1), correct_share=0.5, ar_prefix=3, temperature=0.9,
+         top_k=5, top_p=0.8, choice_temperature=2.5),
+    dict(commit='threshold', commit_threshold=0.7, remask='wrong', remask_rate=0.7, remask_patience=0.5),
+    dict(remask='remdm', remdm='rescale')], ids=str)
+def test_settings_reach_the_sampler(trained, wanted):
     """What the command line says is what fill is called with."""
-    wanted = dict(steps=7, schedule='cosine', commit='confidence', commit_threshold=0.7,
-                  remask='wrong', remask_rate=0.7, remask_random_ratio=0.2, remask_patience=0.5,
-                  remask_schedule=(0.5, 0.1), remdm='rescale', correct_share=0.5, ar_prefix=3,
-                  temperature=0.9, top_k=5, top_p=0.8, choice_temperature=2.5, seed=11, batch_size=13)
+    wanted = dict(wanted, seed=11, batch_size=13)
     module, calls = load_script('sample'), []
 
     def fill(model, meta, canvas, fixed, **more):
@@ -233,14 +236,16 @@ def test_bench_compares_runs(run, trained, tmp_path):
     rows = json.loads((tmp_path / 'table.json').read_text())['rows']
     samplers = ['', 'remask=none', 'remask=wrong', 'remask=causal']
     other, more = 'remask_ratio=0.25, allow_abstain=True', [*samplers[:3], 'commit=abstain', samplers[3]]
-    assert [(row['name'], row['sampler'], row['seeds']) for row in rows] == [
+    assert [(row['settings'], row['sampler'], row['seeds']) for row in rows] == [
         *(('the first', name, 2) for name in samplers), *((other, name, 1) for name in more)]
+    assert {row['name'] for row in rows} == {f'{first}, {third}', f'{tmp_path}/b.pt'}
     for row in rows:
         drawn, asked = 'valid correct length_tv unique nfe', 'nelbo causal_nll auc fixed refilled'
         for metric in (drawn if row['sampler'] else asked).split():
             assert row[metric] is not None and (row[f'{metric}_se'] is None) == (row['seeds'] == 1)
         assert row['sampler'] in ('', 'remask=causal') or 0 < row['nfe'] <= 3
-    assert all(words in out for words in ('| the first ', f'| {other} ', 'nelbo', 'valid %'))
+    for words in (f'| {first}, {third} | the first ', f'| {other} ', 'nelbo', 'valid %'):
+        assert words in out
 
     # what stands there is the mean over the seeds
     val = loader.spread_rows(loader.load_data('arithmetic')[1]['val'], 6, 64)
@@ -284,11 +289,13 @@ def test_bench_merges_pair_by_pair(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints, 'checkpoint_scores', scores)
     s = bench_settings(f'--init_from={tmp_path}/a*.pt', f'--merge_from={tmp_path}/b*.pt')
     rows, _ = checkpoints.run(s)
-    assert seen == [('a1.pt', 'b1.pt'), ('a2.pt', 'b2.pt')] and rows[0]['name'] == 'the first + the first'
+    assert seen == [('a1.pt', 'b1.pt'), ('a2.pt', 'b2.pt')] and rows[0]['settings'] == 'the first + the first'
+    assert rows[0]['name'] == ', '.join(f'{tmp_path}/a{k}.pt + {tmp_path}/b{k}.pt' for k in (1, 2))
     assert [row['seeds'] for row in rows] == [2, 2] and rows[0]['auc'] is None
     write_checkpoint(tmp_path / 'b2.pt', seed=2, remask_ratio=0.25)
     rows, _ = checkpoints.run(s)
-    assert [row['name'] for row in rows[::2]] == ['the first + the first', 'the first + remask_ratio=0.25']
+    found = [row['settings'] for row in rows[::2]]
+    assert found == ['the first + the first', 'the first + remask_ratio=0.25']
 
 
 @pytest.mark.parametrize('path', sorted(glob.glob(f'{ROOT}/config/*.py')), ids=os.path.basename)
@@ -457,7 +464,7 @@ def test_sample_refuses_checkpoints(run, trained, tmp_path):
     writer = checkpoint(tmp_path / '16', 'unmasking', tiny_gpt(3, 16), STREAM)
     short = checkpoint(tmp_path / '8', 'remasking', tiny_gpt(3, 8), STREAM)
     for words, message in (
-            ([f'--out_dir={tmp_path}/empty'], f'no checkpoint under {tmp_path}/empty .. train one first'),
+            ([f'--out_dir={tmp_path}/empty'], f'no checkpoint in {tmp_path}/empty .. train one first'),
             ([broken], f'{half} .. truncated or damaged'),
             ([joint, judging(broken)], f'{half} .. truncated or damaged'),
             ([judge], 'remasking checkpoint .. --remask_from'),
@@ -490,7 +497,7 @@ def test_bench_refuses(run, trained, tmp_path):
             ([joint, '--suite=speeed'], "'speeed'"), ([joint, '--num_seeds=0'], 'num_seeds must be at least'),
             (['--suite=samplers', '--budgets=0,8'], 'budgets expects numbers of passes, each at least 1'),
             ([joint, '--only=nothing'], "no row's name contains 'nothing'"), ([judge], 'cannot write'),
-            ([f'--out_dir={tmp_path}/empty'], 'train one first'), ([text], 'trained on arithmetic'),
+            ([f'--out_dir={tmp_path}/empty'], 'train one first'), ([text], 'take --suite=text'),
             ([joint, '--merge_weight=1.5'], 'merge_weight must be in 0..1, got 1.5'),
             ([joint, '--remask_rate=2'], 'remask_rate must be in 0..1, got 2'),
             ([joint, '--eval_rows=0'], 'eval_rows must be at least 1'),
@@ -498,8 +505,28 @@ def test_bench_refuses(run, trained, tmp_path):
             ([suite, f'--init_from={tmp_path}/x*.pt'], f"no checkpoint matches '{tmp_path}/x*.pt'"),
             ([suite, both, f'--merge_from={tmp_path}/r*.pt'], 'matches 1 checkpoints, init_from 2')):
         refused(run('bench', '--num_samples=5', *CPU, *words), 'bench', message)
-    status, out, err = run('bench', suite, text, *CPU)             # what stands there when the bar is gone
-    refused((status, out, err.split('\r')[-1]), 'bench', 'trained on arithmetic')
+
+
+def test_bench_leaves_out_what_it_cannot_measure(run, trained, tmp_path, monkeypatch):
+    """A text that runs on has no samples to score, a judge no samples at all, a torn file nothing."""
+    text = checkpoint(tmp_path, 'unmasking', tiny_gpt(3, 8), STREAM).partition('=')[2]
+    judge = checkpoint(tmp_path, 'remasking', corruption='random').partition('=')[2]
+    (tmp_path / 'torn.pt').write_bytes(b'x')
+    rows = torch.randint(3, (10, 8))
+    load = checkpoints.data_of
+    monkeypatch.setattr('suites.checkpoints.data_of', lambda meta, config: (
+        (meta, {'val': rows}) if meta['name'] == 'text' else load(meta, config)))
+    words = ['--suite=checkpoints', '--num_samples=2', '--steps=2', '--eval_rows=6', *CPU]
+    path, whole = tmp_path / 't.json', trained[1]
+    paths = f'{tmp_path}/torn.pt,{text},{judge},{whole}'
+    went_well(run('bench', *words, f'--init_from={paths}', f'--json={path}'))
+    rows = json.loads(path.read_text())['rows']
+    found = [(row['name'], row['sampler']) for row in rows]
+    samplers = ['', 'remask=none', 'remask=wrong', 'remask=causal']
+    assert found == [(text, ''), (judge, ''), *((whole, sampler) for sampler in samplers)]
+    assert len(rows) == 6 and rows[0]['nelbo'] and [row['auc'] for row in rows if row['name'] == judge][0]
+    status, out, err = run('bench', *words, f'--init_from={tmp_path}/torn.pt')
+    refused((status, out, err.split('\r')[-1]), 'bench', 'none of the 1 checkpoints')
 
 
 @pytest.mark.parametrize('script', ['train', 'sample', 'bench'])
@@ -519,3 +546,82 @@ def test_importing_a_script_changes_nothing(tmp_path, monkeypatch):
         load_script(script)
     assert os.listdir(tmp_path) == [] and torch.equal(torch.get_rng_state(), state)
     assert default_config()['training_type'] == 'joint'
+
+
+# -----------------------------------------------------------------------------
+# what is told
+
+@pytest.mark.parametrize('changes, told', [
+    (dict(), []), (dict(training_type='unmasking', remask_target='wrong'), ['remask_target: no say']),
+    (dict(training_type='remasking', remask_ratio=0.1, mask_weighting='token'),
+     ['mask_weighting:', 'remask_ratio:']),
+    (dict(training_type='causal', views=2), ['views:']),
+    (dict(sigma_max=0.5), ['sigma_max: no say, since nothing is corrupted by noise']),
+    (dict(sigma_max=0.5, corruption='own:0.5,noise:0.5'), []),
+    (dict(training_type='denoising', sigma_max=0.5), []),
+    (dict(optimizer='adamw', muon_lr=0.1, lr_schedule='cosine', decay_share=0.1),
+     ['muon_lr:', 'decay_share:']),
+    (dict(remasking_loss_type='corrupted_only', masking_warmup_iters=9), ['masking_warmup_iters:'])], ids=str)
+def test_settings_without_a_say_are_named(changes, told):
+    defaults = {name: setting.default for name, setting in configurator.settings(f'{ROOT}/train.py').items()}
+    lines = idle({**defaults, **changes}, defaults)
+    assert len(lines) == len(told) and all(map(str.startswith, lines, told)), lines
+
+
+@pytest.mark.parametrize('path', sorted(glob.glob(f'{ROOT}/config/*.py')), ids=os.path.basename)
+def test_every_setting_of_a_config_has_a_say(path):
+    module = load_script('train')
+    defaults = configurator.current(vars(module))
+    assert idle(configurator.configure(vars(module), [path]), defaults) == []
+
+
+def test_what_training_proposes_works(run, tmp_path):
+    """Of a network that judges, another one samples by it."""
+    plain, out = tmp_path / 'plain', tmp_path / 'judge'
+    words = went_well(run('train', *TINY, 'config/unmask.py', '--remask_target=wrong', f'--out_dir={plain}'))
+    assert 'remask_target: no say, since training_type=unmasking has no wrong tokens' in words
+    command = words.rpartition('sample from it: python ')[2].split()
+    went_well(run(command[0].removesuffix('.py'), *command[1:], '--num_samples=1', '--steps=2', *CPU))
+    words = went_well(run('train', *TINY, 'config/remask_only.py', f'--out_dir={out}'))
+    assert 'sample from it' not in words and 'wrong tokens found: AUC' in words
+    more = words.rpartition(': add ')[2].split()[0]
+    words = went_well(run('sample', *command[1:], more, '--num_samples=1', '--steps=2', *CPU))
+    assert 'remask=wrong' in words
+
+
+def test_results_come_first(run, trained):
+    out = went_well(run('sample', f'--init_from={trained[1]}', '--num_samples=2', '--seed=3', *CPU))
+    lines = out.splitlines()
+    assert all('✗' in line or '✓' in line for line in lines[:2]) and lines[2] == ''
+    for words in ('override: seed = 3', f'{trained[1]}: joint', 'remask=causal, ar_prefix=0', '2 samples, '):
+        assert any(line.startswith(words) for line in lines[3:]), words
+    assert 'commit' not in out                                     # it has no say
+
+
+def test_a_folder_and_those_below(run, trained, tmp_path):
+    """ckpt is the newest in out_dir itself, whatever a suite or a second stage has trained below it."""
+    shutil.copy(trained[1], tmp_path / 'ckpt_joint_all_positions.pt')
+    checkpoint(tmp_path / 'faults' / '0', 'ckpt_unmasking')
+    out = went_well(run('sample', f'--out_dir={tmp_path}', '--num_samples=1', *CPU))
+    assert f'{tmp_path}/ckpt_joint_all_positions.pt: joint' in out
+    assert f'below it there are others: {tmp_path}/faults/0/ckpt_unmasking.pt' in out
+
+
+def test_animate_needs_rich_before_anything_is_loaded(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'rich.console', None)
+    refused(run('sample', '--animate', '--init_from=nowhere.pt'), 'sample', 'pip install rich')
+
+
+@pytest.mark.parametrize('words, message', [
+    ('--commit=best', 'commit expects one of'), ('--remask=best', 'remask expects'),
+    ('--preset=x', 'unknown preset')])
+def test_unknown_rules_are_found_before_anything_is_loaded(run, words, message):
+    refused(run('sample', words, '--init_from=nowhere.pt'), 'sample', message)
+
+
+def test_help_begins_with_what_a_script_is_for(run):
+    for path in glob.glob(f'{ROOT}/data/*/prepare.py') + glob.glob(f'{ROOT}/tools/[de]*.py'):
+        status, out, _ = run(path, '--help')
+        name = os.path.relpath(path, ROOT)
+        first, _, usage = out.partition('\n\n')
+        assert status == 0 and usage.startswith(f'usage: python {name} ') and first.endswith('.'), name

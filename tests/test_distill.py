@@ -23,7 +23,7 @@ def distilled(tmp_path_factory):
     before = open(path, 'rb').read()
     text = run_main('tools/distill', f'--init_from={path}', f'--out_dir={out}', *TINY)
     assert open(path, 'rb').read() == before
-    return path, str(out / 'ckpt_distilled.pt'), text
+    return path, str(out / 'distilled' / 'ckpt_distilled.pt'), text
 
 
 def test_a_student_is_a_checkpoint_that_samples(distilled, run, tmp_path):
@@ -66,7 +66,8 @@ def test_the_student_learns_what_the_teacher_says(tmp_path, monkeypatch):
         assert (target[~fixed] == 7).all() and torch.allclose(weight.sum(1), torch.ones(4))
         assert not teacher.training
         assert rules['ends'] == Ends(16, 17, (15,)) and rules['steps'] == 3
-    before, after = (GPT.load(p)[0] for p in (path, str(tmp_path / 'out' / 'ckpt_distilled.pt')))
+    student = tmp_path / 'out' / 'distilled' / 'ckpt_distilled.pt'
+    before, after = (GPT.load(p)[0] for p in (path, str(student)))
     assert torch.equal(teacher.wte.weight, before.wte.weight)             # the teacher itself learns nothing
     holes = torch.full((1, 64), 18)
     first, second = (model.logits(model(holes), real_only=True).softmax(-1)[..., 7].mean().item()
@@ -86,7 +87,8 @@ def test_the_loop_of_the_tools_prints_means_and_lets_the_rate_fall(capsys):
 def test_what_distillation_refuses(distilled, run, tmp_path):
     teacher, path, _ = distilled
     before = open(path, 'rb').read()
-    refused(run('distill', f'--init_from={path}', f'--out_dir={os.path.dirname(path)}', *TINY),
+    out = os.path.dirname(os.path.dirname(path))
+    refused(run('distill', f'--init_from={path}', f'--out_dir={out}', *TINY),
             'distill', path, 'would overwrite the checkpoint it is made from')
     assert open(path, 'rb').read() == before
     for kind in ('causal', 'remasking'):
@@ -97,8 +99,8 @@ def test_what_distillation_refuses(distilled, run, tmp_path):
                           ('--teacher_preset=hybrid', "'hybrid' cannot"),
                           ('--teacher_preset=maskgti', 'did you mean maskgit'),
                           ('--max_iters=0', 'max_iters must be at least 1'),
-                          ('--learning_rate=1e39', 'no longer finite'),
+                          ('--learning_rate=1e38', 'no longer finite'),
                           ('--init_from=nowhere.pt', 'nowhere.pt')):
         words = [f'--init_from={teacher}', f'--out_dir={tmp_path}/out', *TINY, word]
         refused(run('distill', *words), 'distill', message)
-    assert not os.path.exists(tmp_path / 'out' / 'ckpt_distilled.pt')
+    assert not os.path.exists(tmp_path / 'out' / 'distilled' / 'ckpt_distilled.pt')

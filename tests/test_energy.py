@@ -331,7 +331,7 @@ def trained(tmp_path_factory):
     checkpoint['ema'] = {name: weight + 0.01 for name, weight in checkpoint['model'].items()}
     torch.save({**checkpoint, 'optimizers': [], 'rng': {}}, path)
     text = run_main('tools/energy', f'--init_from={path}', f'--out_dir={out}', *TINY)
-    return path, str(out / 'ckpt_energy.pt'), text
+    return path, str(out / 'energy' / 'ckpt_energy.pt'), text
 
 
 def test_training_an_energy_head(trained):
@@ -384,9 +384,8 @@ def test_mistakes(run, trained, tmp_path):
         before = file.read()
     folder = os.path.dirname(trained[1])
     for words, message in (
-        ([f'--init_from={trained[1]}', f'--out_dir={folder}'],
+        ([f'--init_from={trained[1]}', f'--out_dir={os.path.dirname(folder)}'],
          'would overwrite the checkpoint it is made from'),
-        (['--init_from=ckpt', f'--out_dir={folder}'], 'would overwrite'),
         ([f'--init_from={trained[1]}', f'--save={folder}/a/../ckpt_energy.pt'], 'would overwrite'),
         ([f'--init_from={causal}', f'--out_dir={tmp_path}'], 'cannot unmask'),
         ([f'--init_from={trained[1]}', '--own_samples=2'], 'own_samples must be at least 8')):

@@ -3,16 +3,18 @@
 import itertools
 import math
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ARITHMETIC, all_sequences, tiny_gpt
+from conftest import ARITHMETIC, all_sequences, default_config, tiny_gpt
 from test_corruption import MASK, WRONG, T, V, seeded
 from test_train import Stub, arithmetic_rows
 
-from corruption import own_errors
+from corruption import errors_of, own_errors
+from data.loader import load_data
 from plumbing.evaluate import (
     calibration_error,
     causal_nll,
@@ -22,6 +24,7 @@ from plumbing.evaluate import (
     per_token,
     roc_auc,
 )
+from plumbing.text import modelled
 from plumbing.textstats import (
     known_words,
     longest_copy,
@@ -323,3 +326,18 @@ def test_the_text_of_a_split():
     assert training_text(meta, ids) == whole and training_text(meta, ids, most=7) == whole[:7]
     rows = dict(meta, itos=[*'ab', '.', '_'], eos=2, pad=3)
     assert training_text(rows, torch.tensor([[0, 1, 2, 3], [1, 1, 0, 2], [0, 0, 0, 0]]), most=8) == 'ab\nbba'
+
+
+def test_a_network_that_cannot_write_is_judged_by_what_it_was_trained_on():
+    """config/remask_only.py: random tokens, no mask; nothing is said about what it would put right."""
+    config = default_config(training_type='remasking', corruption='random')
+    model = tiny_gpt(18, 64, n_recur=1)
+    x0 = load_data('arithmetic')[1]['val'][:20]
+    asked = errors_of(config)
+    result = evaluate(model, x0, ARITHMETIC, causal=False, bidirectional=False, own_errors=asked)
+    assert set(result) == {'auc', 'calibration_full'} and 0 < result['auc'] < 1
+    assert re.fullmatch(r'step 3  validation: wrong tokens found: AUC 0\.\d{3}', evaluation_line(3, result))
+    free, real = modelled(x0, ARITHMETIC)
+    input = asked(model, x0, free, real, torch.Generator().manual_seed(0))
+    assert not (input == 18).any() and (input != x0).any(1).all()
+    assert errors_of(default_config(training_type='unmasking')) is None

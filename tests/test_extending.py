@@ -72,16 +72,40 @@ def test_the_page_adds_one_thing_of_each_kind():
         assert len(code.strip().splitlines()) <= 7
 
 
-def test_what_the_page_adds_trains_and_samples(extended):
-    save = os.path.join(extended, 'samples.jsonl')
-    out = run(extended,
-              ['train.py', 'config/remask_all.py', '--dataset=sorting', '--block_size=24', '--parts=gain',
-               '--corruption=own:0.5,next_id:0.5', *TINY],
-              ['sample.py', '--commit=structure', '--remask=lonely', '--steps=6', '--num_samples=3',
-               f'--save={save}'])
-    assert re.search(r'0?\d+% of 2 samples are well formed', out)
-    assert 'commit=structure' in out and 'remask=lonely' in out and ('✓' in out or '✗' in out)
-    with open(save, encoding='utf-8') as file:
+CPU = ['--device=cpu', '--dtype=float32', '--eval_rows=4']
+FEW = [*CPU, '--num_samples=4', '--num_seeds=1']
+
+
+@pytest.fixture(scope='module')
+def told(extended):
+    """What training, sampling, a second stage and the suites say of the dataset of the page."""
+    return run(extended,
+               ['train.py', 'config/remask_all.py', '--dataset=sorting', '--block_size=24', '--parts=gain',
+                '--corruption=own:0.5,next_id:0.5', *TINY],
+               ['sample.py', '--commit=structure', '--remask=lonely', '--steps=6', '--num_samples=3',
+                '--save=samples.jsonl'],
+               ['bench.py', '--suite=arithmetic', '--steps=3', '--only=AR,ancestral', *FEW],
+               ['bench.py', '--suite=samplers', '--budgets=3', '--only=margin', *FEW],
+               ['bench.py', '--suite=tasks', '--budgets=3', *FEW],
+               ['bench.py', '--suite=checkpoints', '--init_from=out/ckpt_*.pt', '--steps=3', *FEW],
+               ['bench.py', '--suite=diagnose', '--only=vocabulary,leak', *CPU[:2]],
+               ['tools/energy.py', '--max_iters=1', '--own_samples=16', *CPU],
+               ['sample.py', '--init_from=out/energy', '--best_of=2', '--num_samples=2', *CPU[:2]])
+
+
+def test_what_the_page_adds_trains_and_samples(extended, told):
+    assert re.search(r'0?\d+% of 2 samples are well formed', told)
+    assert 'commit=structure' in told and 'remask=lonely' in told and ('✓' in told or '✗' in told)
+    with open(os.path.join(extended, 'samples.jsonl'), encoding='utf-8') as file:
         samples = [json.loads(line) for line in file]
     assert len(samples) == 3 and all(sample['nfe'] == 6 for sample in samples)
     assert all(token < 14 for sample in samples for token in sample['tokens'])
+
+
+def test_what_the_page_adds_is_measured(told):
+    """By all suites that need no more than score and draw; ckpt stays what was trained."""
+    assert re.search(r'\| the grammar itself +\| free +\| 100\.0', told) and 'balanced' not in told
+    for name in ('AR: causal pass', 'ancestral', 'commit=margin', 'infill expr=_', 'infill _=value', '| edit',
+                 'with insertions', '| out/ckpt_joint_all_positions.pt | the first', 'own samples',
+                 '2 samples, '):
+        assert name in told, name

@@ -225,9 +225,13 @@ def test_a_folder_stands_for_its_newest_checkpoint(tmp_path):
     (folder / 'ckpt_nowhere.pt').symlink_to('gone')
     (folder / 'ckpt_circle.pt').symlink_to('ckpt_circle.pt')
     (folder / 'ckpt_folder.pt').mkdir()
-    for name, out_dir in ((str(folder), 'elsewhere'), ('ckpt', str(folder)), ('ckpt', str(tmp_path))):
-        assert find_checkpoint(name, out_dir) == str(folder / 'deep' / 'ckpt_b.pt')
-    with pytest.raises(UserError, match='no checkpoint under .*ckpt_folder.pt'):
+    for name, out_dir in ((str(folder), 'elsewhere'), ('ckpt', str(folder))):
+        assert find_checkpoint(name, out_dir) == str(folder / 'ckpt_a.pt')
+    with pytest.raises(UserError) as error:
+        find_checkpoint('ckpt', str(tmp_path))
+    below = shlex.split(str(error.value).partition('--init_from: ')[2].replace(', ', ' '))
+    assert below == [str(folder / 'ckpt_a.pt'), str(folder / 'deep' / 'ckpt_b.pt')]
+    with pytest.raises(UserError, match='no checkpoint in .*ckpt_folder.pt'):
         find_checkpoint(str(folder / 'ckpt_folder.pt'), '')
 
 

@@ -9,9 +9,11 @@ from oracles import Independent, Oracle, empty, random_law, traced, uniform
 
 import sample
 from configurator import UserError
-from parts.presets import PRESETS, REWRITE, TASKS, best_rules, check_sampling, choose_rules, supports
+from parts.presets import (PRESETS, REWRITE, TASKS, best_rules, check_sampling, choose_rules, refuse_idle,
+                           supports)
 from sample import COMMIT, DOUBT, OTHER_RULES, USUAL, How, generate_diffusion
 
+REMASK = [*DOUBT, *OTHER_RULES]
 ALL = dict(commit='random', remask='none', ar_prefix=64)  # what a causal checkpoint does
 
 # -----------------------------------------------------------------------------
@@ -180,7 +182,7 @@ def test_every_preset_and_task_names_rules_that_there_are():
 def settings(**changes):
     """(the settings of sample.py, its How) with changes."""
     names = ('task', 'prompt', 'text', 'file', 'mask', 'num_samples', 'seed', 'animate', 'html', 'save',
-             'export', 'merge_weight', 'length', 'batch_size', 'stop')
+             'export', 'merge_weight', 'length', 'batch_size', 'stop', 'hole', 'preset', 'merge_from')
     own = {name: getattr(sample, name) for name in names}
     how = {name: value for name, value in changes.items() if name not in own}
     return SimpleNamespace(**{**own, **{name: changes[name] for name in own if name in changes}}), How(**how)
@@ -192,7 +194,7 @@ def settings(**changes):
                           dict(task='edit', file='x', mask='1:2'), dict(seed=2**63 - 1),
                           dict(remask_rate=3.0)], ids=str)
 def test_settings_that_make_sense(changes):
-    check_sampling(*settings(**changes))
+    check_sampling(*settings(**changes), COMMIT, REMASK)
 
 
 @pytest.mark.parametrize('changes, message', [
@@ -221,11 +223,41 @@ def test_settings_that_make_sense(changes):
     (dict(task='infill', text='x', mask='0:1'), 'infill takes no mask'),
     (dict(task='repair', text='x', prompt='('), 'prompt and length are for --task=generate'),
     (dict(task='score', text='x', animate=True), 'nothing to watch'),
+    (dict(task='score', text='x', steps=3, preset='p2'), 'steps, preset have no say'),
+    (dict(hole='?'), 'hole has no say'),
+    (dict(merge_weight=0.25), 'merge_weight has no say'),
+    (dict(commit='best'), 'commit expects one of random'),
+    (dict(preset='bset'), 'unknown preset'),
     (dict(export='weights.pt'), 'export expects the name of a .safetensors file'),
     (dict(save='/nowhere/at/all/x.jsonl'), 'there is no folder')], ids=str)
 def test_settings_that_make_no_sense(changes, message):
     with pytest.raises(UserError, match=message):
-        check_sampling(*settings(**changes))
+        check_sampling(*settings(**changes), COMMIT, REMASK)
+
+
+@pytest.mark.parametrize('chosen, idle', [
+    (dict(remask='causal', steps=5, commit='confidence', top_k=5),
+     'steps with remask=causal, commit with'),
+    (dict(steps=5), 'steps with remask=causal'),
+    (dict(remask='none', commit_threshold=0.5), 'commit_threshold with commit=random'),
+    (dict(commit='confidence', remask='none', remask_rate=0.5, steps=5), 'remask_rate with remask=none'),
+    (dict(remask='p2', correct_share=0.5), 'correct_share with remask=p2'),
+    (dict(remask='none', revise=True), 'revise with no block_length'),
+    (dict(remask='wrong', remask_threshold=0.5, remask_rate=0.5), 'remask_rate with remask_threshold'),
+    (dict(remask='wrong', remask_threshold=0.5, remask_rate=0.5, remask_random_ratio=0.5), ''),
+    (dict(remask='wrong', remask_rate=0.5, steps=5, schedule='cosine', block_length=3), '')], ids=str)
+def test_rules_without_a_say(chosen, idle):
+    """What was chosen and does nothing is refused, what is told are the others."""
+    config = default_config(training_type='joint', causal_ratio=0.5, block_lengths=(3,))
+    rules = choose_rules(config, **chosen)
+    if idle:
+        with pytest.raises(UserError, match=idle):
+            refuse_idle(config, chosen, rules)
+    else:
+        assert refuse_idle(config, chosen, rules).items() >= chosen.items()
+    told = refuse_idle(config, {}, rules)
+    assert told.items() <= rules.items()
+    assert rules['remask'] != 'causal' or not {'steps', 'commit'} & set(told)
 
 
 # -----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A training run as a whole: what ends it, what it keeps, and what it says when it goes on."""
 
+import contextlib
 import os
 import signal
 
@@ -103,9 +104,9 @@ def test_curves_that_cannot_be_drawn_end_nothing(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize('source, message', [
-    ('def score(texts): pass', 'has no function verdict'), ('1 / 0', 'task.py: ZeroDivisionError'),
-    ('def score(', 'task.py: SyntaxError'), ('verdict = 3\nscore = len', 'has no function verdict')])
-def test_a_task_that_lacks_what_training_calls(tmp_path, monkeypatch, source, message):
+    ('1 / 0', 'task.py: ZeroDivisionError'), ('def score(', 'task.py: SyntaxError'),
+    ('verdict = 3\nscore = len', 'verdict is no function')])
+def test_a_task_that_cannot_be_used(tmp_path, monkeypatch, source, message):
     monkeypatch.setattr(text, '__file__', str(tmp_path / 'plumbing' / 'text.py'))
     (tmp_path / 'data' / 'mine').mkdir(parents=True)
     (tmp_path / 'data' / 'mine' / 'task.py').write_text(source)
@@ -113,3 +114,34 @@ def test_a_task_that_lacks_what_training_calls(tmp_path, monkeypatch, source, me
     with pytest.raises(UserError, match=message):
         text.load_task('mine')
     text.load_task.cache_clear()
+
+
+CHARS = dict(name='mine', format='rows', tokenizer='char', itos=[*'ab', '<bos>', '<eos>', '<pad>'],
+             vocab_size=5, bos=2, eos=3, pad=4)
+
+
+@pytest.mark.parametrize('source, message', [
+    ('', ''), ('def draw(rng): return "ab"', ''), ('def draw(rng): return "ab", 3', ''),
+    ('def draw(rng): return "xy"', "draw.rng.: UserError: 'x' in 'xy' is not in the vocabulary"),
+    ('def score(texts): return dict(good=1.0)', ''),
+    ('def score(texts, train=None): return dict(valid=1, correct=0.5, n=2)', ''),
+    ('def score(texts): return dict(good="1")', 'score.texts.: TypeError: a dict of numbers is wanted'),
+    ('def score(texts): return 1 / 0', 'score.texts.: ZeroDivisionError'),
+    ('LINE = "{right}"\ndef score(texts): return {}', "LINE: KeyError: 'right'"),
+    ('def verdict(text): return text == "ab"', 'verdict.text.: TypeError: a text is wanted, got True'),
+    ('def verdict(text): return text[5]', 'verdict.text.: IndexError')])
+def test_a_task_is_tried_when_training_starts(tmp_path, monkeypatch, source, message):
+    """All that it may have is optional; what it has is tried on held-out rows."""
+    monkeypatch.setattr(text, '__file__', str(tmp_path / 'plumbing' / 'text.py'))
+    (tmp_path / 'data' / 'mine').mkdir(parents=True)
+    (tmp_path / 'data' / 'mine' / 'task.py').write_text(source)
+    text.load_task.cache_clear()
+    data = dict(val=torch.tensor([[2, 0, 1, 3, 4]]))
+    refused = pytest.raises(UserError, match=f'data/mine/task.py: {message}')
+    with refused if message else contextlib.nullcontext():
+        text.check_task(CHARS, data)
+    task = text.load_task('mine')
+    text.load_task.cache_clear()
+    if not message:
+        assert text.sample_line('ab', task) == 'ab'
+        assert set(text.scored(task, ['ab'])) <= {'valid', 'correct', 'n', 'good'}

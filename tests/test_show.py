@@ -370,3 +370,11 @@ def test_a_line_ends_in_the_animation_where_the_finished_text_has_one(capsys):
     meta = dict(CHARS, itos=[*'ab \n\t!'], vocab_size=6)
     show.animate([told(*frames, meta=meta)])
     assert 'a b\n\nsample 1/1  step 2/2' in capsys.readouterr().out.replace('␣', ' ').replace('↵', '')
+
+
+def test_an_empty_text_is_shown_as_such():
+    for task in (None, SimpleNamespace(verdict=lambda text: '✗')):
+        for more in ({}, dict(p_wrong=[0.1, 0.95])):
+            shown = show.report(dict(text='', tokens=[BOS, EOS], **more), ARITHMETIC, task)
+            assert shown.startswith('(empty)') and '9' * bool(more) in shown
+    assert sample_line('', SimpleNamespace(verdict=lambda text: '✗')) == '(empty)   ✗'

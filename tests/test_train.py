@@ -1455,7 +1455,7 @@ def test_a_loss_that_is_not_finite_keeps_the_old_checkpoint(tmp_path):
     start(str(tmp_path), *PLAIN, '--max_iters=2')
     before = open(newest(str(tmp_path)), 'rb').read()
     for words in (
-        ['--learning_rate=1e39', '--log_interval=1000'], ['--learning_rate=1e39', '--log_interval=1']):
+        ['--learning_rate=1e38', '--log_interval=1000'], ['--learning_rate=1e38', '--log_interval=1']):
         with pytest.raises(
             UserError,
             match='the gradient of 10 steps in a row is no longer finite at step 1[23].*'
@@ -1470,7 +1470,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     start(str(tmp_path), *PLAIN, '--max_iters=2')
     before = open(newest(str(tmp_path)), 'rb').read()
     with pytest.raises(UserError, match='finite'):
-        start(str(tmp_path), *PLAIN, '--init_from=resume', '--max_iters=3', '--learning_rate=1e39')
+        start(str(tmp_path), *PLAIN, '--init_from=resume', '--max_iters=3', '--learning_rate=1e38')
     assert open(newest(str(tmp_path)), 'rb').read() == before
 
 

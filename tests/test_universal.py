@@ -16,7 +16,7 @@ from plumbing.text import encode, load_task, start_canvas
 from suites import runs, universal
 
 BOS, EOS, PAD, MASK = 15, 16, 17, 18
-WRITTEN = {'tools/energy.py': 'ckpt_energy.pt', 'tools/distill.py': 'ckpt_distilled.pt'}
+WRITTEN = {'tools/energy.py': 'energy/ckpt_energy.pt', 'tools/distill.py': 'distilled/ckpt_distilled.pt'}
 
 
 @pytest.fixture

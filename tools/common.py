@@ -17,12 +17,12 @@ def load_writer(load, init_from, out_dir, goal):
     if os.path.realpath(path) == os.path.realpath(goal):
         raise UserError(f'{goal} would overwrite the checkpoint it is made from: give another --init_from, '
                         'or another place for the result')
-    make_folder(os.path.dirname(goal) or '.')
-    check_output(goal, text=False)
     model, checkpoint = load(path)
     kind = checkpoint['config']['training_type']
     if not supports(checkpoint['config']).writes:
         raise UserError(f'{path} cannot unmask (training_type={kind}), so it has nothing to teach')
+    make_folder(os.path.dirname(goal) or '.')
+    check_output(goal, text=False)
     return path, model, checkpoint
 
 

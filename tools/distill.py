@@ -1,8 +1,8 @@
 """
 Consistency distillation: a student that reaches in a few passes where its teacher needs many.
 
-    python tools/distill.py --init_from=ckpt          500 steps from the newest checkpoint under out_dir
-    python sample.py --init_from=out/ckpt_distilled.pt --steps=4
+    python tools/distill.py --init_from=ckpt          500 steps from the newest checkpoint in out_dir
+    python sample.py --init_from=out/distilled --steps=4
 
 The student starts as a copy of the teacher. Rows are masked as in training, the teacher completes them with
 its sampler in teacher_steps passes, and the student learns to say in one pass what came out (Song et al.
@@ -40,8 +40,8 @@ from tools.common import learn, load_writer
 from train import loss
 
 # -----------------------------------------------------------------------------
-init_from = 'ckpt'       # the teacher: 'ckpt', the newest checkpoint under out_dir, or a path
-out_dir = 'out'          # where 'ckpt' looks, and where the student goes: ckpt_distilled.pt
+init_from = 'ckpt'       # the teacher: 'ckpt', the newest checkpoint in out_dir, or a path
+out_dir = 'out'          # where 'ckpt' looks; the student is distilled/ckpt_distilled.pt in it
 teacher_preset = 'maskgit'  # the teacher's sampler, see sample.py
 teacher_steps = 16       # its passes
 max_iters = 500          # steps
@@ -89,7 +89,7 @@ def study(student, average, teacher, rows, meta, rules):
 
 def main():
     check_ranges(configurator.current(globals()))
-    goal = os.path.join(out_dir, 'ckpt_distilled.pt')
+    goal = os.path.join(out_dir, 'distilled', 'ckpt_distilled.pt')
     path, teacher, checkpoint = load_writer(GPT.load, init_from, out_dir, goal)
     meta, config = checkpoint['meta'], checkpoint['config']
     rules = choose_rules(config, preset=teacher_preset, inside=True, steps=teacher_steps)

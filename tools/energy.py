@@ -2,9 +2,9 @@
 Give a trained network an energy head: a number for every text that says how little it looks like the data.
 
     python tools/energy.py --init_from=ckpt                  1000 steps from the newest checkpoint in out_dir
-    python sample.py --init_from=out/ckpt_energy.pt --best_of=4    of 4 samples the one of the lowest energy
-    python sample.py --init_from=out/ckpt_energy.pt --guide=4      at every step one of 4 by exp(-energy)
-    python sample.py --init_from=out/ckpt_energy.pt --remask=critic    re-mask what the head calls wrong
+    python sample.py --init_from=out/energy --best_of=4      of 4 samples the one of the lowest energy
+    python sample.py --init_from=out/energy --guide=4        at every step one of 4 by exp(-energy)
+    python sample.py --init_from=out/energy --remask=critic  re-mask what the head calls wrong
 
 The network is frozen; a critic of 20,000 parameters learns on its passes over the text. It tells clean rows
 from rows with noise or own guesses in them, and from the network's own samples. Against the samples the best
@@ -41,14 +41,14 @@ from plumbing.device import configure_compute
 from plumbing.draw import draw, filtered
 from plumbing.evaluate import roc_auc
 from plumbing.rows import Ends, places
-from plumbing.text import load_task, modelled, rows_of
+from plumbing.text import load_task, modelled, rows_of, scored
 from sample import generate
 from tools.common import learn, load_writer
 
 # -----------------------------------------------------------------------------
-init_from = 'ckpt'       # 'ckpt': the newest checkpoint under out_dir; or the path of one
-out_dir = 'out'          # where 'ckpt' looks, and where the result goes
-save: str = None         # path of the result; None: ckpt_energy.pt in out_dir
+init_from = 'ckpt'       # 'ckpt': the newest checkpoint in out_dir; or the path of one
+out_dir = 'out'          # where 'ckpt' looks; the result goes to its folder energy
+save: str = None         # path of the result; None: energy/ckpt_energy.pt in out_dir
 passes = 2               # what the head reads: 1, the bidirectional pass; 2, the causal one as well
 own_samples = 4000       # samples of the network itself, drawn first; one in eight is held out
 eval_rows = 1000         # rows of the validation split for the report at the end
@@ -160,10 +160,10 @@ def measure(model, meta, x0, own, texts, generator):
     noisy = noised(model, x0, meta, MIXES[0], 0.2, 0.6, generator)
     hit = (noisy != x0).any(1).cpu()  # noise spares some rows, others are put right
     against = {'noise': energies(noisy)[hit], 'own samples': sampled}
-    if task:
-        parsed = [task.parse(text) for text in texts]
-        valid = torch.tensor([valid for valid, _, _ in parsed])
-        correct = torch.tensor([valid and value == claimed for valid, value, claimed in parsed])
+    scores = [scored(task, [text]) for text in texts]
+    if scores and {'valid', 'correct'} <= set(scores[0]):
+        valid, correct = (torch.tensor([score[name] > 0 for score in scores])
+                          for name in ('valid', 'correct'))
         against.update({'malformed samples': sampled[~valid], 'wrong values': sampled[valid & ~correct]})
     return {name: roc_auc(torch.cat((clean, other)), torch.arange(len(clean) + len(other)) >= len(clean))
             for name, other in against.items() if len(other)}
@@ -191,7 +191,7 @@ def main():
             raise UserError(f'{name} must be at least {low}, got {globals()[name]}')
     if passes not in (1, 2):
         raise UserError(f'passes expects 1 or 2, got {passes}')
-    goal = save or os.path.join(out_dir, 'ckpt_energy.pt')
+    goal = save or os.path.join(out_dir, 'energy', 'ckpt_energy.pt')
     path, trunk, checkpoint = load_writer(GPT.load, init_from, out_dir, goal)
     meta, config = checkpoint['meta'], checkpoint['config']
     checkpoint['model_args']['energy_head'] = passes
