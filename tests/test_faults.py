@@ -216,7 +216,7 @@ def test_export(tmp_path, run):
     other, new = GPT.load(out)
     assert_same(dict(model.state_dict()), dict(other.state_dict()))
     assert all(new[key] == old[key] for key in ('model_args', 'config', 'meta', 'iter_num'))
-    words = ['--num_samples=3', '--steps=4', '--device=cpu', '--dtype=float32']
+    words = ['--num_samples=3', '--remask=wrong', '--steps=4', '--device=cpu', '--dtype=float32']
     texts = []
     for name in (path, out):
         assert run('sample', f'--init_from={name}', f'--save={tmp_path}/s.jsonl', *words)[0] == 0

@@ -1470,7 +1470,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     start(str(tmp_path), *PLAIN, '--max_iters=2')
     before = open(newest(str(tmp_path)), 'rb').read()
     with pytest.raises(UserError, match='finite'):
-        start(str(tmp_path), *PLAIN, '--init_from=resume', '--max_iters=3', '--learning_rate=1e38')
+        start(str(tmp_path), *PLAIN, '--init_from=resume', '--max_iters=5', '--learning_rate=1.7e38')
     assert open(newest(str(tmp_path)), 'rb').read() == before
 
 
