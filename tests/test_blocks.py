@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 from conftest import ARITHMETIC, all_sequences, chi_square, seeded, tiny_gpt
+from test_checkpoint import write_checkpoint
+from test_tasks import quick_bench
 from test_train import arithmetic_rows, default_config, gradients
 
 from configurator import UserError
@@ -26,6 +28,7 @@ from plumbing.evaluate import evaluate
 from plumbing.rows import Ends
 from plumbing.text import modelled
 from sample import generate_diffusion
+from suites import blocks
 from train import causal_part, loss
 
 V, T = 5, 12
@@ -373,3 +376,20 @@ def test_what_does_not_go_with_blocks():
     model, canvas = tiny_gpt(), torch.full((1, 4), 3)
     with pytest.raises(UserError, match='block_length goes with rules'):
         generate_diffusion(model, canvas, canvas < 3, block_length=2, remask='critic')
+
+
+def test_the_suite_of_blocks(monkeypatch, tmp_path):
+    model = tiny_gpt(18, 64, n_recur=1)
+    config = default_config(training_type='joint', causal_ratio=0.5, block_lengths=(4, 8))
+    path = write_checkpoint(tmp_path / 'x.pt', model, **config)
+    s = quick_bench(monkeypatch, f'--init_from={path}', '--budgets=16', '--eval_rows=6')
+    rows, tables = blocks.run(s)
+    nats = {row['name']: row['nats'] for row in rows if 'nats' in row}
+    assert list(nats) == ['nelbo', 'causal_nll', 'nelbo_4', 'nelbo_8'] and all(n > 0 for n in nats.values())
+    drawn = [row for row in rows if 'budget' in row]
+    assert [row['name'] for row in drawn] == [
+        f'blocks of {n}, remask={how}' for n in (4, 8) for how in ('none', 'wrong', 'wrong, revise')]
+    assert all(row['nfe'] <= 16 + 1 for row in drawn) and tables.count('blocks of 8') == 3
+    bare = write_checkpoint(tmp_path / 'y.pt', model, **default_config(training_type='joint'))
+    with pytest.raises(UserError, match='trained with --block_lengths'):
+        blocks.run(quick_bench(monkeypatch, f'--init_from={bare}'))
