@@ -1,0 +1,96 @@
+"""
+Repair that can change the length: labels for a network that edits a text, and the rounds in which it does.
+
+At a visible position such a network (remask_target='edits') may answer with the token that stands there: keep
+it; another token: replace it; [WRONG]: this does not belong here, take it away; [MASK]: something is missing
+right before it, open a hole. A hole takes one token, further rounds may open more.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+NEVER = 10 ** 6              # the price of what is not to be done; every edit costs 1
+
+
+def text_length(ids, pad):
+    """How many tokens of ids (B, T) come before the padding at the end: (B,); pad None: all."""
+    at = torch.arange(1, ids.size(1) + 1, device=ids.device)
+    return (at * (ids != (-1 if pad is None else pad))).amax(1)
+
+
+def labels(noisy, clean, mask, wrong, pad=None):
+    """
+    What is to be answered at noisy (B, T) so that, round by round, it becomes clean (B, M): ids (B, T).
+
+    These are the fewest edits: a token that is replaced, taken away or missing counts 1, a mask stands for
+    any token. Of several ways the rightmost tokens stay: of a doubled token the left copy goes. Tokens that
+    are missing at one place are one [MASK] at the visible token behind them; masks before it are the first
+    of them, and a token that is to be replaced waits.
+
+    A text ends where its padding begins, and what is missing at its end is missing before the padding. A row
+    without padding behind it may be cut off anywhere: of clean only the part that it has is asked for. The
+    label of a mask there that stands for nothing is [MASK].
+    """
+    T = noisy.size(1)
+    size, goal = text_length(noisy, pad)[:, None], text_length(clean, pad)[:, None]      # (B, 1) each
+    words = F.pad(clean, (0, 1), value=-1 if pad is None else pad)                       # (B, M+1)
+    kept, column, last = align(noisy, words, size, goal, mask)
+
+    # back from the end of the text, which is the first j words, to its start
+    target, j = noisy.clone(), torch.where(size < T, goal + 1, last)                     # (B, 1)
+    for i in reversed(range(T)):
+        y, inside = noisy[:, i:i + 1], size >= i                                         # (B, 1) each
+        is_kept = kept[i].gather(1, j)
+        answer = torch.where(is_kept, words.gather(1, (j - 1).clamp(min=0)), wrong)
+        answer = torch.where((y == mask) & ~is_kept, mask, answer)
+        j = torch.where(inside, j - is_kept.long(), j)
+        before = torch.where(inside & (y != mask), column[i].gather(1, j), j)
+        answer = torch.where(before < j, mask, answer)
+        target[:, i:i + 1] = torch.where(inside, answer, y)
+        j = before
+    return target
+
+
+def align(noisy, words, size, goal, mask):
+    """
+    The cheapest ways to make the first j words (B, M+1) of the first i tokens of noisy (B, T), for all i, j.
+
+    size, goal (B, 1): the tokens before the padding of both. Returns kept [T] of (B, M+2) bool, whether token
+    i stands for word j - 1 then, else it goes; column [T] of (B, M+2), the j before it if words are missing
+    there; last (B, 1), the cheapest j at the end.
+    """
+    B, T = noisy.shape
+    hole, at = noisy == mask, torch.arange(words.size(1) + 1, device=noisy.device)       # (M+2,)
+    ends = torch.arange(T, device=noisy.device) == size             # (B, T) the padding behind the text
+    closed = at[:-1] == goal                                        # (B, M+1)
+    behind = hole.flip(1).cummin(1).values.flip(1)                  # (B, T) nothing but masks from here on
+    away = (ends | hole & ~behind) * NEVER + ~hole
+    whole = (NEVER * (at > 0)).expand(B, -1)                        # (B, M+2) by j, if none is missing there
+    best, start = at.expand(B, -1), torch.zeros_like(at).expand(B, -1)
+    kept, column = [], []
+    for i in range(T):
+        here = slice(i, i + 1)
+        column.append(start)
+        before = torch.where(hole[:, here], whole, best)            # masks are the first of what is missing
+        price = ((words != noisy[:, here]) & ~hole[:, here]).long()
+        stay = before[:, :-1] + price.masked_fill(closed != ends[:, here], NEVER)        # (B, M+1)
+        go = before + away[:, here]
+        kept.append(F.pad(stay <= go[:, 1:], (1, 0)))
+        whole = torch.cat((go[:, :1], stay.minimum(go[:, 1:])), 1)
+        low, start = (whole - at).cummin(1)
+        best = low + at
+    last = (whole.masked_fill(at > goal, 2 * NEVER * T) * len(at) - at).argmin(1, keepdim=True)
+    return kept, column, last
+
+
+def applied(ids, fixed, answers, mask, wrong):
+    """A row ids, fixed (T,) with the edits answers (T,) made: two lists, a mask for every hole opened."""
+    out = []
+    for id, keep, answer in zip(ids.tolist(), fixed.tolist(), answers.tolist()):
+        if answer == mask:
+            out += [(mask, False), (id, keep)] if id != mask else []
+        elif answer != wrong:
+            out.append((answer, keep))
+    return [id for id, _ in out], [keep for _, keep in out]
