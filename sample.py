@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from model import GPT
 from parts.abstain import abstain
+from parts.edits import mend
 from parts.energy import best_samples, critic, energy, text_of
 from parts.look import Sampling
 from parts.presets import check_rules, check_sampling, choose_rules, supports
@@ -35,7 +36,7 @@ from plumbing.checkpoint import export_safetensors
 from plumbing.command import by_length, canvases, given_samples, load_networks, show_samples
 from plumbing.evaluate import p_wrong
 from plumbing.rows import Ends, close_rows, first_of, places, random_subset, spread
-from plumbing.text import decode, encode, start_canvas, until_end
+from plumbing.text import ANY, decode, encode, start_canvas, until_end
 
 # -----------------------------------------------------------------------------
 # what a newcomer turns: the task
@@ -90,6 +91,7 @@ class How:
     remask_threshold: float = None     # re-mask what is doubted more than this, each position once
     remask_schedule: tuple = None      # re-mask a share, from the first to the second number: 0.3,0.05
     rewrite: bool = None       # draw what is doubted anew at once; usual in repair, if trained on noise
+    rounds: int = None         # of edits, which change the length as well; repair: 4, if trained on them
     remdm: str = None          # remask=remdm: cap | rescale; usually cap
     correct_share: float = None        # share of the steps that only re-mask and refill; usually 0.25
     # what the energy head is asked, in a checkpoint that has one (tools/energy.py)
@@ -137,6 +139,8 @@ def generate_diffusion(model, canvas, fixed, *, ends=Ends(), closed=None, remask
     if how.remask == 'causal':
         return write(model, canvas, fixed, how.filters(), ends, generator=generator, trace=trace)
     run = Sampling(model, canvas, fixed, how, ends, closed, remask_model, generator, trace)
+    if how.rounds:
+        return mend(run, denoise)
     return rewrite(run) if how.rewrite else denoise(run)
 
 
@@ -366,8 +370,8 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
         if best_of:
             nfe = nfe + model.config.energy_head
             energies = energy(model, *text_of(x, rules['ends'])).tolist()
-        for row, (ids, passes) in enumerate(zip(x.tolist(), nfe.tolist())):
-            text, finished = decode(meta, ids)
+        for row, (ids, passes) in enumerate(zip(x, nfe.tolist())):
+            text, finished = decode(meta, ids := ids.tolist())
             samples.append(dict(text=text, tokens=until_end(meta, ids), nfe=passes, finished=finished))
             if trace:
                 samples[-1]['trace'] = torch.stack([step[row] for step in prefix_steps + steps])
@@ -402,7 +406,8 @@ def main():
     # whether there is text right of a hole
     inside = s.task == 'repair' or any((row.cummax(0).values & ~row).any() for row in masked)
     rules = choose_rules(config, preset=s.preset, task=s.task, inside=inside, judge=judge is not None,
-                         **vars(how))
+                         any_length=any(ANY in text for text in texts or ()), **vars(how))
+    s.rounds = rules.get('rounds')
     said = ', '.join(f'{name}={value}' for name, value in rules.items())
     print(said)
 

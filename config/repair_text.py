@@ -1,4 +1,4 @@
-# a network that repairs text, lengths as well: characters of tiny Shakespeare, a quarter of an hour on a core;
+# a network that repairs text, lengths as well: characters of tiny Shakespeare, ten minutes on two cores;
 # python sample.py --init_from=out-repair/ckpt_joint_all_positions.pt --task=repair --text="..."
 remask_target = 'edits'            # keep, replace, take away, or open a hole for what is missing
 corruption = 'noise:0.9,own:0.1'   # typing errors, and a few mistakes that the network would make itself

@@ -11,6 +11,10 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from parts.look import Sampling
+from plumbing.draw import forbid
+from plumbing.rows import close_rows, first_of, left_of
+
 NEVER = 10 ** 6              # the price of what is not to be done; every edit costs 1
 
 
@@ -94,3 +98,97 @@ def applied(ids, fixed, answers, mask, wrong):
         elif answer != wrong:
             out.append((answer, keep))
     return [id for id, _ in out], [keep for _, keep in out]
+
+
+# -----------------------------------------------------------------------------
+# rounds
+
+
+def same_length(rows, among):
+    """The numbers among of rows (T,), in lists of rows of one length."""
+    lengths = [len(rows[i]) for i in among]
+    return [[i for i, length in zip(among, lengths) if length == T] for T in dict.fromkeys(lengths)]
+
+
+@torch.no_grad()
+def mend(run, denoise):
+    """
+    Edits a text until it stays as it is, or for how.rounds rounds. Masks are filled first.
+
+    Each round is a pass, in which all is done that edits_of says, and the loop denoise, which fills what was
+    opened, all else fixed. A text that was there before ends it. What is fixed stays, though it may move; a
+    text never grows beyond block_size. run: a parts.look.Sampling. Returns what denoise does, but of streams,
+    which have no padding, the canvas is a list of rows of several lengths.
+    """
+    model, how, mask, ends = run.model, run.how, run.mask, run.ends
+    filling = replace(how, rounds=None, remask='none', remask_threshold=None)
+    rows, fixed = [*run.canvas], [*run.fixed]
+    seen, at_work, history = [set() for _ in rows], [*range(len(rows))], [rows.copy()]
+    for number in range(how.rounds + 1):
+        for group in same_length(rows, [i for i in at_work if mask in rows[i].tolist()]):
+            x, kept = (torch.stack([some[i] for i in group]) for some in (rows, fixed))
+            x, passes, _ = denoise(Sampling(model, x, x != mask, filling, ends, left_of(kept),
+                                            generator=run.generator))
+            run.nfe[group] += passes
+            for i, ids in zip(group, close_rows(x, ~kept, mask, ends)):
+                rows[i] = ids
+        history.append(rows.copy())
+        texts = {i: tuple(rows[i].tolist()) for i in at_work}
+        at_work = [i for i in at_work if texts[i] not in seen[i]]
+        if number == how.rounds or not at_work:
+            break
+
+        for group in same_length(rows, at_work):
+            x, kept = (torch.stack([some[i] for i in group]) for some in (rows, fixed))
+            answers = edits_of(run, x, kept)
+            run.nfe[group] += 1
+            for i, ids, keep, answer in zip(group, x, kept, answers):
+                seen[i].add(texts[i])
+                rows[i], fixed[i] = moved(ids, keep, answer, run)
+        history.append(rows.copy())
+
+    width = max(len(row) for step in history for row in step)
+    history = [torch.stack([F.pad(row, (0, width - len(row)), value=mask) for row in step])
+               for step in history if run.history]
+    return torch.stack(rows) if ends.pad is not None else rows, run.nfe, history or None
+
+
+def edits_of(run, x, fixed):
+    """
+    The answers (B, T) to be applied to x (B, T), without masks: what is likelier than that a token stays.
+
+    It has to be doubted more than how.remask_threshold. Nothing is put into the padding behind a text, and no
+    more holes are opened than have room, the surest first.
+    """
+    model, mask = run.model, run.mask
+    logits = model.logits(model(x)).float()                         # (B, T, V+2)
+    closed = left_of(fixed) & ~fixed
+    logits = forbid(logits.flatten(0, 1), run.ends.forbid, closed.flatten()[:, None]).view(logits.shape)
+    p = logits.softmax(-1)
+    keep = p.gather(-1, x[..., None])[..., 0]                       # (B, T)
+
+    # what is fixed is kept, but a hole may be opened before it, if that is not between two fixed tokens
+    inside = torch.arange(x.size(1), device=x.device) <= text_length(x, run.ends.pad)[:, None]
+    free = inside & ~fixed
+    opens = inside & ~(fixed & F.pad(fixed[:, :-1], (1, 0), value=True))
+    p = p.scatter(-1, x[..., None], -1.0)
+    p[..., mask] = p[..., mask].masked_fill(~opens, -1.0)
+    p[..., :mask] = p[..., :mask].masked_fill(~free[..., None], -1.0)
+    p[..., mask + 1] = p[..., mask + 1].masked_fill(~free, -1.0)
+    best, answers = p.max(-1)
+    answers = torch.where((best > keep) & (1 - keep > (run.how.remask_threshold or 0)), answers, x)
+
+    gone = (answers == mask + 1).sum(1)
+    room = model.config.block_size - text_length(x, run.ends.pad) + gone
+    opened = answers == mask
+    return torch.where(opened & ~first_of(best, opened, room), x, answers)
+
+
+def moved(ids, fixed, answers, run):
+    """A row ids, fixed (T,) with the edits made; one with padding keeps its length."""
+    ids, fixed = applied(ids, fixed, answers, run.mask, run.mask + 1)
+    if run.ends.pad is not None:
+        T, end = run.canvas.size(1), run.ends.pad
+        ids, fixed = (ids + [end] * T)[:T], (fixed + [False] * T)[:T]
+    ids = torch.tensor(ids, dtype=torch.long, device=run.canvas.device)
+    return ids, torch.tensor(fixed, dtype=torch.bool, device=ids.device)

@@ -19,6 +19,7 @@ PAD = '·'                   # one token of padding in a text
 CONTROLS = {**{c: chr(0x2400 + c) for c in range(32) if chr(c) not in '\t\n'}, 127: '␡',
             **{c: f'\\x{c:x}' for c in range(128, 160)}}
 HOLE = '[MASK]'             # a hole where a text can have _
+ANY = '[...]'               # a hole of any length, for networks trained on edits
 
 
 def words_of(meta):
@@ -242,7 +243,7 @@ def holes(meta, text, hole, mask_token_id):
     UserError for a hole that could be text, and for a text without one.
     """
     hole = usual_hole(meta) if hole is None else hole
-    spelled = meta['tokenizer'] != 'gpt2' and hole != HOLE and all(can_have(meta, c) for c in hole)
+    spelled = meta['tokenizer'] != 'gpt2' and hole not in (HOLE, ANY) and all(can_have(meta, c) for c in hole)
     if spelled or not hole:
         raise UserError(f"hole expects a text that is not in the vocabulary of {meta['name']}, got {hole!r}")
     if hole not in text:
@@ -274,7 +275,7 @@ def spans(text, n):
 def task_canvas(task, model, meta, text, hole=None, mask=None):
     """The canvas of one text for a task: (canvas (1, T), fixed (1, T)). See task at the top of sample.py."""
     if task == 'infill':
-        ids, ends = holes(meta, text, hole, model.mask_token_id)
+        ids, ends = holes(meta, text, ANY if ANY in text else hole, model.mask_token_id)
         return text_canvas(model, meta, [ids], ends)
     ids = encode(meta, text)
     if not ids:
