@@ -14,6 +14,7 @@ from configurator import UserError
 from plumbing import show
 from plumbing.checkpoint import best_of, check_same_model, find_checkpoint, identity, load_merged
 from plumbing.device import configure_compute, freeze
+from plumbing.evaluate import p_wrong
 from plumbing.files import check_output, to_json, write_atomically
 from plumbing.score import given_sample, judge_samples, total
 from plumbing.text import (
@@ -26,6 +27,7 @@ from plumbing.text import (
     stop_at,
     task_canvas,
     typed,
+    until_end,
     usual_hole,
 )
 
@@ -139,6 +141,16 @@ def given_samples(s, model, meta):
     return [sample for _, sample in of_each_text(s, meta, partial(given_sample, model, meta))]
 
 
+@torch.no_grad()
+def compare(model, meta, sample, before):
+    """Adds to a sample what edits made of the ids before (T,): before, and the signs of show.changes."""
+    ids = sample['trace'][-1:] if meta['pad'] is not None else torch.tensor([sample['tokens']])
+    ids = ids.to(next(model.parameters()).device)                   # (1, T), with its padding
+    doubted = p_wrong(model, model(ids), ids)[0] > 0.5
+    sample['before'] = until_end(meta, before.tolist())
+    sample['taken'], sample['marks'] = show.changes(sample['before'], sample['tokens'], doubted.tolist())
+
+
 def show_samples(s, model, judge, meta, can, samples, texts=None, canvas=None, *written):
     """
     Prints the samples, plays them, writes the page and the file: whatever was asked for.
@@ -151,6 +163,9 @@ def show_samples(s, model, judge, meta, can, samples, texts=None, canvas=None, *
         stop_at(meta, samples, s.stop, len(decode(meta, encode(meta, s.prompt))[0]))
     if s.task == 'repair':
         for sample, before in zip(samples, canvas):
+            if getattr(s, 'rounds', None):
+                compare(model, meta, sample, before)
+                continue
             marks = show.marks(before, sample['trace'].cpu(), model.mask_token_id)
             sample['marks'] = marks[:len(sample['tokens'])]
     if s.score or s.task == 'score':

@@ -409,7 +409,8 @@ def canvases(B, pad, seed=4):
 @pytest.mark.parametrize('what, text, alone', [
     ('mask', [0, NEW, NEW, NEW, 99, 99], [NEW] * 6), ('swap', [0, 2, 1, 3, 99, 99], [1, 0, 3, 2, 5, 4]),
     ('delete', [0, 99, 99, 99, 99, 99], [NEW] * 6), ('replace', [0, '+', '+', '+', 99, 99], ['+'] * 6),
-    ('insert', [0, '+', 1, '+', 2, '+'], ['+', 0, '+', 1, '+', 2]), ('double', [0, 1, 1, 2, 2, 3], [0, 0, 1, 1, 2, 2])])
+    ('insert', [0, '+', 1, '+', 2, '+'], ['+', 0, '+', 1, '+', 2]),
+    ('double', [0, 1, 1, 2, 2, 3], [0, 0, 1, 1, 2, 2])])
 def test_noise_by_hand(what, text, alone):
     """Every token is hit: one text between start and padding, one alone; + is a new token, NEW is [MASK]."""
     x0, alike = torch.tensor([[0, 1, 2, 3, 99, 99]]), torch.arange(6)[None]

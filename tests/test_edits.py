@@ -4,13 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import seeded, tiny_gpt
+from conftest import seeded
 
-from configurator import UserError
 from corruption import Task, ask
 from parts.edits import applied, labels, same_length
 from parts.noise import NOISE, mixed_noise
-from parts.presets import EDITS, choose_rules
+from parts.presets import EDITS
 from plumbing.rows import Ends
 from sample import generate_diffusion
 
@@ -59,7 +58,8 @@ def test_labels_give_the_clean_text_back(pad, sigma):
 
     def labelled(among):
         for group in same_length(rows, among):
-            yield from zip(group, labels(torch.stack([rows[i] for i in group]), clean[group], MASK, WRONG, pad))
+            x = torch.stack([rows[i] for i in group])
+            yield from zip(group, labels(x, clean[group], MASK, WRONG, pad))
 
     for number in range(15):
         for i, answer in [*labelled(at_work)]:
