@@ -185,10 +185,11 @@ def edits_of(run, x, fixed):
 
 
 def moved(ids, fixed, answers, run):
-    """A row ids, fixed (T,) with the edits made; one with padding keeps its length."""
-    ids, fixed = applied(ids, fixed, answers, run.mask, run.mask + 1)
+    """A row ids, fixed (T,) with the edits made; one with padding keeps its length. Nothing is no text."""
+    new, kept = applied(ids, fixed, answers, run.mask, run.mask + 1)
+    if not new:
+        return ids, fixed
     if run.ends.pad is not None:
         T, end = run.canvas.size(1), run.ends.pad
-        ids, fixed = (ids + [end] * T)[:T], (fixed + [False] * T)[:T]
-    ids = torch.tensor(ids, dtype=torch.long, device=run.canvas.device)
-    return ids, torch.tensor(fixed, dtype=torch.bool, device=ids.device)
+        new, kept = (new + [end] * T)[:T], (kept + [False] * T)[:T]
+    return torch.tensor(new, device=ids.device), torch.tensor(kept, device=ids.device)

@@ -1,15 +1,18 @@
 """parts/edits.py: labels that give a text back, and the rounds that do what the network answers."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import seeded
+from conftest import default_config, seeded, write_checkpoint
 
+from configurator import UserError
 from corruption import Task, ask
-from parts.edits import applied, labels, same_length
+from parts.edits import applied, edits_of, labels, same_length
 from parts.noise import NOISE, mixed_noise
-from parts.presets import EDITS
+from parts.presets import EDITS, choose_rules
+from plumbing import show
 from plumbing.rows import Ends
 from sample import generate_diffusion
 
@@ -141,3 +144,93 @@ def test_rounds_with_an_oracle_restore_the_text(pad, sigma):
             assert torch.equal(steps[-1][:len(row)], row)
     once = generate_diffusion(Oracle(clean, pad, 12), clean, clean < 0, **rules)
     assert torch.equal(once[0][0], clean[0]) and once[1].item() == 1
+
+
+class Always(Oracle):
+    """A network that answers a function of the row, the surer the further left; [MASK]s become 0."""
+
+    def __init__(self, answers, block_size):
+        self.answers, self.config = answers, SimpleNamespace(block_size=block_size)
+
+    def __call__(self, x):
+        sure = 30.0 - torch.arange(x.size(1))[None, :, None]
+        return sure * torch.nn.functional.one_hot(torch.where(x == MASK, 0, self.answers(x)), WRONG + 1)
+
+
+def mend(model, x, fixed=None, **rules):
+    """The row x, a list of ids, after the rounds, and its passes."""
+    x = torch.tensor([x])
+    fixed = x < 0 if fixed is None else torch.tensor([fixed])
+    rows, nfe, _ = generate_diffusion(model, x, fixed, **{**EDITS, **rules})
+    return rows[0].tolist(), nfe.item()
+
+
+def test_rounds_end():
+    """After a round without a change, when a text comes again, after how.rounds, where there is no room."""
+    assert mend(Always(lambda x: x, 9), [0, 1, 2]) == ([0, 1, 2], 1)
+    assert mend(Always(lambda x: 1 - x, 9), [0, 1, 1]) == ([0, 1, 1], 2)
+    assert mend(Always(lambda x: (x + 1) % 3, 9), [0, 1, 2], rounds=2) == ([2, 0, 1], 2)
+    # the surest holes first, a pass for each hole
+    more = Always(lambda x: torch.full_like(x, MASK), 5)
+    assert mend(more, [1, 2, 2], rounds=1) == ([0, 1, 0, 2, 2], 3)
+    assert mend(more, [1, 2, 2], rounds=9) == ([0, 1, 0, 2, 2], 4)
+    assert mend(Always(lambda x: torch.full_like(x, WRONG), 5), [1, 2], rounds=9) == ([1, 2], 1)
+
+
+def test_what_is_fixed_stays_and_holes_open_beside_what_is_open():
+    """A hole of any length: _ in 1 _ 2 may go, and others come left and right of what fills it."""
+    fixed = [True, False, True, True]
+    assert mend(Always(lambda x: torch.full_like(x, WRONG), 9), [1, MASK, 2, 2], fixed) == ([1, 2, 2], 3)
+    more = Always(lambda x: torch.full_like(x, MASK), 9)
+    assert mend(more, [1, MASK, 2, 2], fixed, rounds=1) == ([1, 0, 0, 0, 2, 2], 4)
+
+
+@pytest.mark.parametrize('p, threshold, edited', [
+    ((0.6, 0.4), 0.3, False), ((0.4, 0.6), 0.3, True), ((0.4, 0.6), 0.7, False),
+    ((0.4, 0.3, 0.3), 0.5, False)])
+def test_what_is_edited_is_doubted_and_less_likely_than_the_edit(p, threshold, edited):
+    """p: how likely it is that the token 0 stays, and of others."""
+    model, x = Oracle(torch.tensor([[0]]), None, 9), torch.tensor([[0]])
+    model.logits = lambda hidden: torch.tensor([*p, *[0.0] * (WRONG + 1 - len(p))]).log().expand(1, 1, -1)
+    how = SimpleNamespace(remask_threshold=threshold)
+    run = SimpleNamespace(model=model, mask=MASK, ends=Ends(), how=how)
+    assert (edits_of(run, x, x < 0) != x).item() == edited
+
+
+CHANGES = dict(training_type='joint', corruption='own:0.5,noise:0.5', remask_target='edits')
+
+
+def test_rules_of_checkpoints_with_edits():
+    config = default_config(**CHANGES)
+    assert choose_rules(config, task='repair')['rounds'] == 4
+    assert 'rounds' not in choose_rules(config, task='repair', rewrite=False)
+    assert choose_rules(config, task='infill', any_length=True)['rounds']
+    assert 'rounds' not in choose_rules(config, task='infill')
+    for how in (dict(task='repair', rounds=2), dict(task='infill', any_length=True)):
+        with pytest.raises(UserError, match='--remask_target=edits'):
+            choose_rules(default_config(**{**CHANGES, 'remask_target': 'original'}), **how)
+
+
+def test_the_command(run, tmp_path):
+    """A network of no training repairs and fills holes of any length; what it was given stays around them."""
+    path = write_checkpoint(tmp_path / 'a.pt', **CHANGES)
+    words = ('sample', f'--init_from={path}', '--device=cpu', f"--save={tmp_path / 's.jsonl'}")
+    status, out, err = run(*words, '--task=repair', '--text=(+12))=3', f"--html={tmp_path / 'p.html'}")
+    assert not status and 'rounds=4' in out and '-> ' in out, err
+    status, out, err = run(*words, '--task=infill', '--text=(+[...]2)=3', '--num_samples=9')
+    samples = [json.loads(line)['text'] for line in open(tmp_path / 's.jsonl', encoding='utf-8')]
+    assert not status and len(samples) == 9, err
+    assert all(text.startswith('(+') and text.endswith('2)=3') for text in samples)
+    status, out, err = run(*words, '--task=infill', '--text=(+[...]_)=3')
+    assert status and "'_'" in err
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_changes(seed):
+    """Signs under the old and the new text; what has none is in both."""
+    old, new = (torch.randint(3, (n,), generator=seeded(seed + 50 * n)).tolist() for n in (8, 6 + seed % 5))
+    taken, marks = show.changes(old, new, [False] * len(new))
+    assert len(taken) == len(old) and len(marks) == len(new)
+    assert [i for i, c in zip(old, taken) if c == ' '] == [i for i, c in zip(new, marks) if c == ' ']
+    assert taken.count('~') == marks.count('~') and {*taken} <= {*' -~'} and {*marks} <= {*' +~'}
+    assert show.changes([1, 2], [1, 2], [True, False]) == ('  ', '? ')

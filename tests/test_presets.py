@@ -9,7 +9,17 @@ from oracles import Independent, Oracle, empty, random_law, traced, uniform
 
 import sample
 from configurator import UserError
-from parts.presets import PRESETS, REWRITE, TASKS, best_rules, check_sampling, choose_rules, supports
+from parts.presets import (
+    EDITS,
+    GROW,
+    PRESETS,
+    REWRITE,
+    TASKS,
+    best_rules,
+    check_sampling,
+    choose_rules,
+    supports,
+)
 from sample import COMMIT, DOUBT, OTHER_RULES, USUAL, How, generate_diffusion
 
 ALL = dict(commit='random', remask='none', ar_prefix=64)  # what a causal checkpoint does
@@ -167,7 +177,7 @@ def test_every_preset_and_task_names_rules_that_there_are():
     """And what the loop is given by default are fields of How as well."""
     fields = set(vars(How()))
     assert set(USUAL) <= fields
-    for rules in (*PRESETS.values(), *TASKS.values(), REWRITE):
+    for rules in (*PRESETS.values(), *TASKS.values(), REWRITE, EDITS, GROW):
         assert set(rules) <= fields
         assert rules.get('commit', 'random') in COMMIT
         assert rules.get('remask', 'none') in ('none', 'causal', *DOUBT, *OTHER_RULES)
