@@ -50,7 +50,7 @@ def labels(noisy, clean, mask, wrong, pad=None):
         answer = torch.where(is_kept, words.gather(1, (j - 1).clamp(min=0)), wrong)
         answer = torch.where((y == mask) & ~is_kept, mask, answer)
         j = torch.where(inside, j - is_kept.long(), j)
-        before = torch.where(inside & (y != mask), column[i].gather(1, j), j)
+        before = torch.where(inside & (y != mask), column[i].gather(1, j).long(), j)
         answer = torch.where(before < j, mask, answer)
         target[:, i:i + 1] = torch.where(inside, answer, y)
         j = before
@@ -76,7 +76,7 @@ def align(noisy, words, size, goal, mask):
     kept, column = [], []
     for i in range(T):
         here = slice(i, i + 1)
-        column.append(start)
+        column.append(start.int())                                  # there are T * B * M of them
         before = torch.where(hole[:, here], whole, best)            # masks are the first of what is missing
         price = ((words != noisy[:, here]) & ~hole[:, here]).long()
         stay = before[:, :-1] + price.masked_fill(closed != ends[:, here], NEVER)        # (B, M+1)
