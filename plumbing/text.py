@@ -239,6 +239,7 @@ def holes(meta, text, hole, mask_token_id):
     A text with holes -> (ids, mask_token_id for each hole, whether the text ends where it is written).
 
     hole: None is usual_hole. One at the very end is open: it stands for as many tokens as the model wants.
+    [...] begins as a hole like any other, see parts/edits.py.
     Where words bring the blank before them, the one before a hole is the hole's, whatever follows. Raises
     UserError for a hole that could be text, and for a text without one.
     """
