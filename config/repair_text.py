@@ -19,8 +19,8 @@ n_layer = n_head = 4
 n_embd = 128
 n_recur = 1
 parts = 'level:32,short_conv:2,shortcuts,bigrams:8192'
-max_iters = 3000
+max_iters = 1200
 learning_rate = 1e-2
 decay_share = 0.7
 ema_decay = 0.995
-eval_interval = 1000
+eval_interval = 400

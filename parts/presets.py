@@ -43,7 +43,7 @@ TASKS = dict(generate={}, infill={}, edit={}, score={},
 REWRITE = dict(commit='random', remask='wrong', remask_threshold=0.5, rewrite=True, steps=1, temperature=0.0)
 
 # one that was trained on edits changes the length as well, until the text stays as it is
-EDITS = dict(rounds=4, remask='wrong', remask_threshold=0.5, commit='confidence', choice_temperature=0.0,
+EDITS = dict(rounds=4, remask='wrong', remask_threshold=0.7, commit='confidence', choice_temperature=0.0,
              temperature=0.0)
 GROW = dict(rounds=8, remask='wrong', remask_threshold=0.5, commit='random')
 

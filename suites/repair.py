@@ -4,7 +4,7 @@ Repair that changes lengths: text with typing errors mended by a network that wa
 In num_samples held-out windows of text every character is hit with a probability: by turns replaced, dropped,
 doubled, preceded by a random one, or swapped with the next; num_seeds draws each. before, after: the edits
 between it and the clean text, a clean character (Levenshtein). damaged: of the characters that were not hit
-the share that is not there afterwards. touched: of windows that were clean the share that is changed at all.
+the share that is no longer there. touched: of windows that were clean the share that is changed at all.
 
 threshold      the same windows of the training split for several of remask_threshold; by these it was chosen
 dictionary     each word becomes the likeliest known one an edit away (needs symspellpy), if it is not known
@@ -41,7 +41,7 @@ RUNS = {
     'arithmetic with edits': [*UNIVERSAL, '--remask_target=edits'],
 }
 LEVELS = (0.03, 0.1, 0.0)
-THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
+THRESHOLDS = (0.5, 0.7, 0.8, 0.9)
 MARGIN = 16                      # a window may grow by that much
 
 
@@ -142,13 +142,14 @@ def text_rows(s, network, name, run, how):
         after, nfe = repaired(s, model, checkpoint, before, how)
 
     sizes = torch.tensor([len(text) for text in clean])
-    found = [(*compare(a, text), compare(b, text)[0]) for a, b, text in zip(after, before, clean)]
-    lost = torch.tensor([len(set(kept) - there) for kept, (_, there, _) in zip(spared, found)])
+    found = [(*compare(a, text), *compare(b, text)) for a, b, text in zip(after, before, clean)]
+    known = [there & set(kept) for kept, (*_, there) in zip(spared, found)]
+    lost = torch.tensor([len(there - still) for there, (_, still, *_) in zip(known, found)])
     row = dict(name=name, n=len(clean), nfe=nfe)
     for metric, at in (('after', 0), ('before', 2)):
         edits = torch.tensor([parts[at] for parts in found]).double()
         row[metric], row[f'{metric}_se'] = per_token(edits, sizes)
-    row['damaged'], row['damaged_se'] = per_token(lost.double(), torch.tensor([*map(len, spared)]))
+    row['damaged'], row['damaged_se'] = per_token(lost.double(), torch.tensor([*map(len, known)]))
     changed = torch.tensor([a != b for a, b in zip(after, before)]).double()
     row.update(mean_of('touched', changed))
     tqdm.write(f"{name}: {cell(row, 'before')} -> {cell(row, 'after')}, damaged {cell(row, 'damaged')}")
