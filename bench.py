@@ -9,6 +9,7 @@ Measure samplers, checkpoints and recipes. Each suite is a file in suites/.
     python bench.py --suite=checkpoints --init_from='out/*/ckpt_*.pt'    training runs side by side
     python bench.py --suite=universal                     the universal denoiser's table; trains what it needs
     python bench.py --suite=text --budgets=64,128         likelihood, samples, infill, repair; trains too
+    python bench.py --suite=repair                        text and strings whose lengths change; trains too
     python bench.py --suite=stages --only="text: stage 0" simple first, or all from the start? Trains too
     python bench.py --suite=diagnose --train_args=config/unmask.py       or --init_from=ckpt: can this learn?
     python bench.py --suite=faults --num_samples=40       training runs killed and resumed: is anything lost?
@@ -35,8 +36,8 @@ suite = 'arithmetic'     # which one, see above
 init_from = 'ckpt'       # the newest checkpoint in out_dir; or a path; checkpoints: patterns with commas
 merge_from: str = None   # another checkpoint, merged with the first; checkpoints: as many as init_from
 merge_weight = 0.5       # its share
-out_dir = 'out'          # where 'ckpt' looks; universal, text, stages: runs and table go to that folder in it
-train_args = ''          # diagnose: words for train.py; universal, text, stages: for scripts that have them
+out_dir = 'out'          # where 'ckpt' looks; suites that train: runs and table go to that folder in it
+train_args = ''          # diagnose: words for train.py; suites that train: for scripts that have them
 num_samples = 1000       # samples a row and seed; faults: kills
 num_seeds = 3            # seeds a row; tasks: draws of a string; stages: seeds of training
 steps = 64               # arithmetic, checkpoints, stages: passes; speed: rounds
@@ -53,8 +54,8 @@ attention = 'auto'       # auto | plain | sdpa
 compile = False          # torch.compile the network
 # -----------------------------------------------------------------------------
 
-SUITES = ('arithmetic samplers blocks tasks sudoku checkpoints universal text stages diagnose faults '
-          'speed').split()
+SUITES = ('arithmetic samplers blocks tasks sudoku checkpoints universal text repair stages diagnose '
+          'faults speed').split()
 
 
 def main():

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import torch
 
 from configurator import UserError
-from parts.presets import supports
+from parts import edits
 from parts.noise import NOISE, another_token, fragment, noise, noise_weights, sticky
+from parts.presets import supports
 from plumbing import distributed
 from plumbing.checks import parse_mixture
 from plumbing.draw import NotFinite, draw, filtered
@@ -66,8 +67,8 @@ def ask(x0, free, real, task, tokens, generator, guess=None):
 
     x0 (B, T) clean ids; free (B, T) bool, what may be hidden; real (B, T) bool, what is not padding; tokens:
     the ids of [MASK], [WRONG] and padding (or None); guess(input, where) -> ids, what a network would write
-    there. A wrong token's target is [WRONG] or the clean token, see remask_target. One that equals the
-    original is no error.
+    there. A wrong token's target is [WRONG] or the clean token, see remask_target; one that equals the
+    original is no error. With 'edits' noise has those of parts/edits.py.
     """
     mask, wrong_id, pad = tokens
     B, mixture = len(x0), task.corruption
@@ -101,10 +102,14 @@ def ask(x0, free, real, task, tokens, generator, guess=None):
         guess(input, proofread)                                     # nowhere, but see own_guesses
 
     wrong = (input != mask) & (input != x0)
-    target = x0.masked_fill(wrong, wrong_id) if task.remask_target == 'wrong' else x0
+    target = x0.masked_fill(wrong, wrong_id) if task.remask_target == 'wrong' else x0.clone()
+    if noisy is not None and task.remask_target == 'edits':
+        rows = noisy.any(1)
+        target[rows] = edits.labels(input[rows], x0[rows], mask, wrong_id, pad)
+        wrong = (input != mask) & (input != target)
     weight = weights(input, wrong, free, proofread, task, mask)
     if noisy is not None:
-        weight = torch.where(noisy, noise_weights(input, wrong, free, real, task, mask, pad), weight)
+        weight = torch.where(noisy, noise_weights(input, target, wrong, free, real, task, mask, pad), weight)
     return input, target, weight
 
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from configurator import UserError
 from parts.abstain import abstain
 from parts.blocks import write_blocks
+from parts.edits import mend
 from parts.energy import best_samples, critic, energy, text_of
 from parts.handle import Handle
 from parts.long import in_windows
@@ -93,6 +94,7 @@ class How:
     remask_threshold: float = None     # re-mask what is doubted more than this, each position once
     remask_schedule: tuple = None      # re-mask a share, from the first to the second number: 0.3,0.05
     rewrite: bool = None       # draw what is doubted anew at once; usual in repair, if trained on noise
+    rounds: int = None         # of edits, which change the length as well; repair: 4, if trained on them
     remdm: str = None          # remask=remdm: cap | rescale; usually cap
     correct_share: float = None        # share of the steps that only re-mask and refill; usually 0.25
     # what the energy head is asked, in a checkpoint that has one (tools/energy.py)
@@ -150,6 +152,8 @@ def generate_diffusion(model, canvas, fixed, *, ends=Ends(), closed=None, remask
     if how.remask == 'causal':
         return write(model, canvas, fixed, how.filters(), ends, generator=generator, trace=trace)
     run = Sampling(model, canvas, fixed, how, ends, closed, remask_model, generator, trace)
+    if how.rounds:
+        return mend(run, denoise)
     loop = rewrite if how.rewrite else denoise
     return write_blocks(run, loop) if how.block_length else loop(run)
 
@@ -387,8 +391,8 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
         if best_of:
             nfe = nfe + model.config.energy_head
             energies = energy(model, *text_of(x, rules['ends'])).tolist()
-        for row, (ids, passes) in enumerate(zip(x.tolist(), nfe.tolist())):
-            text, finished = decode(meta, ids)
+        for row, (ids, passes) in enumerate(zip(x, nfe.tolist())):
+            text, finished = decode(meta, ids := ids.tolist())
             samples.append(dict(text=text, tokens=until_end(meta, ids), nfe=passes, finished=finished))
             if trace is True:
                 samples[-1]['trace'] = torch.stack([step[row] for step in steps])

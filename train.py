@@ -59,7 +59,7 @@ remask_ratio = 0.5           # joint, denoising: share of the rows in which visi
 full_ratio = 0.5             # joint: share of these rows in which no mask is left
 block_lengths: tuple = ()    # 4,8,16,32: the causal rows also train blocks of these lengths
 corruption = 'own'           # own (its guesses) | random | fragment | sticky | noise | own:0.7,random:0.3
-remask_target = 'original'   # at a wrong token the target is the clean token | wrong: [WRONG]
+remask_target = 'original'   # at a wrong token: the clean one | wrong: [WRONG] | edits: see parts/edits.py
 # model
 n_layer = 2                  # blocks in the stack
 n_head = 4                   # attention heads

@@ -28,9 +28,10 @@ from parts.presets import check_chosen, choose_rules, nearest, refuse_idle, supp
 from plumbing import show
 from plumbing.checkpoint import best_of, check_same_model, find_checkpoint, identity, load_merged
 from plumbing.device import configure_compute, freeze
+from plumbing.evaluate import p_wrong
 from plumbing.score import given_sample, judge_samples
-from plumbing.text import (can_have, decode, encode, load_task, pieces, start_canvas, stop_at, task_canvas,
-                           usual_hole)
+from plumbing.text import (ANY, can_have, decode, encode, load_task, pieces, start_canvas, stop_at,
+                           task_canvas, until_end, usual_hole)
 
 HOLE = '▒'                  # a token that is not there yet
 
@@ -367,17 +368,29 @@ class Handle:
         # whether there is text right of a hole
         inside = task == 'repair' or any((row.cummax(0).values & ~row).any() for row in masked)
         chosen = choose_rules(self.config, preset=preset, task=task, inside=inside,
-                              judge=self.judge is not None, **rules)
+                              judge=self.judge is not None,
+                              any_length=any(ANY in text for text in texts if text), **rules)
         said = refuse_idle(self.config, rules, chosen)
         sampler = partial(self.fill, self.model, self.meta, batch_size=batch_size, seed=seed,
                           progress=progress, remask_model=self.judge, trace=trace, **chosen)
         samples = []
         for found, before, start, given in zip(by_length(sampler, canvas, fixed), texts, canvas, fixed):
-            if task == 'repair' and 'trace' in found:
+            if task == 'repair' and chosen.get('rounds') and 'trace' in found:
+                self.compare(found, start)
+            elif task == 'repair' and 'trace' in found:
                 marks = show.marks(start, found['trace'].cpu(), self.model.mask_token_id)
                 found['marks'] = marks[:len(found['tokens'])]
             samples.append(Sample(self, found, task, before, given, said))
         return samples
+
+    @torch.no_grad()
+    def compare(self, found, before):
+        """Adds to a sample what edits made of the ids before (T,): before, and the signs of show.changes."""
+        ids = found['trace'][-1:] if self.meta['pad'] is not None else torch.tensor([found['tokens']])
+        ids = ids.to(next(self.model.parameters()).device)          # (1, T), with its padding
+        doubted = p_wrong(self.model, self.model(ids), ids)[0] > 0.5
+        found['before'] = until_end(self.meta, before.tolist())
+        found['taken'], found['marks'] = show.changes(found['before'], found['tokens'], doubted.tolist())
 
     def judge_all(self, samples):
         """Adds to Samples what the network thinks of them: p(WRONG), NELBO and causal NLL."""

@@ -2,7 +2,7 @@
 
 import torch
 
-NOISE = ('mask', 'replace', 'swap', 'delete', 'insert')             # what mixed_noise may do to a token
+NOISE = ('mask', 'replace', 'swap', 'delete', 'insert', 'double')   # what mixed_noise may do to a token
 
 
 def another_token(ids, V, rng):
@@ -63,6 +63,7 @@ def mixed_noise(x0, real, sigma, mix, mask_token_id, pad_id, rng):
       swap     it changes places with its right neighbour
       delete   what is right of it moves left; padding moves in, or [MASK] in a dataset without padding
       insert   a random token comes before it; what is right of it moves right, or off the canvas
+      double   it stands there twice
     """
     # what happens to each token
     B, T = x0.shape
@@ -79,12 +80,14 @@ def mixed_noise(x0, real, sigma, mix, mask_token_id, pad_id, rng):
     x = x.masked_fill(hit['mask'], mask_token_id)
 
     # tokens that move: each takes 0, 1 or 2 positions; what is not wanted goes to column 2T, which is cut off
-    size = 1 + hit['insert'].long() - hit['delete'].long()          # (B, T)
+    twice = hit['insert'] | hit['double']
+    size = 1 + twice.long() - hit['delete'].long()                  # (B, T)
     place = size.cumsum(1) - 1                                      # (B, T) where it ends up, < 2T
     filler = mask_token_id if pad_id is None else pad_id
     canvas = torch.full((B, 2 * T + 1), filler, device=x0.device)
     inserted = torch.randint(mask_token_id, x0.shape, generator=rng, device=x0.device)
-    canvas.scatter_(1, (place - 1).masked_fill(~hit['insert'], 2 * T), inserted)
+    inserted = torch.where(hit['double'], x, inserted)
+    canvas.scatter_(1, (place - 1).masked_fill(~twice, 2 * T), inserted)
     canvas.scatter_(1, place.masked_fill(hit['delete'], 2 * T), x)
     return canvas[:, :T]
 
@@ -108,9 +111,9 @@ def noise(batch, where):
     return torch.ones_like(where), ids
 
 
-def noise_weights(input, wrong, free, real, task, mask, pad):
+def noise_weights(input, target, wrong, free, real, task, mask, pad):
     """What weighs how much in rows of mixed noise: all up to the first padding behind the text alike."""
     text = real | (input != (mask if pad is None else pad))
-    counted = free & (text | text.roll(1, 1))
+    counted = free & (text | text.roll(1, 1)) & ((input != mask) | (target != mask))
     alike = torch.where((input == mask) | wrong, 1.0, task.doubt)
     return task.weight_remask_task * alike / counted.sum(1, keepdim=True).clamp(min=1) * counted

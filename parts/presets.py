@@ -45,6 +45,11 @@ TASKS = dict(generate={}, infill={}, edit={}, score={},
 # a network that has seen noise mends a text in one pass: it writes every token that it would rather see there
 REWRITE = dict(commit='random', remask='wrong', remask_threshold=0.5, rewrite=True, steps=1, temperature=0.0)
 
+# one that was trained on edits changes the length as well, until the text stays as it is
+EDITS = dict(rounds=4, remask='wrong', remask_threshold=0.7, commit='confidence', choice_temperature=0.0,
+             temperature=0.0)
+GROW = dict(rounds=8, remask='wrong', remask_threshold=0.5, commit='random')
+
 
 def refuse(*conflicts):
     """Raises UserError for the first of several (whether it is wrong, message)."""
@@ -58,28 +63,37 @@ def nearest(name, known):
     return ''.join(f'did you mean {near}?' for near in difflib.get_close_matches(name, known, 1))
 
 
-def choose_rules(config, *, preset=None, task='generate', inside=False, judge=False, **chosen):
+def choose_rules(config, *, preset=None, task='generate', inside=False, judge=False,
+                 any_length=False, **chosen):
     """
     The rules for a checkpoint: what was chosen (not None), else the preset's, the task's, or the best it can.
 
     config: the training settings of the checkpoint; inside: whether a hole has text right of it; judge:
-    whether a second checkpoint finds the wrong tokens; chosen: fields of sample.How. Raises UserError for
-    what does not fit.
+    whether a second checkpoint finds the wrong tokens; any_length: whether a hole may get any number of
+    tokens; chosen: fields of sample.How. Raises UserError for what does not fit.
     """
     check_preset(preset)
     chosen = {name: value for name, value in chosen.items() if value is not None}
     usual = TASKS[task]
     kind = config['training_type']
     saw_noise = kind == 'denoising' or (kind == 'joint' and 'noise' in config['corruption'])
+    edits = saw_noise and config.get('remask_target') == 'edits'
     free = preset is None and not judge and not {'commit', 'remask', 'guide'} & set(chosen)
     if task == 'repair' and saw_noise and free and chosen.get('rewrite', True):
-        usual = REWRITE
+        usual = EDITS if edits else REWRITE
+    if any_length and task == 'infill':
+        usual = GROW
     rules = {**usual, **PRESETS.get(preset, {}), **chosen}
     if 'remask_schedule' in chosen and 'remask_threshold' not in chosen:
         rules.pop('remask_threshold', None)
 
     remask, rate = rules.get('remask'), rules.get('remask_rate', 0)
     refuse(
+        (not edits and ('rounds' in rules or usual is GROW),
+         'only a checkpoint trained on edits changes the length of a text: train with --remask_target=edits '
+         '--corruption=own:0.5,noise:0.5'),
+        ('rounds' in rules and 'best_of' in rules, 'rounds edit one text, best_of chooses among several: '
+         'give one of them'),
         (task == 'repair' and remask not in ('wrong', 'random', 'critic'),
          f'repair finds what to change by re-masking: use --remask=wrong, random or critic, not {remask}'),
         *[(name in rules and not config.get('energy_head'), NO_HEAD.format(name))
@@ -150,7 +164,7 @@ def check_trained(config, lengths_given, commit, remask, ar_prefix, judge):
 # what is checked before anything is loaded, and before the loop begins
 
 # the lowest and highest number (None: no limit) of settings of sample.py
-RANGES = {(1, None): 'num_samples batch_size steps length top_k block_length guide best_of',
+RANGES = {(1, None): 'num_samples batch_size steps rounds length top_k block_length guide best_of',
           (0, None): 'temperature ar_prefix choice_temperature remask_rate remask_patience remask_threshold '
                      'commit_threshold',
           (0, 1): 'top_p remask_random_ratio correct_share merge_weight'}
@@ -320,7 +334,9 @@ def check_rules(how, canvas, fixed, mask, judge, commits, remasks):
          'or a second network'),
         (how.rewrite and (not rewrites or judge or how.guide),
          'rewrite goes with --commit=random and --remask=wrong, random or confidence, '
-         'without a second network or guide'))
+         'without a second network or guide'),
+        (how.rounds and (how.rewrite or judge or how.guide),
+         'rounds of edits go without rewrite, a second network and guide'))
     check_not_greedy(how, masked)
 
 

@@ -10,7 +10,8 @@ from plumbing import distributed
 from plumbing.text import encode
 
 CHOICES = dict(training_type=('unmasking', 'remasking', 'joint', 'denoising', 'causal'),
-               remasking_loss_type=('all_positions', 'corrupted_only'), remask_target=('wrong', 'original'),
+               remasking_loss_type=('all_positions', 'corrupted_only'),
+               remask_target=('wrong', 'original', 'edits'),
                optimizer=('muon', 'adamw'), lr_schedule=('wsd', 'cosine'), mask_weighting=('row', 'token'))
 # what a number must be -> (the test, the settings)
 RANGES = {
@@ -76,7 +77,7 @@ def conflicts_of_tasks(config):
     kind, bias, limit = config['training_type'], config['mask_logit_bias'], config['mask_bias_limit']
     no_masks = kind in ('remasking', 'causal')
     return [
-        (kind == 'denoising' and config['remask_target'] != 'original',
+        (kind == 'denoising' and config['remask_target'] == 'wrong',
          'a denoiser learns the clean token everywhere: set --remask_target=original'),
         (config['sigma_min'] > config['sigma_max'],
          f"sigma_min={config['sigma_min']} is above sigma_max={config['sigma_max']}"),
@@ -140,6 +141,9 @@ def check_fits(config, meta):
                         f"set --block_size={meta['block_size']}")
     if meta['format'] == 'stream' and size >= min(meta['train_tokens'], meta['val_tokens']):
         raise UserError(f"block_size={size} is longer than a split of {name} ({meta['val_tokens']} tokens)")
+    if meta.get('given') and config['remask_target'] == 'edits':
+        raise UserError(f'what is given in {name} has its place, which edits would move: '
+                        'set --remask_target=original')
     try:                                                            # no tokenizer is needed without a prompt
         given = len(encode(meta, config['sample_prompt'])) if config['sample_prompt'] else 0
     except UserError as error:

@@ -9,6 +9,7 @@ marks() what a repair did.
 import html
 import time
 import unicodedata
+from difflib import SequenceMatcher
 from pathlib import Path
 from string import Template
 
@@ -38,6 +39,21 @@ def marks(before, trace, mask_token_id):
     remasked = ((trace[:-1] != mask_token_id) & (trace[1:] == mask_token_id)).any(0)      # (T,)
     return ''.join('^' if new != old else '?' if doubted else ' '
                    for old, new, doubted in zip(before.tolist(), trace[-1].tolist(), remasked.tolist()))
+
+
+def changes(before, after, doubted):
+    """
+    What became of a text whose length may differ: signs for the ids before, and for the ids after.
+
+    - taken away, + put in, ~ replaced; ? doubted (by position in after) and kept.
+    """
+    old, new = [], []
+    for what, i, j, k, m in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        both = min(j - i, m - k)
+        sign = ' ' if what == 'equal' else '~'
+        old.append(sign * both + '-' * (j - i - both))
+        new.append(sign * both + '+' * (m - k - both))
+    return ''.join(old), ''.join('?' if c == ' ' and p else c for c, p in zip(''.join(new), doubted))
 
 
 def columns(text):
@@ -90,7 +106,8 @@ def report(sample, meta, task, before=None):
     start = meta['bos'] is not None  # the start symbol is not printed
     if sample.get('marks', '').strip():
         rows.append(sample['marks'][start:])
-        legends.append('(^ changed, ? doubted and kept)')
+        legends.append('(+ put in, ~ replaced, ? doubted and kept)' if 'taken' in sample else
+                       '(^ changed, ? doubted and kept)')
     if 'p_wrong' in sample:
         rows.append(''.join(str(min(9, int(10 * p))) for p in sample['p_wrong'][start:]))
         legends.append('p(WRONG) of every token in tenths')
@@ -102,7 +119,11 @@ def report(sample, meta, task, before=None):
     else:
         told = marked(sample, meta, rows, legends, indent, task and task.verdict(sample['text']))
         if before is not None:
-            told[:1] = before, f'-> {told[0].removeprefix(indent)}'
+            was = [before]
+            if 'taken' in sample:                                   # their columns are one below the other
+                was = marked(dict(text=before, tokens=sample['before']), meta, [sample['taken'][start:]],
+                             ['(- taken away, ~ replaced)'], indent, None)
+            told[:1] = *was, f'-> {told[0].removeprefix(indent)}'
     numbers = [f'{name} {sample[key]:.3f}' for key, name in NAMES.items() if key in sample]
     if numbers:
         told.append(f"{indent}{', '.join(numbers)} nats/token")
@@ -300,6 +321,8 @@ def stories(judge, meta, fixed, samples, task=None, writer=None):
             given = ~modelled(trace, meta)[0][0]
         else:
             trace, given = sample['trace'], fixed[number]                       # (S, T), (T,)
+            if trace.size(1) != len(given):                         # edits have moved what was given
+                given = torch.zeros_like(trace[0], dtype=torch.bool)
             doubts = judge_steps(judge, trace, writer) if judge else torch.full(trace.shape, float('nan'))
         verdict = task.verdict(sample['text']) if task else ''
         label = f"{sample['text']}   {verdict}".replace('\n', ' ') if task else sample['text'][:60]

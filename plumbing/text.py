@@ -23,6 +23,7 @@ CONTROLS = {**{c: chr(0x2400 + c) for c in range(32) if chr(c) not in '\t\n'}, 1
             **{c: f'\\x{c:x}' for c in range(128, 160)}}
 LONGEST = 10**6             # tokens of a text that is written in windows, see parts/long.py
 HOLE = '[MASK]'             # a hole where a text can have _
+ANY = '[...]'               # a hole of any length, for networks trained on edits
 
 
 def words_of(meta):
@@ -255,11 +256,12 @@ def holes(meta, text, hole, mask_token_id):
     A text with holes -> (ids, mask_token_id for each hole, whether the text ends where it is written).
 
     hole: None is usual_hole. One at the very end is open: it stands for as many tokens as the model wants.
+    [...] begins as a hole like any other, see parts/edits.py.
     Where words bring the blank before them, the one before a hole is the hole's, whatever follows. Raises
     UserError for a hole that could be text, and for a text without one.
     """
     hole = usual_hole(meta) if hole is None else hole
-    spelled = meta['tokenizer'] != 'gpt2' and hole != HOLE and all(can_have(meta, c) for c in hole)
+    spelled = meta['tokenizer'] != 'gpt2' and hole not in (HOLE, ANY) and all(can_have(meta, c) for c in hole)
     if spelled or not hole:
         raise UserError(f"hole expects a text that is not in the vocabulary of {meta['name']}, got {hole!r}")
     if hole not in text:
@@ -327,7 +329,7 @@ def marked_words(meta, text, words):
 def task_canvas(task, model, meta, text, hole=None, mask=None):
     """The canvas of one text for a task: (canvas (1, T), fixed (1, T)). See task at the top of sample.py."""
     if task == 'infill':
-        ids, ends = holes(meta, text, hole, model.mask_token_id)
+        ids, ends = holes(meta, text, ANY if ANY in text else hole, model.mask_token_id)
         return text_canvas(model, meta, [ids], ends)
     if not text:
         raise UserError('the text is empty')

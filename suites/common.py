@@ -25,7 +25,7 @@ from sample import generate
 
 METRICS = ('balanced', 'valid', 'correct', 'unique', 'novel', 'mean_length', 'length_tv', 'nfe')
 SHARES = ('balanced', 'valid', 'correct', 'unique', 'novel',
-          'fixed', 'refilled', 'cells', 'accuracy', 'by_string', 'exact', 'anchors')
+          'fixed', 'refilled', 'cells', 'accuracy', 'aligned', 'by_string', 'exact', 'anchors')
 COST = ('minutes', 'tokens_per_second', 'parameters')    # of training, see training_cost in runs.py
 # digits behind the point; 3 for all others
 DIGITS = {**dict.fromkeys((*SHARES, 'nfe', 'mean_length', 'minutes'), 1), 'tokens_per_second': 0}

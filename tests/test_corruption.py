@@ -409,7 +409,8 @@ def canvases(B, pad, seed=4):
 @pytest.mark.parametrize('what, text, alone', [
     ('mask', [0, NEW, NEW, NEW, 99, 99], [NEW] * 6), ('swap', [0, 2, 1, 3, 99, 99], [1, 0, 3, 2, 5, 4]),
     ('delete', [0, 99, 99, 99, 99, 99], [NEW] * 6), ('replace', [0, '+', '+', '+', 99, 99], ['+'] * 6),
-    ('insert', [0, '+', 1, '+', 2, '+'], ['+', 0, '+', 1, '+', 2])])
+    ('insert', [0, '+', 1, '+', 2, '+'], ['+', 0, '+', 1, '+', 2]),
+    ('double', [0, 1, 1, 2, 2, 3], [0, 0, 1, 1, 2, 2])])
 def test_noise_by_hand(what, text, alone):
     """Every token is hit: one text between start and padding, one alone; + is a new token, NEW is [MASK]."""
     x0, alike = torch.tensor([[0, 1, 2, 3, 99, 99]]), torch.arange(6)[None]
@@ -450,7 +451,7 @@ def slow_noise(x0, real, sigma, mix, mask, pad, generator):
             if ops[t] == 'replace':
                 x[t] = others[b, t].item() + (others[b, t].item() >= x[t])
             if ops[t] != 'delete':
-                row.append(mask if ops[t] == 'mask' else x[t])
+                row += [mask if ops[t] == 'mask' else x[t]] * (1 + (ops[t] == 'double'))
         rows.append((row + [mask if pad is None else pad] * T)[:T])
     return torch.tensor(rows)
 

@@ -9,8 +9,18 @@ from oracles import Independent, Oracle, empty, random_law, traced, uniform
 
 import sample
 from configurator import UserError
-from parts.presets import (PRESETS, REWRITE, TASKS, best_rules, check_sampling, choose_rules, refuse_idle,
-                           supports)
+from parts.presets import (
+    EDITS,
+    GROW,
+    PRESETS,
+    REWRITE,
+    TASKS,
+    best_rules,
+    check_sampling,
+    choose_rules,
+    refuse_idle,
+    supports,
+)
 from sample import COMMIT, DOUBT, OTHER_RULES, USUAL, How, generate_diffusion
 
 REMASK = [*DOUBT, *OTHER_RULES]
@@ -169,7 +179,7 @@ def test_every_preset_and_task_names_rules_that_there_are():
     """And what the loop is given by default are fields of How as well."""
     fields = set(vars(How()))
     assert set(USUAL) <= fields
-    for rules in (*PRESETS.values(), *TASKS.values(), REWRITE):
+    for rules in (*PRESETS.values(), *TASKS.values(), REWRITE, EDITS, GROW):
         assert set(rules) <= fields
         assert rules.get('commit', 'random') in COMMIT
         assert rules.get('remask', 'none') in ('none', 'causal', *DOUBT, *OTHER_RULES)

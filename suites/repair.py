@@ -1,0 +1,199 @@
+"""
+Repair that changes lengths: text with typing errors mended by a network that was trained on edits.
+
+In num_samples held-out windows of text every character is hit with a probability: by turns replaced, dropped,
+doubled, preceded by a random one, or swapped with the next; num_seeds draws each. before, after: the edits
+between it and the clean text, a clean character (Levenshtein). damaged: of the characters that were not hit
+the share that is no longer there. touched: of windows that were clean the share that is changed at all.
+
+threshold      the same windows of the training split for several of remask_threshold; by these it was chosen
+dictionary     each word becomes the likeliest known one an edit away (needs symspellpy), if it is not known
+arithmetic     strings under mixed noise with insertions; accuracy, exact: see suites/tasks.py; aligned: the
+               share of the clean tokens that are there, wherever they stand
+
+Runs and rows are kept in out_dir/repair, see runs.py.
+"""
+
+import functools
+import random
+import re
+from collections import Counter
+
+import torch
+from tqdm import tqdm
+
+from configurator import UserError
+from data.loader import data_of, spread_rows
+from parts.presets import choose_rules
+from parts.handle import by_length
+from plumbing.evaluate import per_token
+from plumbing.text import decode, encode, modelled, until_end
+from sample import fill
+from suites.common import cell, table_of, wanted, with_errors
+from suites.runs import check_train_args, folder_name, measure_all, network_of
+from suites.tasks import PROTOCOLS, ways_to_repair, with_noise
+from suites.text import corpus_of, mean_of, stream
+
+UNIVERSAL = ['train.py', 'config/universal.py']
+RUNS = {
+    'text': ['train.py', 'config/repair_text.py'],
+    'arithmetic': UNIVERSAL,
+    'arithmetic with edits': [*UNIVERSAL, '--remask_target=edits'],
+}
+LEVELS = (0.03, 0.1, 0.0)
+THRESHOLDS = (0.5, 0.7, 0.8, 0.9)
+MARGIN = 16                      # a window may grow by that much
+
+
+def rows_of_tables(s):
+    """All rows: (name, table, run, what the table's function is told of it)."""
+    ways = [('threshold', dict(split='train', remask_threshold=t)) for t in THRESHOLDS]
+    ways += [('nothing', {}), ('dictionary', {}), ('--task=repair', {})]
+    rows = []
+    for way, how in ways:
+        name = way + ''.join(f' {how[key]:g}' for key in ('remask_threshold',) if key in how)
+        rows += [(f'text, {level:.0%} hit: {name}', 'text', 'text', dict(how, way=way, level=level))
+                 for level in LEVELS]
+    return rows + [(f'{run}: repair', 'arithmetic', run, {}) for run in RUNS if run != 'text']
+
+
+def hit(text, level, letters, rng):
+    """A text with typing errors, and its characters that were not hit, as their numbers."""
+    out, spared, i = [], [], 0
+    while i < len(text):
+        what = rng.choice(('replace', 'drop', 'double', 'insert', 'swap')) if rng.random() < level else ''
+        c = text[i]
+        if what == 'swap' and i + 1 < len(text):
+            out += [text[i + 1], c]
+            i += 2
+            continue
+        if what in ('replace', 'insert'):
+            out.append(rng.choice([other for other in letters if other != c]))
+        out += [c] * {'replace': 0, 'drop': 0, 'double': 2}.get(what, 1)
+        if what != 'replace' and what != 'drop':
+            spared.append(i)
+        i += 1
+    return ''.join(out), spared
+
+
+def compare(text, clean):
+    """(the least number of edits from a text to the clean one, the characters of clean that it kept)."""
+    table = [[*range(len(clean) + 1)]]
+    for i, a in enumerate(text, 1):
+        above, line = table[-1], [i]
+        for j, b in enumerate(clean, 1):
+            line.append(min(above[j] + 1, line[-1] + 1, above[j - 1] + (a != b)))
+        table.append(line)
+    kept, i, j = set(), len(text), len(clean)
+    while i and j:
+        same = text[i - 1] == clean[j - 1]
+        if table[i][j] == table[i - 1][j - 1] + (not same):
+            i, j = i - 1, j - 1
+            if same:
+                kept.add(j)
+        elif table[i][j] == table[i - 1][j] + 1:
+            i -= 1
+        else:
+            j -= 1
+    return table[-1][-1], kept
+
+
+@functools.lru_cache(maxsize=1)
+def dictionary(dataset):
+    """A function of a text: each unknown word becomes the commonest known one an edit away."""
+    try:
+        from symspellpy import SymSpell, Verbosity
+    except ImportError:
+        raise UserError('the dictionary needs symspellpy: pip install symspellpy') from None
+    speller = SymSpell(max_dictionary_edit_distance=1)
+    for word, count in Counter(re.findall(r"[a-z']+", corpus_of(dataset).lower())).items():
+        speller.create_dictionary_entry(word, count)
+
+    def word(found):
+        near = speller.lookup(found[0], Verbosity.TOP, max_edit_distance=1, transfer_casing=True)
+        return near[0].term if near else found[0]
+    return lambda text: re.sub(r"[A-Za-z']+", word, text)
+
+
+def repaired(s, model, checkpoint, texts, how):
+    """What --task=repair makes of texts, and the passes of each."""
+    meta = checkpoint['meta']
+    rows = [torch.tensor(encode(meta, text)) for text in texts]
+    rules = choose_rules(checkpoint['config'], task='repair', inside=True, **how)
+    sampler = functools.partial(fill, model, meta, batch_size=s.batch_size, seed=s.seed, **rules)
+    samples = by_length(sampler, rows, [torch.zeros_like(row, dtype=torch.bool) for row in rows])
+    return [sample['text'] for sample in samples], sum(sample['nfe'] for sample in samples) / len(samples)
+
+
+def text_rows(s, network, name, run, how):
+    """One row: num_samples windows, num_seeds draws of errors, mended in one way."""
+    model, checkpoint = network(run)
+    meta, how = checkpoint['meta'], dict(how)
+    way, level = how.pop('way'), how.pop('level')
+    ids = spread_rows(stream(checkpoint)[how.pop('split', 'val')], s.num_samples,
+                      model.config.block_size - MARGIN)
+    clean = [decode(meta, row)[0] for row in ids.tolist()] * (s.num_seeds if level else 1)
+    rng = random.Random(f'repair {s.seed} {level}')
+    before, spared = zip(*(hit(text, level, meta['itos'], rng) for text in clean))
+    after, nfe = before, 0
+    if way == 'dictionary':
+        after = [*map(dictionary(meta.get('dataset', meta['name'])), before)]
+    elif way != 'nothing':
+        after, nfe = repaired(s, model, checkpoint, before, how)
+
+    sizes = torch.tensor([len(text) for text in clean])
+    found = [(*compare(a, text), *compare(b, text)) for a, b, text in zip(after, before, clean)]
+    known = [there & set(kept) for kept, (*_, there) in zip(spared, found)]
+    lost = torch.tensor([len(there - still) for there, (_, still, *_) in zip(known, found)])
+    row = dict(name=name, n=len(clean), nfe=nfe)
+    for metric, at in (('after', 0), ('before', 2)):
+        edits = torch.tensor([parts[at] for parts in found]).double()
+        row[metric], row[f'{metric}_se'] = per_token(edits, sizes)
+    row['damaged'], row['damaged_se'] = per_token(lost.double(), torch.tensor([*map(len, known)]))
+    changed = torch.tensor([a != b for a, b in zip(after, before)]).double()
+    row.update(mean_of('touched', changed))
+    tqdm.write(f"{name}: {cell(row, 'before')} -> {cell(row, 'after')}, damaged {cell(row, 'damaged')}")
+    return [row]
+
+
+def arithmetic_rows(s, network, name, run, how):
+    """Two rows: num_samples held-out strings with a fifth of the tokens hit by mixed noise, and mended."""
+    model, checkpoint = network(run)
+    meta, config = checkpoint['meta'], checkpoint['config']
+    clean = spread_rows(data_of(meta, config)[1]['val'], s.num_samples, model.config.block_size)
+    level, rng = torch.full((len(clean),), 0.2, dtype=torch.float64), torch.Generator().manual_seed(s.seed)
+    noisy = with_noise(model, meta, clean, PROTOCOLS['with insertions'], level, rng)
+    real, rows = modelled(clean, meta)[1], []
+    ways = ways_to_repair(s, model, meta, config, clean, noisy)
+    for way in ('nothing', '--task=repair'):
+        ids, nfe = ways[way]
+        right = ids == clean
+        row = dict(name=f'{run}: {way}', nfe=nfe, exact=(right | ~real).all(1).double().mean().item())
+        row = with_errors(row, len(clean))
+        texts = [[until_end(meta, x) for x in some.tolist()] for some in (ids, clean)]
+        kept = torch.tensor([len(compare(*pair)[1]) for pair in zip(*texts)]) - 1       # the start symbol
+        for metric, count in (('accuracy', (right & real).sum(1)), ('aligned', kept)):
+            row[metric], row[f'{metric}_se'] = per_token(count.double(), real.sum(1))
+        rows.append(row)
+    return rows
+
+MEASURES = dict(text=text_rows, arithmetic=arithmetic_rows)
+METRICS = dict(text=('before', 'after', 'damaged', 'touched', 'nfe'),
+               arithmetic=('aligned', 'accuracy', 'exact', 'nfe'))
+
+
+def run(s):
+    """The suite with bench's settings s: (rows, two tables), see measure_all."""
+    check_train_args(s, RUNS)
+    network = functools.partial(network_of, s, RUNS, {})
+
+    def key_of(table, run, how):
+        return [folder_name(s, RUNS, run), s.num_seeds, MARGIN]
+    return measure_all(s, network, wanted(s, rows_of_tables(s)), MEASURES, key_of, tables)
+
+
+def tables(rows):
+    """Markdown of the rows of run, a table for each kind that there is."""
+    found = {table: [row for row in rows if row['table'] == table] for table in METRICS}
+    return '\n\n'.join(table_of(found[table], {table: 'name'}, metrics)
+                       for table, metrics in METRICS.items() if found[table])
