@@ -1,4 +1,4 @@
-# sudoku of 6 x 6 cells: a quarter of an hour on two CPU cores. The recipe of config/remask_all.py without a
+# sudoku of 6 x 6 cells: a quarter of an hour on a CPU core. The recipe of config/remask_all.py without a
 # causal mode, which could not see the givens to its right; depth comes from applying the blocks four times
 training_type = 'joint'
 causal_ratio = 0.0
