@@ -263,7 +263,7 @@ def idle(config, rules):
         return dict.fromkeys(LOOP.split(), 'a text that is written from left to right')
     shares = [name for name in ('remask_schedule', 'remask_threshold') if rules.get(name) is not None]
     share = shares[0] if shares else None
-    at_random = share == 'remask_threshold' and rules.get('remask_random_ratio')
+    at_random = share == 'remask_threshold' and (remask == 'random' or rules.get('remask_random_ratio'))
     found = [(f'commit={commit}', name) for name, wanted in dict(
         choice_temperature='confidence', commit_threshold='threshold', priority='priority').items()
         if commit in ('random', 'confidence', 'margin', 'entropy', 'threshold', 'priority', 'abstain')

@@ -255,6 +255,7 @@ def test_settings_that_make_no_sense(changes, message):
     (dict(remask='none', revise=True), 'revise with no block_length'),
     (dict(remask='wrong', remask_threshold=0.5, remask_rate=0.5), 'remask_rate with remask_threshold'),
     (dict(remask='wrong', remask_threshold=0.5, remask_rate=0.5, remask_random_ratio=0.5), ''),
+    (dict(remask='random', remask_threshold=0.5, remask_rate=0.2), ''),
     (dict(remask='wrong', remask_rate=0.5, steps=5, schedule='cosine', block_length=3), '')], ids=str)
 def test_rules_without_a_say(chosen, idle):
     """What was chosen and does nothing is refused, what is told are the others."""
