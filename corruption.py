@@ -102,10 +102,10 @@ def ask(x0, free, real, task, tokens, generator, guess=None):
         guess(input, proofread)                                     # nowhere, but see own_guesses
 
     wrong = (input != mask) & (input != x0)
-    target = x0.masked_fill(wrong, wrong_id) if task.remask_target == 'wrong' else x0.clone()
+    target = x0.masked_fill(wrong, wrong_id) if task.remask_target == 'wrong' else x0
     if noisy is not None and task.remask_target == 'edits':
-        rows = noisy.any(1)
-        target[rows] = edits.labels(input[rows], x0[rows], mask, wrong_id, pad)
+        rows = places(noisy.any(1))                                 # (R,)
+        target = x0.index_copy(0, rows, edits.labels(input[rows], x0[rows], mask, wrong_id, pad))
         wrong = (input != mask) & (input != target)
     weight = weights(input, wrong, free, proofread, task, mask)
     if noisy is not None:

@@ -376,8 +376,9 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
     samples = []
     quiet = not progress or num <= batch_size
 
-    if best_of and canvas.size(1) > model.config.block_size:
-        raise UserError(f'best_of judges whole texts, of at most block_size={model.config.block_size} tokens')
+    whole = 'best_of judges' if best_of else 'edits are made in' if rules.get('rounds') else ''
+    if whole and canvas.size(1) > model.config.block_size:
+        raise UserError(f'{whole} whole texts, of at most block_size={model.config.block_size} tokens')
 
     def written(x, fixed):
         x, prefix_nfe, prefix_steps = write_prefix(model, x, fixed, ar_prefix, **rules)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from parts.look import Sampling
 from plumbing.draw import forbid
-from plumbing.rows import close_rows, first_of, left_of
+from plumbing.rows import close_rows, first_of, left_of, same_length
 
 NEVER = 10 ** 6              # the price of what is not to be done; every edit costs 1
 
@@ -102,12 +102,6 @@ def applied(ids, fixed, answers, mask, wrong):
 
 # -----------------------------------------------------------------------------
 # rounds
-
-
-def same_length(rows, among):
-    """The numbers among of rows (T,), in lists of rows of one length."""
-    lengths = [len(rows[i]) for i in among]
-    return [[i for i, length in zip(among, lengths) if length == T] for T in dict.fromkeys(lengths)]
 
 
 @torch.no_grad()

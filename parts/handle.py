@@ -29,6 +29,7 @@ from plumbing import show
 from plumbing.checkpoint import best_of, check_same_model, find_checkpoint, identity, load_merged
 from plumbing.device import configure_compute, freeze
 from plumbing.evaluate import p_wrong
+from plumbing.rows import same_length
 from plumbing.score import given_sample, judge_samples
 from plumbing.text import (ANY, can_have, decode, encode, load_task, pieces, start_canvas, stop_at,
                            task_canvas, until_end, usual_hole)
@@ -405,10 +406,8 @@ class Handle:
 
 def by_length(sampler, canvas, fixed):
     """The samples of sampler(canvas (B, T), fixed) for the rows of each length, in the order of the rows."""
-    lengths = [len(row) for row in canvas]
-    samples = [None] * len(lengths)
-    for T in dict.fromkeys(lengths):
-        where = [i for i, length in enumerate(lengths) if length == T]
+    samples = [None] * len(canvas)
+    for where in same_length(canvas):
         group = (torch.stack([rows[i] for i in where]) for rows in (canvas, fixed))
         for i, sample in zip(where, sampler(*group)):
             samples[i] = sample

@@ -71,6 +71,13 @@ def close_rows(x, masked, mask, ends):
     return x.masked_fill(masked & (is_end.cumsum(1) > is_end), ends.pad)
 
 
+def same_length(rows, among=None):
+    """The numbers among (None: all) of rows (T,) of several lengths, in lists of rows of one length."""
+    among = range(len(rows)) if among is None else among
+    lengths = [len(rows[i]) for i in among]
+    return [[i for i, length in zip(among, lengths) if length == T] for T in dict.fromkeys(lengths)]
+
+
 def recorded(canvas, trace):
     """
     Where a sampler that starts from canvas (B, T) puts what it makes of it: a list; None without a trace.
