@@ -132,16 +132,15 @@ def lay_out(x0, meta, lengths, generator):
     With padding they are packed, and end with their text, or with the last block of it.
     """
     (free, real), T, blocks = modelled(x0, meta), x0.size(1), None
-    end = T - real.flip(1).long().argmax(1)                         # (B,)
-    start = torch.zeros_like(x0)
+    end, segment, offset = T - real.flip(1).long().argmax(1), None, []                       # (B,)
+    position = torch.arange(T, device=x0.device)
     if lengths:
         start, end = random_blocks(end, T, lengths, generator)
-    position, segment = torch.arange(T, device=x0.device), None
+        offset = [position - start]                                 # (B, T) of a position in its block
     if meta['pad'] is not None:
-        x0, free, real, offset, segment = pack(end, x0, free, real, position - start)
-        start = position - offset
+        x0, free, real, *offset, segment = pack(end, x0, free, real, *offset)
     if lengths:
-        blocks = Blocks(start, segment)
+        blocks = Blocks(position - offset[0], segment)
     return x0, free, real, segment, blocks
 
 

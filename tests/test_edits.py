@@ -5,16 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import default_config, seeded, write_checkpoint
+from conftest import ARITHMETIC, default_config, seeded, tiny_gpt, write_checkpoint
 
 from configurator import UserError
 from corruption import Task, ask
-from parts.edits import applied, edits_of, labels, same_length
+from parts.edits import applied, edits_of, labels
 from parts.noise import NOISE, mixed_noise
-from parts.presets import EDITS, choose_rules
+from parts.presets import EDITS, GROW, choose_rules
 from plumbing import show
-from plumbing.rows import Ends
-from sample import generate_diffusion
+from plumbing.rows import Ends, same_length
+from sample import fill, generate_diffusion
 
 MASK, WRONG, PAD, END = 5, 6, 4, 3                                  # few tokens, so that much is alike
 MIX = tuple((what, 1.0) for what in NOISE)
@@ -223,6 +223,16 @@ def test_the_command(run, tmp_path):
     assert all(text.startswith('(+') and text.endswith('2)=3') for text in samples)
     status, out, err = run(*words, '--task=infill', '--text=(+[...]_)=3')
     assert status and "'_'" in err
+
+
+def test_a_text_longer_than_the_network_reads_is_refused(tmp_path):
+    """Edits move what is behind them, so windows would no longer be those of the text."""
+    meta = dict(ARITHMETIC, name='words', format='stream', block_size=None, bos=None, eos=None, pad=None)
+    model = tiny_gpt(18, 8)
+    for rules in (EDITS, GROW):
+        canvas = torch.zeros(1, 9, dtype=torch.long)
+        with pytest.raises(UserError, match='edits are made in whole texts, of at most block_size=8 tokens'):
+            fill(model, meta, canvas, canvas > 0, **rules)
 
 
 @pytest.mark.parametrize('seed', range(20))
