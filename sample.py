@@ -33,7 +33,7 @@ from parts.handle import Handle
 from parts.long import in_windows
 from parts.look import Sampling
 from parts.presets import check_rules, check_sampling
-from parts.speculate import write, write_prefix
+from parts.speculate import surprise, write, write_prefix
 from plumbing.checkpoint import export_safetensors
 from plumbing.command import ask, open_checkpoints, show_samples
 from plumbing.evaluate import p_wrong
@@ -87,7 +87,7 @@ class How:
     priority: str = None       # commit=priority: candidates of these characters first; usually ()=+*
     ar_prefix: int = None      # tokens drawn left to right by the causal pass first; a causal checkpoint: all
     # which visible tokens are re-masked
-    remask: str = None         # none | random | wrong | critic | confidence | remdm | p2 | causal
+    remask: str = None         # none | random | wrong | surprise | critic | confidence | remdm | p2 | causal
     remask_rate: float = None  # times the doubt: how likely a token is re-masked; usually 1, or 0.3
     remask_random_ratio: float = None  # 0: re-mask by doubt alone, the usual; 1: at random alone
     remask_patience: float = None      # less doubt while little is visible; usually 1 in text without end
@@ -124,7 +124,7 @@ class How:
 
     def needs_candidates(self):
         """Whether a rule looks at tokens for all masked positions."""
-        return self.remask == 'critic' or self.commit not in BLIND
+        return self.remask in ('critic', 'surprise') or self.commit not in BLIND
 
 
 how = How()      # what the command line says
@@ -273,7 +273,8 @@ def unsure(look):
     return 1 - look.run.committed_logp[look.run.rows].exp()
 
 
-DOUBT = dict(random=lambda look: torch.ones_like(look.noise), wrong=wrong, critic=critic, confidence=unsure)
+DOUBT = dict(random=lambda look: torch.ones_like(look.noise), wrong=wrong, critic=critic, surprise=surprise,
+             confidence=unsure)
 
 
 def spare_lengths(look, doubt):

@@ -12,22 +12,27 @@ from copy import copy
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from parts.look import Sampling
 from parts.speculate import Unfinished, causal_pass
 from plumbing.evaluate import nelbo
+from plumbing.kernels import beside
 from plumbing.pack import pack
 from plumbing.rows import places
 from plumbing.text import modelled
 
 
 class Kept:
-    """Takes the place of a cache in a causal pass over whole rows: keeps keys and values, with gradient."""
+    """Takes the place of a cache in a causal pass over whole rows: keeps all, with gradient."""
 
     def __init__(self):
         self.layers = []                                            # (k, v) of every block applied
+        self.states = []                                            # and what its short_conv reads, (B, T, C)
+        self.idx = None                                             # (B, T) the token in each slot
 
     def begin(self, idx, at, causal):
+        self.idx = idx
         return None, slice(idx.size(1))
 
     def bias(self, dtype):
@@ -37,6 +42,10 @@ class Kept:
         self.layers.append((k, v))
         return k, v
 
+    def convolve(self, p, x, y, weight, offsets):
+        self.states.append(y)
+        return x
+
 
 class Beside:
     """
@@ -45,8 +54,8 @@ class Beside:
     start (B, T): the position at which the block of a position begins; segment (B, T) or None: its text.
     """
 
-    def __init__(self, kept, start, segment):
-        self.kept, self.start, self.segment = kept, start, segment
+    def __init__(self, kept, start, segment, mask):
+        self.kept, self.start, self.segment, self.mask = kept, start, segment, mask
 
     def begin(self, idx, at, causal):
         return None, slice(1, idx.size(1) + 1)                      # token i has slot i + 1
@@ -61,8 +70,23 @@ class Beside:
         seen = torch.cat((left, start[:, None] == start[..., None]), 2)[:, None]
         return torch.zeros(seen.shape, dtype=dtype, device=start.device).masked_fill(~seen, float('-inf'))
 
+    def left(self, idx):
+        """The left neighbours (B, T) of ids idx (B, T) in blocks; [WRONG] where a text begins."""
+        mask, known = self.mask, self.kept.idx                      # [MASK] is the start symbol there
+        known = known.masked_fill(known == mask, mask + 1)
+        return torch.where(beside(self.start, 1, -1) != self.start, known, beside(idx, 1, mask + 1))
+
     def put(self, layer, k, v):
         return tuple(torch.cat(both, 2) for both in zip(self.kept.layers[layer], (k, v)))
+
+    def convolve(self, p, x, y, weight, offsets):
+        """x (B, T, C) + what stands left of each block, as the causal pass saw it."""
+        states = self.kept.states[p.layer]                          # slot s is that of token s - 1
+        text = torch.zeros_like(self.start) if self.segment is None else self.segment
+        for d, w in enumerate(weight[:len(offsets) // 2], 1):
+            there = (beside(self.start, d, -1) != self.start) & (beside(text, d, -1) == text)      # (B, T)
+            x = torch.addcmul(x, F.pad(states, (0, 0, d - 1, 1 - d)) * there[..., None], w)
+        return x
 
 
 class Blocks:
@@ -170,9 +194,10 @@ class InBlocks:
         told = dict(level=level_of(idx, there, self.mask_token_id, told.pop('level', None)), **told)
         told = {name: blocks.lay(ids.expand(idx.shape)) for name, ids in told.items() if ids is not None}
         at = (at * there).flatten()                                 # (N * L,)
-        cache = Beside(self.kept, blocks.start, blocks.segment)
-        places = None if only is None else at[only]
-        hidden = self.model(blocks.lay(idx), segment=blocks.start, cache=cache, only=places, **told)
+        cache = Beside(self.kept, blocks.start, blocks.segment, self.mask_token_id)
+        laid, places = blocks.lay(idx), None if only is None else at[only]
+        told['left'] = cache.left(laid)
+        hidden = self.model(laid, segment=blocks.start, cache=cache, only=places, **told)
         return hidden if only is not None else hidden.flatten(0, 1)[at].unflatten(0, idx.shape)
 
 
@@ -199,26 +224,35 @@ def block_bounds(lengths):
 
 
 class AfterPrefix:
-    """A network for one block (R, L) of each row, at (R, L), whose cache has read what is left of it."""
+    """
+    A network for one block (R, L) of each row, at (R, L), whose cache has read what is left of it.
 
-    def __init__(self, model, cache, at):
-        self.model, self.cache, self.at = model, cache, at
+    x (R, S): the rows, in which the block stands. In the causal mode its tokens are read from the left.
+    """
+
+    def __init__(self, model, cache, at, x):
+        self.model, self.cache, self.at, self.x = model, cache, at, x
 
     def __getattr__(self, name):
         return getattr(self.model, name)
 
-    def __call__(self, idx, **told):
+    def __call__(self, idx, causal=False, **told):
         """ids (R, L) -> hidden states (R, L, C). See GPT.forward."""
+        if causal:
+            return self.model(self.x.scatter(1, self.at, idx), causal=True, cache=self.cache, at=self.at)
         inside = self.at < self.cache.end
         level = level_of(idx, inside, self.mask_token_id)
         segment = None if inside.all() else inside.long()           # what stands out of it is no neighbour
-        return self.model(idx, segment=segment, cache=self.cache, at=self.at, level=level, **told)
+        begin = self.at[:, :1]                                      # [WRONG] is left of the first token
+        left = self.x.gather(1, (begin - 1).clamp(min=0)).masked_fill(begin == 0, self.wrong_token_id)
+        told.update(level=level, left=torch.cat((left, idx[:, :-1]), 1))
+        return self.model(idx, segment=segment, cache=self.cache, at=self.at, **told)
 
     def of(self, rows):
         """The same for some rows (r,) of the R."""
         if len(rows) == len(self.at):
             return self
-        return AfterPrefix(self.model, self.cache.of(rows), self.at[rows])
+        return AfterPrefix(self.model, self.cache.of(rows), self.at[rows], self.x[rows])
 
 
 @torch.no_grad()
@@ -247,10 +281,11 @@ def write_blocks(run, loop):
         outside, place = at >= T, at.clamp(max=T - 1)
         block = x.gather(1, place).masked_fill(outside, 0)
         fixed, closed = (where[todo.rows].gather(1, place) for where in (run.fixed, run.closed))
-        part = Sampling(AfterPrefix(model, todo.cache, at), block, fixed | outside, how.of_block(T), run.ends,
-                        closed, None, run.generator, run.history is not None)
-        block, nfe, steps = loop(part)
         x = torch.cat((x, x.new_zeros(len(x), width)), 1)           # (R, T + L)
+        network = AfterPrefix(model, todo.cache, at, x)
+        part = Sampling(network, block, fixed | outside, how.of_block(T), run.ends, closed, None,
+                        run.generator, run.history is not None)
+        block, nfe, steps = loop(part)
         for step in (steps or [])[1:-1]:
             todo.show(x.scatter(1, at, step)[:, :T])
         done = width - L if how.revise else L                       # so many tokens are committed

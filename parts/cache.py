@@ -72,12 +72,23 @@ class Cache:
         kept.view(2, -1, k.size(-1)).index_copy_(1, self.slots, new)
         return kept[0], kept[1]
 
-    def convolve(self, layer, x, y, weight, offsets):
+    def convolve(self, p, x, y, weight, offsets):
         """x + the weighted sum of the states y (B, W, C) left of each position, also from earlier passes."""
-        kept = self.kept[layer, 2]                                  # (B, nh, S, hs)
+        kept = self.kept[p.layer, 2]                                # (B, nh, S, hs)
+        if p.at is None:                                            # the blocks' own states are in x already
+            return self.across(kept, x, weight[:len(offsets) // 2])
         heads = y.unflatten(-1, kept.shape[1::2]).transpose(1, 2)   # (B, nh, W, hs)
         states = kept.view(-1, kept.size(-1)).index_copy_(0, self.slots, heads.flatten(0, 2))
         for d, w in zip(offsets, weight):
             left = states[(self.slots - d).clamp(min=0)].view_as(heads)        # (B, nh, W, hs)
             x = torch.addcmul(x, left.transpose(1, 2).flatten(2) * (self.at >= d)[..., None], w)
+        return x
+
+    def across(self, kept, x, weight):
+        """x (B, W, C) of blocks + what stands left of them, but for the start symbol in slot 0."""
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        for d, w in enumerate(weight, 1):
+            slots = self.at[:, :d] - d                              # (B, d or W)
+            left = kept[rows, :, slots.clamp(min=0)].flatten(2) * (slots > 0)[..., None]
+            x[:, :d] += left * w
         return x

@@ -59,9 +59,10 @@ class ShortConv(Part):
         if not p.causal:
             offsets += range(-1, -n - 1, -1)
         weight = self.weight[:len(offsets), 0].to(x.dtype)           # (n or 2n, C)
+        y = norm(x)
         if p.at is None:
-            return x + Taps.apply(norm(x), weight, offsets, p.segment)
-        return p.cache.convolve(p.layer, x, norm(x), weight, offsets)
+            x = x + Taps.apply(y, weight, offsets, p.segment)
+        return x if p.cache is None else p.cache.convolve(p, x, y, weight, offsets)
 
 
 class Shortcuts(Part):
@@ -154,6 +155,8 @@ class Bigrams(Part):
 
     One table is for a token and its left neighbour. In the bidirectional mode another is for the left and
     right neighbours of a position. With fewer rows than pairs some pairs share one.
+
+    told: left (B, T), the left neighbours, where some are not in the canvas.
     """
 
     def __init__(self, config, rows=8192):
@@ -167,7 +170,9 @@ class Bigrams(Part):
 
     def added(self, network, idx, p):
         outside = self.tokens - 1  # [WRONG], which no token that is read ever is
-        left = beside(idx, 1, outside, p.segment)                    # (B, T)
+        left = p.told.get('left')
+        if left is None:
+            left = beside(idx, 1, outside, p.segment)                # (B, T)
         found = self.looked_up(self.left, left, idx, p.at)
         if p.causal:
             return found

@@ -71,7 +71,7 @@ class Look:
 
     def __init__(self, run, step):
         rows, how, model = run.rows, run.how, of_rows(run.model, run.rows)
-        self.run, self.how, self.step = run, how, step
+        self.run, self.how, self.step, self.model = run, how, step, model
         self.x = run.canvas[rows]
         self.masked = self.x == run.mask
         self.visible = ~self.masked & ~run.fixed[rows]

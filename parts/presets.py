@@ -150,7 +150,7 @@ def check_trained(config, lengths_given, commit, remask, ar_prefix, judge):
         (kind == 'remasking',
          'this is a remasking checkpoint: it judges tokens but cannot write; '
          'give it as --remask_from, and an unmasking or joint one as --init_from'),
-        (not can.causal and (remask == 'causal' or ar_prefix),
+        (not can.causal and (remask in ('causal', 'surprise') or ar_prefix),
          'this checkpoint has no trained causal mode: train with --causal_ratio=0.33, '
          'or sample with --ar_prefix=0 and --remask=none, random or wrong'),
         (commit == 'abstain' and not config.get('allow_abstain'),

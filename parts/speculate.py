@@ -15,7 +15,7 @@ from parts.cache import Cache
 from parts.presets import check_suffix
 from plumbing.kernels import squared_relu
 from plumbing.pieces import in_pieces
-from plumbing.rows import close_rows, left_of, recorded
+from plumbing.rows import close_rows, left_of, places, recorded, spread
 
 WINDOW = 5   # tokens drafted a round; docs/log.md has measured 1 to 63
 
@@ -198,6 +198,20 @@ def next_draft(model, hidden, p, count, redrawn, window, filters, generator):
     q = picked(F.pad(p, (0, 0, 0, window)), behind)                                          # 0 past the end
     q = torch.where(q.sum(-1, keepdim=True) == 0, any_token, q)
     return draw(q, generator), torch.where((count < window)[..., None], q, 0)  # all accepted: no draft
+
+
+def surprise(look):
+    """
+    The doubt (R, T): 1 - min(1, p / q), of a token that was drawn with q and that the causal mode, which
+    reads the completed canvas, would have drawn with p: how often speculative sampling would reject it.
+    """
+    run, x = look.run, look.completed()
+    look.passes += 1
+    at = places(look.visible)                                                  # (N,)
+    hidden = look.model(x, causal=True).flatten(0, 1)[at]                      # (N, C)
+    logp = run.model.logits(hidden, real_only=True).log_softmax(-1).gather(1, x.flatten()[at, None])[:, 0]
+    drawn = run.committed_logp[run.rows].flatten()[at]
+    return spread(look.visible, (1 - (logp - drawn).exp().clamp(max=1)).to(drawn.dtype))
 
 
 @torch.no_grad()

@@ -128,7 +128,7 @@ def test_blocks_of_length_one_see_what_the_causal_pass_sees():
     shifted = model(torch.cat((x0, x0[:, :1]), 1)[:, :T], causal=True)
     assert torch.equal(causal, shifted)
     left = network.blocks.start
-    seen = Beside(network.kept, left, None).bias(torch.float32)[:, 0] == 0
+    seen = Beside(network.kept, left, None, V).bias(torch.float32)[:, 0] == 0
     slots = torch.arange(T)
     assert torch.equal(seen[0, :, :T], slots <= slots[:, None])            # the slots of a causal query ...
     assert torch.equal(seen[0, :, T:], torch.eye(T).bool())                # ... and its own
@@ -161,19 +161,24 @@ def test_sampling_sees_what_training_saw(parts):
     network = in_blocks(model, x0, starts(2, 4, 1))
     canvas = x0.masked_fill(torch.rand(3, T, generator=seeded(7)) < 0.5, V)
     found = network.blocks.lay(network(network.blocks.cut(canvas)).movedim(-1, 0)[0])
-    cache = Cache.empty(model, 3, 2 * T)
+    cache, whole = Cache.empty(model, 3, 2 * T), model(x0, causal=True)[..., 0]
     cache.end = T
     model(x0[:, :5], causal=True, cache=cache)                             # the first block, at least
     begin = first[:, None]
     while (begin < T).any():
         at = begin + torch.arange(4)
         block = torch.cat((canvas, torch.zeros(3, 4).long()), 1).gather(1, at.clamp(max=T + 3))
-        there = AfterPrefix(model, cache, at)
+        there = AfterPrefix(model, cache, at, torch.cat((x0, x0), 1))
         both = there(block)[..., 0]
         inside = at < T
         assert torch.allclose(both[inside], found.gather(1, at.clamp(max=T - 1))[inside], atol=1e-4)
         some = there.of(torch.tensor([2, 0]))(block[[2, 0]])[..., 0]
         assert torch.allclose(some, both[[2, 0]], atol=1e-5)
+        written = torch.where(at < T, torch.cat((x0, x0), 1).gather(1, at), block)         # read causally
+        read = there(written, causal=True)[..., 0]
+        assert torch.allclose(read[inside], whole.gather(1, at.clamp(max=T - 1))[inside], atol=1e-4)
+        again = there(block)[..., 0]                                           # which leaves no trace
+        assert torch.allclose(again[inside], both[inside], atol=1e-5)
         model(x0, causal=True, cache=cache, at=(at + 1).clamp(max=T - 1))  # the block is committed
         begin = begin + 4
 

@@ -15,11 +15,12 @@ from oracles import (Oracle, empty, filtered_law, follows, given_prompt, misses,
 
 from parts import speculate
 from parts.cache import Cache
+from parts.look import Sampling
 from parts.presets import best_rules
-from parts.speculate import Drafter, left_to_right, next_state, write
+from parts.speculate import Drafter, left_to_right, next_state, surprise, write
 from plumbing.evaluate import causal_nll
 from plumbing.rows import Ends, left_of
-from sample import fill, generate, generate_diffusion
+from sample import USUAL, How, fill, generate, generate_diffusion
 
 LETTERS = dict(ARITHMETIC, name='text', format='stream', vocab_size=3, itos=['a', 'b', 'c'], bos=None,
                eos=None, pad=None)
@@ -418,3 +419,24 @@ def test_hybrid_law():
     samples = generate(oracle, LETTERS, B, ar_prefix=2, batch_size=B)
     mixed = causal.sum(2, keepdim=True) * law / law.sum(2, keepdim=True)
     assert follows(torch.tensor([s['tokens'] for s in samples]), V, mixed.flatten())
+
+
+# -----------------------------------------------------------------------------
+# the causal mode as a doubt
+
+
+@torch.no_grad()
+def test_surprise_is_how_often_a_draft_would_be_rejected():
+    model, canvas = tiny_gpt(5, 8, scale=0.5), torch.randint(6, (40, 8), generator=seeded(1))
+    run = Sampling(model, canvas, canvas == 0, How(**{**USUAL, 'remask': 'surprise', 'steps': 20}),
+                   generator=seeded(2))
+    run.committed_logp[:] = -torch.rand(40, 8, generator=seeded(3)).double() * 3
+    look = next(run.looks())
+    doubt, x = surprise(look), look.completed()
+    assert look.passes == 2 and not (x == 5).any() and torch.equal(x[canvas < 5], canvas[canvas < 5])
+    p = model.logits(model(x, causal=True), real_only=True).double().softmax(-1)
+    p = p.gather(2, x[..., None])[..., 0]
+    expected = 1 - (p / run.committed_logp.exp()).clamp(max=1)
+    visible = (canvas < 5) & (canvas > 0)
+    assert torch.allclose(doubt.double(), torch.where(visible, expected, 0.0), atol=1e-5)
+    assert 0.05 < (doubt[visible] == 0).double().mean() < 0.95
