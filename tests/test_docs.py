@@ -1,10 +1,11 @@
 """
-README and docs: every command works, every link leads somewhere, every picture has a command, README is short.
+README and docs: every command works, every link leads somewhere, every picture has a command, README is
+short.
 
 Commands are run as they stand, in one sandbox for all pages, but shortened by what SHORTER says: on a tiny
-network, for two steps. Those of PARSED are not run here, because they train for hours, fetch something, or need
-what may not be installed; their settings are read and checked, and the test file beside them runs their like.
-test_extending.py runs extending.md; log.md is a journal, with commands as they were on their day.
+network, for two steps. Those of PARSED are not run here, because they train for hours, fetch something, or
+need what may not be installed; their settings are read and checked, and the test file beside them runs their
+like. test_extending.py runs extending.md; log.md is a journal, with commands as they were on their day.
 """
 
 import glob
@@ -13,6 +14,7 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import fields
 
 import pytest
 from conftest import ROOT, load_script
@@ -20,18 +22,19 @@ from conftest import ROOT, load_script
 import configurator
 from data import loader
 from data.sudoku import prepare as sudoku
+from sample import How
 
 PAGES = ['README.md', *(f'docs/{name}.md' for name in 'settings sampling running results python'.split())]
 LINKED = sorted(os.path.relpath(path, ROOT) for pattern in ('*.md', 'docs/*.md', 'data/*/readme.md')
                 for path in glob.glob(os.path.join(ROOT, pattern)))
 CPU = '--device=cpu --dtype=float32'
+TINY = ('--n_layer=1 --n_head=2 --n_embd=16 --n_recur=1 --batch_size=4 --eval_rows=8 --eval_samples=0 '
+        f'--compile=False {CPU}')
 
 # (a command that begins like this, what is appended to it), the first that fits
 SHORTER = (
-    ('train.py .*resume', f'--max_iters=3 --eval_rows=8 --eval_samples=0 --batch_size=4 --n_layer=1 --n_head=2 '
-                          f'--n_embd=16 --n_recur=1 --eval_interval=3 {CPU}'),
-    ('train.py ', f'--max_iters=2 --eval_rows=8 --eval_samples=0 --batch_size=4 --n_layer=1 --n_head=2 '
-                  f'--n_embd=16 --n_recur=1 --eval_interval=2 --compile=False {CPU}'),
+    ('train.py .*resume', f'--max_iters=3 --eval_interval=3 {TINY}'),
+    ('train.py ', f'--max_iters=2 --eval_interval=2 {TINY}'),
     ('sample.py .*--(export|text|file)=', CPU),
     ('sample.py', f'--num_samples=2 {CPU}'),
     ('bench.py --suite=checkpoints', f'--num_samples=4 --steps=2 --eval_rows=4 {CPU}'),
@@ -61,8 +64,8 @@ PARSED = (
 NOT_OURS = ('pip', 'torchrun', 'python -m pytest')                     # see also test_distributed.py
 PICTURES = {                                                           # the command that makes each
     'app.png': 'python app.py --out_dir=out-text',
-    'denoising.png': 'python sample.py --out_dir=out-text --remask=wrong --steps=128 --num_samples=5 --seed=2 '
-                     '--prompt="ROMEO:" --html=steps.html',
+    'denoising.png': 'python sample.py --out_dir=out-text --remask=wrong --steps=128 --num_samples=5 '
+                     '--seed=2 --prompt="ROMEO:" --html=steps.html',
     'controller.png': 'python this.py assets/controller.png',
 }
 
@@ -88,7 +91,8 @@ def commands():
         text = read(page)
         lines = [line.removeprefix('$ ') for language, body in fenced(text) if not language
                  for line in body.splitlines()]
-        lines += [' '.join(words.split()) for words in re.findall(r'`((?:python|torchrun) [^`]+)`', without_code(text))]
+        inline = re.findall(r'`((?:python|torchrun) [^`]+)`', without_code(text))
+        lines += [' '.join(words.split()) for words in inline]
         for line in lines:
             if line.startswith(('python ', 'torchrun ', 'pip ')):
                 words = shlex.split(line, comments=True)
@@ -137,9 +141,9 @@ def order(command):
 def sandbox(tmp_path_factory):
     """A folder with all that the commands read, small: data, recipes of the pages, texts."""
     box = tmp_path_factory.mktemp('sandbox')
-    for name in ('config', 'data', 'tools'):
-        shutil.copytree(os.path.join(ROOT, name), box / name, ignore=shutil.ignore_patterns(
-            '__pycache__', *[] if name != 'data' else ['shakespeare*', 'sudoku6', 'wikitext2', 'openwebtext']))
+    others = shutil.ignore_patterns('__pycache__', 'shakespeare', 'shakespeare_char', 'sudoku6', 'wikitext2')
+    for name in ('config', 'data'):
+        shutil.copytree(os.path.join(ROOT, name), box / name, ignore=others)
     sudoku.prepare(str(box / 'data' / 'sudoku'), num_train=20, num_val=10)
     sudoku.prepare(str(box / 'data' / 'sudoku6'), size=6, num_train=20, num_val=10)
     letters = ''.join(map(chr, [10, *range(32, 127)])).replace('_', '')
@@ -171,15 +175,16 @@ def run_shortened(command, run, box):
     words = [word for word in words if word and word.partition('=')[0] not in names] + more.split()
     path = str(box / script) if script.startswith('data/') else os.path.join(ROOT, script)
     status, _, err = run(path, *words)
-    return None if status == 0 else f'{command}\n    as {shlex.join([script, *words])}\n    {err.strip()[-600:]}'
+    if status != 0:
+        return f'{command}\n    as {shlex.join([script, *words])}\n    {err.strip()[-600:]}'
 
 
 def test_every_command_runs(sandbox, run, monkeypatch):
     """With nothing but torch, numpy and tqdm; then the pages' Python, on what the commands have trained."""
     for name in ('tiktoken', 'datasets', 'rich', 'gradio', 'safetensors', 'wandb'):
         monkeypatch.setitem(sys.modules, name, None)
-    text = str(sandbox / 'data' / 'shakespeare_char')
-    assert run(str(sandbox / 'data' / 'text' / 'prepare.py'), f'--input={sandbox}/book.txt', f'--out={text}')[0] == 0
+    text = ['--input=book.txt', '--out=data/shakespeare_char']
+    assert run(str(sandbox / 'data' / 'text' / 'prepare.py'), *text)[0] == 0
     wrong = [run_shortened(command, run, sandbox) for command in sorted(OURS, key=order)
              if not fits(command, PARSED)]
     assert not any(wrong), '\n'.join(filter(None, wrong))
@@ -213,7 +218,7 @@ def anchors(page):
 
 @pytest.mark.parametrize('page', LINKED)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r'\]\(([^)\s]+)\)', without_code(read(page))):
+    for target in re.findall(r'(?:\]\(|src=")([^)"\s]+)[)"]', without_code(read(page))):
         if re.match(r'\w+:', target):
             continue
         path, _, anchor = target.partition('#')
@@ -237,7 +242,7 @@ def test_every_picture_is_shown_and_has_a_command():
     text = '\n'.join(map(read, LINKED))
     assert sorted(os.listdir(os.path.join(ROOT, 'assets'))) == sorted(PICTURES)
     for name, command in PICTURES.items():
-        assert f'assets/{name})' in text and command in text, name
+        assert re.search(rf'(\]\(|src=")[./]*assets/{name}', text) and command in text, name
 
 
 def test_readme_is_short():
@@ -248,8 +253,18 @@ def test_readme_is_short():
     assert sum(bool(re.search(r'\d', word)) for word in words) <= 80
 
 
+@pytest.mark.parametrize('page', [*PAGES, 'docs/extending.md', 'docs/aims.md', 'docs/peers.md'])
+def test_every_setting_that_is_named_exists(page):
+    scripts = ['train.py', 'sample.py', 'bench.py', 'app.py', *glob.glob(f'{ROOT}/tools/*.py'),
+               *glob.glob(f'{ROOT}/data/*/prepare.py')]
+    known = {name for path in scripts for name in configurator.settings(os.path.join(ROOT, path))}
+    known |= {'help', 'standalone', 'nproc_per_node'} | {field.name for field in fields(How)}
+    named = set(re.findall(r'(?<![\w-])--(\w+)', read(page)))
+    assert named <= known, named - known
+
+
 @pytest.mark.parametrize('page', LINKED)
 def test_pages_name_nothing_that_a_reader_lacks(page):
-    found = re.findall(r"(?i)\b(?:the seed's|the fix guide|the mission|issue #?\d+|this session)\b|/work/|/tmp/|/root/",
-                       read(page))
+    words = r"(?i)\b(?:the seed's|the fix guide|the mission|issue #?\d+|this session)\b|/work/|/tmp/|/root/"
+    found = re.findall(words, read(page))
     assert not found
