@@ -30,7 +30,7 @@ from parts.blocks import write_blocks
 from parts.edits import mend
 from parts.energy import best_samples, critic, energy, text_of
 from parts.handle import Handle
-from parts.long import in_windows
+from parts.long import edits_in_windows, in_windows
 from parts.look import Sampling
 from parts.presets import check_rules, check_sampling
 from parts.speculate import surprise, write, write_prefix
@@ -377,9 +377,9 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
     samples = []
     quiet = not progress or num <= batch_size
 
-    whole = 'best_of judges' if best_of else 'edits are made in' if rules.get('rounds') else ''
-    if whole and canvas.size(1) > model.config.block_size:
-        raise UserError(f'{whole} whole texts, of at most block_size={model.config.block_size} tokens')
+    if best_of and canvas.size(1) > model.config.block_size:
+        raise UserError(f'best_of judges whole texts, of at most block_size={model.config.block_size} tokens')
+    windows = edits_in_windows if rules.get('rounds') else in_windows
 
     def written(x, fixed):
         x, prefix_nfe, prefix_steps = write_prefix(model, x, fixed, ar_prefix, **rules)
@@ -389,7 +389,7 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
     for first in tqdm(range(0, num, batch_size), disable=quiet, desc='sampling', leave=False):
         x = canvas[first:first + batch_size].to(device)
         kept = fixed[first:first + batch_size].to(device)
-        x, nfe, steps = in_windows(written, x, kept, model.config.block_size)
+        x, nfe, steps = windows(written, x, kept, model.config.block_size)
         if best_of:
             nfe = nfe + model.config.energy_head
             energies = energy(model, *text_of(x, rules['ends'])).tolist()

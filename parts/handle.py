@@ -28,7 +28,7 @@ from parts.presets import check_chosen, choose_rules, nearest, refuse_idle, supp
 from plumbing import show
 from plumbing.checkpoint import best_of, check_same_model, find_checkpoint, identity, load_merged
 from plumbing.device import configure_compute, freeze
-from plumbing.evaluate import p_wrong
+from plumbing.evaluate import p_wrong, read
 from plumbing.rows import same_length
 from plumbing.score import given_sample, judge_samples
 from plumbing.text import (ANY, can_have, decode, encode, load_task, pieces, start_canvas, stop_at,
@@ -389,7 +389,7 @@ class Handle:
         """Adds to a sample what edits made of the ids before (T,): before, and the signs of show.changes."""
         ids = found['trace'][-1:] if self.meta['pad'] is not None else torch.tensor([found['tokens']])
         ids = ids.to(next(self.model.parameters()).device)          # (1, T), with its padding
-        doubted = p_wrong(self.model, self.model(ids), ids)[0] > 0.5
+        doubted = p_wrong(self.model, read(self.model, ids), ids)[0] > 0.5
         found['before'] = until_end(self.meta, before.tolist())
         found['taken'], found['marks'] = show.changes(found['before'], found['tokens'], doubted.tolist())
 

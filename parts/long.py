@@ -1,6 +1,7 @@
 """Texts that are longer than what the network reads: window by window, from left to right."""
 
 import torch
+import torch.nn.functional as F
 
 
 def in_windows(sampler, canvas, fixed, size):
@@ -27,3 +28,33 @@ def in_windows(sampler, canvas, fixed, size):
         todo[rows] = todo[rows].scatter(1, at, False)
         nfe[rows] += passes
     return x, nfe, None if steps is None else history
+
+
+def edits_in_windows(sampler, canvas, fixed, size):
+    """
+    in_windows for a sampler of edits, after which a text may have another length (see parts.edits.mend).
+
+    A window is size // 4 tokens of what has been written, size // 2 that may change, and size // 8 of what
+    follows; so there is room to grow. Returns a list of rows, the passes (B,), and the first and last canvas.
+    """
+    B, T = canvas.shape
+    if size >= T:
+        return sampler(canvas, fixed)
+    left, step, right = size // 4, size // 2, size // 8
+    rows, nfe = [row[:0] for row in canvas], torch.zeros(B, dtype=torch.long, device=canvas.device)
+    for first in range(0, T, step):
+        last, end = first + step, min(T, first + step + right)
+        found, n = canvas[:, first:last], 0
+        if not fixed[:, first:last].all():
+            n = min(left, *map(len, rows))
+            before = torch.stack([row[len(row) - n:] for row in rows])                       # (B, n)
+            kept = fixed[:, first:end].clone()
+            kept[:, step:] = True
+            found, passes, _ = sampler(torch.cat((before, canvas[:, first:end]), 1),
+                                       torch.cat((torch.ones_like(before).bool(), kept), 1))
+            found, nfe = [row[:len(row) - max(0, end - last)] for row in found], nfe + passes
+        rows = [torch.cat((row, new[n:])) for row, new in zip(rows, found)]
+    width = max(T, *map(len, rows))
+    steps = [canvas, rows]
+    return rows, nfe, [torch.stack([F.pad(row, (0, width - len(row)), value=0) for row in step])
+                       for step in steps]

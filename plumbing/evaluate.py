@@ -36,6 +36,11 @@ def causal_nll(model, x0, free):
     return torch.zeros(x0.shape, device=x0.device).masked_scatter(free, ce).sum(1)
 
 
+def read(model, ids):
+    """Hidden states (B, T, C) of ids (B, T); what is longer than the network reads in windows, each alone."""
+    return torch.cat([model(window) for window in ids.split(model.config.block_size, 1)], 1)
+
+
 def p_wrong(model, hidden, ids):
     """
     p(WRONG), the probability that the token which stands at a position is not the right one: 1 - p(that

@@ -18,7 +18,7 @@ import torch
 from configurator import UserError
 from data.common import gpt2
 from plumbing.files import to_json, write_atomically
-from plumbing.evaluate import p_wrong
+from plumbing.evaluate import p_wrong, read
 from plumbing.score import NAMES
 from plumbing.text import EMPTY, can_have, modelled, pictured, pieces, visible
 
@@ -162,8 +162,8 @@ def judge_steps(model, trace, writer=None):
     for x in trace[:, None]:                                                    # (1, T)
         whole, masked = x, x == model.mask_token_id
         if writer is not None:
-            whole = torch.where(masked, writer.logits(writer(x), real_only=True).argmax(-1), x)
-        doubts.append(p_wrong(model, model(whole), whole).masked_fill(masked, float('nan')))
+            whole = torch.where(masked, writer.logits(read(writer, x), real_only=True).argmax(-1), x)
+        doubts.append(p_wrong(model, read(model, whole), whole).masked_fill(masked, float('nan')))
     return torch.cat(doubts)
 
 

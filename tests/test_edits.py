@@ -11,6 +11,7 @@ from configurator import UserError
 from corruption import Task, ask
 from parts.edits import applied, edits_of, labels
 from parts.noise import NOISE, mixed_noise
+from parts.long import edits_in_windows
 from parts.presets import EDITS, GROW, choose_rules
 from plumbing import show
 from plumbing.rows import Ends, same_length
@@ -225,14 +226,44 @@ def test_the_command(run, tmp_path):
     assert status and "'_'" in err
 
 
-def test_a_text_longer_than_the_network_reads_is_refused(tmp_path):
-    """Edits move what is behind them, so windows would no longer be those of the text."""
+def test_a_text_longer_than_the_network_reads_is_edited_in_windows():
+    """A sampler that doubles every 1 and takes every 2 away, and must not see more than it can read."""
+    seen = []
+
+    def sampler(canvas, fixed):
+        assert canvas.size(1) <= 14 and (canvas == canvas[:, :1]).any()
+        seen.append(canvas.size(1))
+        rows = [torch.tensor([out for id, kept in zip(row.tolist(), keep.tolist())
+                              for out in ([id] if kept or id > 2 else [1, 1] * (id == 1))])
+                for row, keep in zip(canvas, fixed)]
+        return rows, torch.ones(len(canvas), dtype=torch.long), None
+
+    canvas = torch.randint(1, 7, (3, 61), generator=seeded(1))
+    fixed = torch.rand(3, 61, generator=seeded(2)) < 0.3
+    fixed[:, 24:40] = True                                                 # two windows with nothing to do
+    rows, nfe, (first, last) = edits_in_windows(sampler, canvas, fixed, 16)
+    for row, ids, kept, shown in zip(rows, canvas, fixed, last):
+        expected, _, _ = edits_in_windows(sampler, ids[None, :7], kept[None, :7], 16)
+        wanted = sampler(ids[None, :1], kept[None, :1])[0][0].tolist()
+        for id, keep in zip(ids[1:], kept[1:]):
+            wanted += sampler(id.view(1, 1), keep.view(1, 1))[0][0].tolist()
+        assert row.tolist() == wanted and shown[:len(row)].tolist() == wanted
+        assert expected[0].tolist() == wanted[:len(expected[0])]           # a short one is one window
+    assert torch.equal(first[:, :61], canvas) and nfe.tolist() == [6] * 3
+
+
+@torch.no_grad()
+def test_a_long_text_repaired():
     meta = dict(ARITHMETIC, name='words', format='stream', block_size=None, bos=None, eos=None, pad=None)
-    model = tiny_gpt(18, 8)
+    model = tiny_gpt(18, 16)
+    canvas = torch.randint(18, (2, 50), generator=seeded(3))
     for rules in (EDITS, GROW):
-        canvas = torch.zeros(1, 9, dtype=torch.long)
-        with pytest.raises(UserError, match='edits are made in whole texts, of at most block_size=8 tokens'):
-            fill(model, meta, canvas, canvas > 0, **rules)
+        samples = fill(model, meta, canvas, canvas < 9, trace=True, **rules)
+        for row, sample in zip(canvas.tolist(), samples):
+            kept = [id for id in row if id < 9]
+            left = iter(sample['tokens'])
+            assert all(id in left for id in kept) and 18 not in sample['tokens']   # in this order
+            assert sample['trace'][0][:50].tolist() == row
 
 
 @pytest.mark.parametrize('seed', range(20))

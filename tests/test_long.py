@@ -106,3 +106,7 @@ def test_the_command(tmp_path):
     run_main('sample', *words, '--task=infill', '--text=' + 'abc' * 6 + '_' + 'cab' * 5)
     text = json.loads(save.read_text().splitlines()[0])['text']
     assert len(text) == 34 and text[:18] == 'abc' * 6 and text[19:] == 'cab' * 5
+    page = tmp_path / 'page.html'                                          # doubts of a text that long
+    run_main('sample', *words[:1], '--task=repair', '--text=' + 'abc' * 9, f'--html={page}', '--device=cpu')
+    run_main('sample', *words[:1], '--task=score', '--text=' + 'abc' * 9, f'--html={page}', '--device=cpu')
+    assert page.stat().st_size > 1000
