@@ -183,8 +183,8 @@ def evaluate(model, x0, meta, *, causal, bidirectional, own_errors=None, draws=1
 
 
 def evaluation_line(step, result):
-    """The line on screen after an evaluation."""
-    words = []
+    """What is on screen after an evaluation: a line of the losses, a line of what was found."""
+    words, found = [], []
     for name, title, unit in (('nelbo', 'NELBO', ' nats/token'), ('causal_nll', 'causal NLL', '')):
         if name in result:
             error = result[f'{name}_se']
@@ -195,9 +195,10 @@ def evaluation_line(step, result):
     if 'auc' in result:
         own = 'own errors' if 'refilled' in result else 'wrong tokens'
         right = f", put right {result['refilled']:.0%}" if result.get('refilled') is not None else ''
-        words.append(f'{own}: there are none, or nothing else, so no AUC' if result['auc'] is None else
+        found.append(f'{own}: there are none, or nothing else, so no AUC' if result['auc'] is None else
                      f"{own} found: AUC {result['auc']:.3f}{right}")
         if result.get('calibration') is not None:
-            words.append(f"p(WRONG) off by {result['calibration']:.3f} beside masks, "
+            found.append(f"p(WRONG) off by {result['calibration']:.3f} beside masks, "
                          f"{result['calibration_full']:.3f} without")
-    return f"step {step}  validation: " + ('  '.join(words) or 'nothing to measure for this training type')
+    lines = '\n    '.join('  '.join(line) for line in (words, found) if line)
+    return f"step {step}  validation: {lines or 'nothing to measure for this training type'}"

@@ -273,7 +273,7 @@ def test_the_line_of_an_evaluation():
     result = dict(nelbo=1.23456, nelbo_se=0.01, causal_nll=1.1, causal_nll_se=None, auc=0.9, refilled=0.5,
                   calibration=0.01234, calibration_full=0.02)
     assert evaluation_line(7, result) == ('step 7  validation: NELBO 1.235 ± 0.010 nats/token  '
-                                          'causal NLL 1.100  own errors found: AUC 0.900, put right 50%  '
+                                          'causal NLL 1.100\n    own errors found: AUC 0.900, put right 50%  '
                                           'p(WRONG) off by 0.012 beside masks, 0.020 without')
     assert evaluation_line(7, {}) == 'step 7  validation: nothing to measure for this training type'
 
