@@ -28,12 +28,12 @@ from model import GPT, GPTConfig
 from parts.abstain import abstaining_ce, steer
 from parts.blocks import InBlocks, Kept, block_bounds, lay_out
 from parts.layers import told
-from parts.presets import best_rules, supports
+from parts.presets import best_rules, choose_rules, supports
 from parts.speculate import draft_loss
 from plumbing import checks, distributed
 from plumbing.evaluate import evaluate, evaluation_line
 from plumbing.files import unlock
-from plumbing.log import PARTS, progress_line, show_samples
+from plumbing.log import PARTS, progress_line, show_repairs, show_samples
 from plumbing.oldnames import FORMER, with_parts as modernise  # noqa: F401 (for the configurator)
 from plumbing.optim import average, lr_scale, ramp, update
 from plumbing.pack import extent, pack
@@ -42,7 +42,7 @@ from plumbing.run import Run, added, load_network, load_rows, to_device
 from plumbing.rows import places
 from plumbing.text import encode, load_task, modelled
 from plumbing.textstats import compare_text, usual_text
-from sample import generate
+from sample import fill, generate
 
 # -----------------------------------------------------------------------------
 # files
@@ -338,7 +338,7 @@ def draws(config, meta):
 def examine(run, val, usual):
     """What an evaluation by rank 0 finds, with samples, printed: a dict, empty on the other ranks."""
     config, result = run.config, {}
-    can_unmask, causal, _ = supports(config)
+    can_unmask, causal, detects = supports(config)
     model = distributed.whole_model(run.ema)
     with distributed.together():
         if distributed.rank() == 0:
@@ -353,6 +353,9 @@ def examine(run, val, usual):
                 samples = generate(model, run.meta, num, prompt=prompt, seed=0, **rules)
                 compare = partial(compare_text, usual=usual)
                 result.update(show_samples(samples, run.meta, config, compare))
+                if detects and 'given' not in run.meta:
+                    rules = choose_rules(config, task='repair', inside=True)
+                    show_repairs(partial(fill, model, run.meta, **rules), val[-2:], run.meta, run.step)
     return result
 
 

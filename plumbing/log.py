@@ -3,10 +3,12 @@
 import itertools
 import os
 
+import torch
+
 from configurator import UserError
 from plumbing.files import atomically, read_records, to_json, write_atomically
 from plumbing.optim import ramp
-from plumbing.text import encode, load_task, sample_line, score_line, scored
+from plumbing.text import decode, encode, load_task, modelled, sample_line, score_line, scored
 
 PARTS = ('causal', 'draft', 'unmask', 'detect', 'keep', 'p(MASK)')  # of the loss, as training tells them
 
@@ -103,3 +105,24 @@ def show_samples(samples, meta, config, compare, shown=4):
     print('    ' + score_line(task, texts, score))
     kept = [name for name in ('valid', 'correct', 'cells') if name in score]
     return {name: score[name] for name in kept or score}
+
+
+def show_repairs(repair, rows, meta, seed):
+    """
+    Prints held-out rows (N, T), in each of which one token takes the place of another, and their repair.
+
+    repair: ids, fixed (N, T) -> a list of samples, see sample.fill; seed: which tokens.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = rows if meta['eos'] is not None else rows[:, :40]
+    wrong, free = rows.clone(), modelled(rows, meta)[0]
+    text = free & ~torch.isin(rows, torch.tensor([id for id in (meta['eos'], meta['pad']) if id is not None]))
+    for ids, places in zip(wrong, text):
+        shuffled = ids[places][torch.randperm(int(places.sum()), generator=generator)]
+        at = places.nonzero()[:, 0][torch.randint(len(shuffled), (), generator=generator)]
+        ids[at] = shuffled[(shuffled != ids[at]).long().argmax()]   # the first other one
+    for before, ids, sample in zip(rows.tolist(), wrong.tolist(), repair(wrong, ~free)):
+        before, ids = (decode(meta, row)[0] for row in (before, ids))
+        told = 'as it was' if sample['text'] == before else f'was: {before}'
+        line = f"one token wrong: {ids}  repaired: {sample['text']}  ({told})"
+        print('    ' + line.replace('\n', '⏎'))

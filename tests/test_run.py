@@ -6,12 +6,13 @@ import signal
 
 import pytest
 import torch
-from test_train import MIXED, PLAIN, newest, read, start
+from conftest import ARITHMETIC
+from test_train import MIXED, PLAIN, arithmetic_rows, newest, read, start
 
 from configurator import UserError
 from plumbing import run as run_module
 from plumbing import text
-from plumbing.log import draw_curves
+from plumbing.log import draw_curves, show_repairs
 from plumbing.run import SIGNALS
 
 
@@ -145,3 +146,20 @@ def test_a_task_is_tried_when_training_starts(tmp_path, monkeypatch, source, mes
     if not message:
         assert text.sample_line('ab', task) == 'ab'
         assert set(text.scored(task, ['ab'])) <= {'valid', 'correct', 'n', 'good'}
+
+
+def test_a_mistake_is_put_in_and_repaired(capsys):
+    """One token of the text is another one then, never its end or padding; repair sees it in its row."""
+    rows = arithmetic_rows(40)
+    end = (rows == ARITHMETIC['eos']).long().argmax(1)
+    for seed in range(5):
+        seen = []
+
+        def repair(ids, fixed):
+            seen.append(ids)
+            return [dict(text='(+12)=3')] * len(ids)
+        show_repairs(repair, rows, ARITHMETIC, seed)
+        changed = seen[0] != rows
+        assert (changed.sum(1) == 1).all() and (changed.long().argmax(1) < end).all()
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 40 and all('repaired: (+12)=3  (was: ' in line for line in lines)
