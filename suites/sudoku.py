@@ -32,7 +32,7 @@ def sampler_rows(config):
     can_unmask, causal, detects = supports(config)
     surest = dict(commit='confidence', choice_temperature=0.0)
     rows = [(causal, 'causal: left to right', None),
-            (can_unmask, 'random order', PRESETS['ancestral']),
+            (can_unmask, 'random order, remask=none', PRESETS['ancestral']),
             (can_unmask, 'most probable first', dict(surest, remask='none')),
             (can_unmask, 'commit=margin', dict(commit='margin', remask='none')),
             (can_unmask, 'random order, remask=random', dict(remask='random')),
