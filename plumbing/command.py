@@ -66,23 +66,29 @@ def given_texts(s, m):
     return found
 
 
-def ask(s, m, rules):
-    """The Samples that the settings ask for. rules: those of How that were chosen, None for the others."""
-    how = dict(rules, preset=s.preset, seed=s.seed, batch_size=s.batch_size, progress=True,
-               trace=bool(s.animate or s.html) or s.task == 'repair')
+def ask(s, m, rules, live):
+    """
+    The Samples that the settings ask for. rules: those of How that were chosen, None for the others.
+
+    live: a parts.handle.Live for --animate: samples are written one by one, and each step is shown at once.
+    """
+    how = dict(rules, preset=s.preset, seed=s.seed, batch_size=1 if s.animate else s.batch_size,
+               progress=not s.animate, trace=bool(s.html) or s.task == 'repair')
     if s.task == 'generate':
         s.prompt = typed(m.meta, s.prompt)
         s.stop = s.stop and typed(m.meta, s.stop)
-        return m.generate(s.num_samples or 10, s.prompt, s.length, s.stop, **how)
-    texts = given_texts(s, m)
-    if s.task == 'score':
-        return m.score(texts)
-    texts = [text['text'] if isinstance(text, dict) else text for text in texts]
-    if s.task == 'edit':
-        return m.edit(texts, s.mask, s.num_samples, **how)
-    if s.task == 'infill':
-        return m.infill(texts, s.num_samples, s.hole, **how)
-    return m.repair(texts, s.num_samples, **how)
+        work = partial(m.generate, s.num_samples or 10, s.prompt, s.length, s.stop, **how)
+    else:
+        texts = given_texts(s, m)
+        if s.task == 'score':
+            return m.score(texts)
+        texts = [text['text'] if isinstance(text, dict) else text for text in texts]
+        more = dict(edit=dict(words=s.mask), infill=dict(hole=s.hole)).get(s.task, {})
+        work = partial(getattr(m, s.task), texts, num=s.num_samples, **more, **how)
+    if not s.animate:
+        return work()
+    show.animate(m.frames(live, work))
+    return live.result
 
 
 def show_samples(s, m, samples, seconds):
@@ -98,8 +104,6 @@ def show_samples(s, m, samples, seconds):
         print(f'... and {len(samples) - 50} more' + ('' if s.save else ' (--save=FILE.jsonl keeps them all)'))
     if s.task == 'score' and len(samples) > 1:
         print(total(samples, m.meta))
-    if s.animate:
-        show.animate(m.stories(samples[:20]))
     print('', *m.said, sep='\n')
     foot = []
     if s.task != 'score':
@@ -110,7 +114,7 @@ def show_samples(s, m, samples, seconds):
         foot.append(f'{rules}; {nfe:.0f} passes a sample')
     if s.html:
         foot += [m.said[0], shlex.join(['python', *sys.argv]), f'seed {s.seed}']
-        look = dict(show.layout(m.meta, m.task), diff=s.task == 'repair')
+        look = dict(m.look, diff=s.task == 'repair')
         show.write_page(s.html, f"{m.meta['name']}: {s.task}", foot, m.stories(samples[:20]), look)
         print(f'written to {s.html}')
     if s.save:

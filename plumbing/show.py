@@ -9,6 +9,7 @@ marks() what a repair did.
 import html
 import time
 import unicodedata
+from contextlib import ExitStack
 from difflib import SequenceMatcher
 from pathlib import Path
 from string import Template
@@ -25,9 +26,10 @@ from plumbing.text import EMPTY, can_have, modelled, pictured, pieces, visible
 # how the terminal shows what a position can be in a frame, in the colours of the page; the first letter is
 # its name there
 STYLES = dict(kept='', changed='magenta reverse', new='green reverse', remasked='red reverse', mask='dim',
-              fixed='bold cyan')
+              draft='italic blue underline', fixed='bold cyan')
 STATES = list(STYLES)
-WORDS = dict(kept='kept', changed='rewritten', new='new', remasked='taken back', mask='masked', fixed='given')
+WORDS = dict(kept='kept', changed='rewritten', new='new', remasked='taken back', mask='masked', draft='drafted',
+             fixed='given')
 SPACES = '\n \t'
 SIGNS = str.maketrans(SPACES, '↵␣⇥')  # for what would not be seen
 # doubt in the page: a letter, from 0 to 1, and a blank for none; none of them needs an escape
@@ -154,12 +156,14 @@ def marked(sample, meta, rows, legends, indent, verdict):
 @torch.no_grad()
 def judge_steps(model, trace, writer=None):
     """
-    p(WRONG) of every visible token of every step: trace (S, T) ids -> (S, T) float, nan at masks.
+    p(WRONG) of every visible token of every step: trace (S, T) ids -> (S, T) float, nan at masks and drafts.
 
-    writer: for a judge that was never shown a mask, the network whose likeliest tokens it is shown there.
+    What is longer than the network reads is judged in windows, each by itself. writer: for a judge that was never shown a mask, the network whose likeliest tokens it is shown there.
     """
-    doubts = []
-    for x in trace[:, None]:                                                    # (1, T)
+    T, size, doubts = trace.size(1), model.config.block_size, []
+    if T > size:
+        return torch.cat([judge_steps(model, part, writer) for part in trace.split(size, 1)], 1)
+    for x in trace.masked_fill(trace < 0, model.mask_token_id)[:, None]:        # (1, T)
         whole, masked = x, x == model.mask_token_id
         if writer is not None:
             whole = torch.where(masked, writer.logits(writer(x), real_only=True).argmax(-1), x)
@@ -194,12 +198,15 @@ def story(meta, trace, fixed, doubts, label, note=''):
     One sample's denoising: dict(label, note, frames), each frame dict(tokens [str], states [str], doubts
     [float]). note: what is said of the finished text.
 
-    trace (S, T) ids; fixed (T,) bool, what was given and is not doubted; doubts (S, T), nan at masks. Columns
-    at the right that end as padding and never held anything but that and masks are left out.
+    trace (S, T) ids, ~id of what is only drafted; fixed (T,) bool, what was given and is not doubted; doubts
+    (S, T), nan at masks. Columns at the right that end as padding and never held anything but that and masks
+    are left out.
     """
     mask, before = meta['vocab_size'], torch.cat((trace[:1], trace[:-1]))       # (S, T)
     was, now, state = before == mask, trace == mask, torch.zeros_like(trace)
-    events = (trace != before, was & ~now, ~was & now, was & now, fixed.expand_as(trace))
+    held = (before < 0) & ((trace == ~before) | (trace == (meta['pad'] or mask + 1)))    # what a draft became
+    drafted, changed, trace = trace < 0, trace != before, torch.where(trace < 0, ~trace, trace)
+    events = (changed, (was | held) & ~now, ~was & now, was & now, drafted, fixed.expand_as(trace))
     for number, where in enumerate(events, 1):  # in the order of STATES: the last that holds counts
         state[where] = number
     width = trace.size(1)
@@ -230,35 +237,54 @@ def import_rich():
     return Console, Live, Text
 
 
-def animate(stories, seconds=0.08):
-    """Plays the stories in the terminal, one after the other. Raises UserError without rich."""
+def counts(frame):
+    """What happened in a frame, in the words of the page."""
+    found = {state: frame['states'].count(state) for state in STATES}
+    judged = [p for p in frame['doubts'] if p is not None]
+    words = [f"{found['mask'] + found['remasked']} masked"]
+    words += [f'{found[state]} {WORDS[state]}' for state in ('draft', 'new', 'remasked', 'changed')
+              if found[state]]
+    return ' · '.join(words + [f'mean p(WRONG) {sum(judged) / len(judged):.2f}'] * bool(judged))
+
+
+def animate(steps, seconds=0.08):
+    """
+    Plays steps in the terminal as they come: (frame, the one before it, whether a sample begins), see story.
+
+    Raises UserError without rich.
+    """
     Console, Live, Text = import_rich()
     console = Console()
     legend = [part for state, style in STYLES.items() for part in ((WORDS[state], style), '  ')]
     console.print(Text.assemble(*legend, ('doubted', 'yellow'), '  ', ('p(WRONG) > 1/2', 'bold yellow')))
-    for number, told in enumerate(stories, 1):
-        old, last = None, len(told['frames']) - 1
-        end = told['frames'][last]['tokens']
-        with Live(console=console, auto_refresh=False) as live:
-            for step, frame in enumerate(told['frames']):
-                picture = Text(overflow='fold')
-                for i, (token, state, doubt) in enumerate(zip(*frame.values())):
-                    # names of colours, not shades: every terminal has them readable on its own background
-                    style = STYLES[state]
-                    if state == 'kept' and doubt:
-                        style = 'bold yellow' if doubt > 0.5 else 'yellow' if doubt > 0.2 else ''
-                    token = old[i] if state == 'remasked' else token
-                    # a line ends where one ends in the finished text, so that nothing jumps
-                    if style and state != 'fixed' and token.isspace():
-                        token = token.translate(SIGNS)
-                    picture.append(token.replace('\n', '' if '\n' in end[i] else '↵'), style)
-                    picture.append('\n' * end[i].count('\n'))
-                picture.append(f'\nsample {number}/{len(stories)}  step {step}/{last}', 'dim')
-                label = f'  {visible(told["label"])}\n' if step == last else ''
-                live.update(picture.append(label), refresh=True)
-                old = frame['tokens']
-                if console.is_terminal:
-                    time.sleep(seconds)
+    number = step = 0
+    with ExitStack() as screen:
+        for frame, old, begins in steps:
+            if begins:
+                screen.close()
+                live = screen.enter_context(Live(console=console, auto_refresh=False))
+                number, step = number + 1, 0
+            picture = painted(Text, frame, old)
+            picture.append(f'\nsample {number} · step {step} · {counts(frame)}\n', 'dim')
+            live.update(picture, refresh=True)
+            step += 1
+            if console.is_terminal:
+                time.sleep(seconds)
+
+
+def painted(Text, frame, old):
+    """A frame in the colours of the terminal, a Text of rich; old: the frame before."""
+    picture = Text(overflow='fold')
+    for i, (token, state, doubt) in enumerate(zip(*frame.values())):
+        # names of colours, not shades: every terminal has them readable on its own background
+        style = STYLES[state]
+        if state == 'kept' and doubt:
+            style = 'bold yellow' if doubt > 0.5 else 'yellow' if doubt > 0.2 else ''
+        token = old['tokens'][i] if state == 'remasked' else token
+        if style and state != 'fixed' and token.isspace():
+            token = token.translate(SIGNS) + token.replace(' ', '').replace('\t', '')
+        picture.append(token, style)
+    return picture
 
 
 def packed(story, table):
