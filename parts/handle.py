@@ -106,8 +106,7 @@ class Sample(dict):
             raise UserError('the steps of this sample were not kept: write it with trace=True')
         meta = self.owner.meta
         words = [f'{show.words_of(self.rules)}; {self.nfe} passes', self.owner.said[0]]
-        look = dict(self.owner.look, diff=self.task == 'repair')
-        return show.page(f"{meta['name']}: {self.task}", words, self.owner.stories([self]), look)
+        return show.page(f"{meta['name']}: {self.task}", words, self.owner.stories([self]), self.owner.look)
 
     def _repr_html_(self):
         if self.steps is not None:
@@ -387,7 +386,8 @@ class Handle:
         masked = [row == self.model.mask_token_id for row in canvas]
         # whether there is text right of a hole
         inside = task == 'repair' or any((row.cummax(0).values & ~row).any() for row in masked)
-        return choose_rules(self.config, preset=preset, task=task, inside=inside, judge=self.judge is not None,
+        return choose_rules(self.config, preset=preset, task=task, inside=inside,
+                            judge=self.judge is not None,
                             any_length=any(ANY in text for text in texts if text), **rules)
 
     def write(self, task, texts, canvas, fixed, *, preset=None, seed=1337, batch_size=256, trace=True,
@@ -425,9 +425,9 @@ class Handle:
 
         fixed (T,): what was given and is not doubted; all may be of several lengths.
         """
-        rows = [canvas if before is None else before, canvas]
+        rows, mask = [canvas if before is None else before, canvas], self.model.mask_token_id
         width = max(map(len, rows))
-        trace = torch.stack([F.pad(row, (0, width - len(row)), value=self.model.mask_token_id) for row in rows])
+        trace = torch.stack([F.pad(row, (0, width - len(row)), value=mask) for row in rows])    # (2, T)
         if len(fixed) != width:                                     # edits have moved what was given
             fixed = torch.zeros_like(trace[0], dtype=torch.bool)
         doubts = torch.full(trace.shape, float('nan'))

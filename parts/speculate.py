@@ -91,9 +91,9 @@ class Unfinished:
 
     def show_draft(self, x, hole, drafted, q):
         """
-        Adds a canvas to the history, with the draft (R, W) of what comes from hole (R, 1) on, if there is one.
+        Adds a canvas to the history with the draft (R, W) of what comes from hole (R, 1) on, if there is one.
 
-        What is only drafted is ~id there, so that nobody takes it for text. q (R, W, V+2): 0 where no draft is
+        What is only drafted is ~id there, so that nobody takes it for text. q (R, W, V+2), 0: no draft.
         """
         if self.history is not None and q.any():
             T, W = x.size(1), drafted.size(1)
@@ -144,7 +144,7 @@ def write(model, canvas, fixed, filters, ends, *, generator=None, trace=False):
 
 
 def draft_by_both_sides(model, x, hole, window, filters, generator):
-    """A draft of the window tokens from hole (R, 1) on by a bidirectional pass over x (R, T), see one_round."""
+    """A draft of window tokens from hole (R, 1) on by a bidirectional pass over x (R, T), see one_round."""
     at = hole + torch.arange(window, device=x.device)                                        # (R, W)
     law = filtered(model.logits(picked(model(x), at), real_only=True), **filters)            # (R, W, V+2)
     return draw(law, generator), law

@@ -114,8 +114,7 @@ def show_samples(s, m, samples, seconds):
         foot.append(f'{rules}; {nfe:.0f} passes a sample')
     if s.html:
         foot += [m.said[0], shlex.join(['python', *sys.argv]), f'seed {s.seed}']
-        look = dict(m.look, diff=s.task == 'repair')
-        show.write_page(s.html, f"{m.meta['name']}: {s.task}", foot, m.stories(samples[:20]), look)
+        show.write_page(s.html, f"{m.meta['name']}: {s.task}", foot, m.stories(samples[:20]), m.look)
         print(f'written to {s.html}')
     if s.save:
         lines = [{key: value for key, value in sample.items() if key != 'trace'} for sample in samples]

@@ -21,15 +21,15 @@ from data.common import gpt2
 from plumbing.files import to_json, write_atomically
 from plumbing.evaluate import p_wrong
 from plumbing.score import NAMES
-from plumbing.text import EMPTY, can_have, modelled, pictured, pieces, visible
+from plumbing.text import EMPTY, can_have, modelled, pictured, pieces, until_end, visible
 
 # how the terminal shows what a position can be in a frame, in the colours of the page; the first letter is
 # its name there
 STYLES = dict(kept='', changed='magenta reverse', new='green reverse', remasked='red reverse', mask='dim',
               draft='italic blue underline', fixed='bold cyan')
 STATES = list(STYLES)
-WORDS = dict(kept='kept', changed='rewritten', new='new', remasked='taken back', mask='masked', draft='drafted',
-             fixed='given')
+WORDS = dict(kept='kept', changed='rewritten', new='new', remasked='taken back', mask='masked',
+             draft='drafted', fixed='given')
 SPACES = '\n \t'
 SIGNS = str.maketrans(SPACES, '↵␣⇥')  # for what would not be seen
 # doubt in the page: a letter, from 0 to 1, and a blank for none; none of them needs an escape
@@ -56,6 +56,27 @@ def changes(before, after, doubted):
         old.append(sign * both + '-' * (j - i - both))
         new.append(sign * both + '+' * (m - k - both))
     return ''.join(old), ''.join('?' if c == ' ' and p else c for c, p in zip(''.join(new), doubted))
+
+
+def differences(meta, sample):
+    """
+    What a repair made of the tokens of a text, [(what it was, what it is, whether it was doubted and kept)];
+    what it was is '' for what was put in, what it is for what was taken away. sample: has a trace and marks.
+    """
+    before, taken, marks = sample.get('before'), sample.get('taken'), sample['marks']
+    after, num = sample['tokens'], len(marks)
+    if before is None:                                              # nothing was moved
+        before = until_end(meta, sample['trace'][0].tolist())
+        taken = ' ' * num + '-' * (len(before) - num)
+        marks = marks[:len(before)] + '+' * (num - len(before))
+    before, after, found = [*zip(before, taken)], [*zip(after, marks)], []
+    while before or after:
+        (old, gone), (new, sign) = *(before[:1] or [(None, '')]), *(after[:1] or [(None, '')])
+        old = None if sign == '+' and gone != '-' else before.pop(0)[0]
+        new = None if gone == '-' else after.pop(0)[0]
+        texts = ('' if id is None else printable(meta, id) for id in (old, new))
+        found.append((*texts, old == new and sign == '?'))
+    return found
 
 
 def columns(text):
@@ -158,7 +179,8 @@ def judge_steps(model, trace, writer=None):
     """
     p(WRONG) of every visible token of every step: trace (S, T) ids -> (S, T) float, nan at masks and drafts.
 
-    What is longer than the network reads is judged in windows, each by itself. writer: for a judge that was never shown a mask, the network whose likeliest tokens it is shown there.
+    What is longer than the network reads is judged in windows, each by itself. writer: for a judge that was
+    never shown a mask, the network whose likeliest tokens it is shown there.
     """
     T, size, doubts = trace.size(1), model.config.block_size, []
     if T > size:
@@ -302,7 +324,7 @@ def packed(story, table):
         doubts = (' ' if p is None else DOUBTS[round(p * (len(DOUBTS) - 1))] for p in frame['doubts'])
         frames.append([differ, ''.join(state[0] for state in frame['states']), ''.join(doubts)])
         before = ids
-    return dict(label=story['label'], note=story.get('note', ''), frames=frames)
+    return dict(label=story['label'], note=story.get('note', ''), diff=story.get('diff'), frames=frames)
 
 
 def template():
@@ -319,7 +341,7 @@ def page(title, foot, stories, look):
     """
     Self-contained HTML: every story with a slider over its steps, coloured by p(WRONG).
 
-    foot: lines that say how it was made; look: see layout, and diff=True for what became of given texts.
+    foot: lines that say how it was made; look: see layout.
     """
     table = {}
     told = [packed(story, table) for story in stories]
@@ -354,6 +376,8 @@ def stories(judge, meta, fixed, samples, task=None, writer=None):
         label = f"{sample['text']}   {verdict}".replace('\n', ' ') if task else sample['text'][:60]
         numbers = [f'{name} {sample[key]:.3f} nats/token' for key, name in NAMES.items() if key in sample]
         told.append(story(meta, trace, given, doubts, label, ', '.join(filter(None, [verdict, *numbers]))))
+        if 'marks' in sample:
+            told[-1]['diff'] = differences(meta, sample)
     return told
 
 
@@ -387,29 +411,41 @@ def lines_around(place, look):
     return ' '.join(name for name, there in drawn.items() if there)
 
 
-def fragment(look, frame, old=None, given=None, doubted=()):
+def fragment(look, frame, old=None):
     """
     A frame as HTML, <i data-place="3" class="n">text</i> for each token.
 
-    old: the frame before it, which has what is taken back. given: the frame that a repair began with, to show
-    what was replaced; doubted: the places that it doubted.
+    old: the frame before it, which has what is taken back.
     """
     cells = []
     for place, (token, state, doubt) in enumerate(zip(frame['tokens'], frame['states'], frame['doubts'])):
-        said = WORDS[state]
         if state == 'remasked' and old:
             token = old['tokens'][place]
-        if given:
-            before, state = given['tokens'][place], 'kept'
-            doubt, said = None, 'doubted and kept' if place in doubted else 'kept'
-        text = html.escape(shown(token, state, look['kind']))
-        if given and before != token:
-            was = html.escape(shown(before.translate(SIGNS), 'kept', look['kind']))
-            text, said = f'<del>{was}</del><ins>{text}</ins>', 'replaced'
-        sign = 'q' if said == 'doubted and kept' else state[0]
         number = '' if doubt is None else f', p(WRONG) {doubt:.2f}'
-        title = f'{html.escape(token.translate(SIGNS))}, {said}{number}'
-        cells.append(f'<i class="{sign} {lines_around(place, look)}" data-place="{place}" title="{title}" '
-                     f'style="--p: {doubt or 0:.2f}">{text}</i>')
+        cells.append(cell(look, place, state[0], html.escape(shown(token, state, look['kind'])),
+                          f'{token.translate(SIGNS)}, {WORDS[state]}{number}', doubt))
+    return text_of(look, cells)
+
+
+def repaired(look, diff):
+    """What a repair did as HTML, see differences."""
+    cells = []
+    for place, (was, now, doubted) in enumerate(diff):
+        old, new = (html.escape(shown(token, 'kept', look['kind'])) for token in (was.translate(SIGNS), now))
+        text, said = new, 'doubted and kept' if doubted else 'kept'
+        if was != now:
+            text, said = f'<del>{old}</del>' * bool(was) + f'<ins>{new}</ins>' * bool(now), 'replaced'
+        cells.append(cell(look, place, 'q' if doubted else 'k', text, f'{now.translate(SIGNS)}, {said}'))
+    return text_of(look, cells)
+
+
+def cell(look, place, sign, text, title, doubt=None):
+    """One token as HTML."""
+    return (f'<i class="{sign} {lines_around(place, look)}" data-place="{place}" '
+            f'title="{html.escape(title)}" style="--p: {doubt or 0:.2f}">{text}</i>')
+
+
+def text_of(look, cells):
+    """The cells of a text as HTML."""
     side = f' style="--side: {look["side"]}"' if 'side' in look else ''
     return f'<div class="text {look["kind"]}"{side}>{"".join(cells)}</div>'
