@@ -423,7 +423,7 @@ def main():
     s = configurator.namespace(globals())
     check_sampling(s, how, COMMIT, [*DOUBT, *OTHER_RULES])
     m = open_checkpoints(s, load)
-    m.said[:0] = SAID
+    s.said = SAID
     if s.export:
         return export_safetensors(s.export, m.model, m.checkpoint)
     t0 = time.perf_counter()

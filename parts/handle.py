@@ -183,9 +183,8 @@ class Live(list):
                 raise error
         finally:
             self.unread = True
-            while step:                                             # whoever waits may go
+            while step and not sys.is_finalizing():                 # whoever waits may go
                 step = self.queue.get()
-            worker.join()
 
 
 class Handle:

@@ -6,6 +6,7 @@ s is always its settings.
 import json
 import shlex
 import sys
+from contextlib import closing
 from functools import partial
 
 from configurator import UserError
@@ -87,7 +88,8 @@ def ask(s, m, rules, live):
         work = partial(getattr(m, s.task), texts, num=s.num_samples, **more, **how)
     if not s.animate:
         return work()
-    show.animate(m.frames(live, work))
+    with closing(m.frames(live, work)) as steps:                    # Ctrl-C ends the work as well
+        show.animate(steps)
     return live.result
 
 
@@ -104,13 +106,13 @@ def show_samples(s, m, samples, seconds):
         print(f'... and {len(samples) - 50} more' + ('' if s.save else ' (--save=FILE.jsonl keeps them all)'))
     if s.task == 'score' and len(samples) > 1:
         print(total(samples, m.meta))
-    print('', *m.said, sep='\n')
+    print('', *s.said, *m.said, sep='\n')
     foot = []
     if s.task != 'score':
         rules = show.words_of(samples[0].rules)
         nfe = sum(sample.nfe for sample in samples) / len(samples)
-        print(f'{rules}\n{len(samples)} samples, {nfe:.1f} passes each (NFE), '
-              f'{len(samples) / seconds:.1f} samples/s')
+        speed = '' if s.animate else f', {len(samples) / seconds:.1f} samples/s'
+        print(f'{rules}\n{len(samples)} samples, {nfe:.1f} passes each (NFE){speed}')
         foot.append(f'{rules}; {nfe:.0f} passes a sample')
     if s.html:
         foot += [m.said[0], shlex.join(['python', *sys.argv]), f'seed {s.seed}']

@@ -266,7 +266,9 @@ def counts(frame):
     words = [f"{found['mask'] + found['remasked']} masked"]
     words += [f'{found[state]} {WORDS[state]}' for state in ('draft', 'new', 'remasked', 'changed')
               if found[state]]
-    return ' · '.join(words + [f'mean p(WRONG) {sum(judged) / len(judged):.2f}'] * bool(judged))
+    if judged:
+        words.append(f'mean p(WRONG) {sum(judged) / len(judged):.2f}')
+    return ' · '.join(words)
 
 
 def animate(steps, seconds=0.08):
@@ -278,7 +280,7 @@ def animate(steps, seconds=0.08):
     Console, Live, Text = import_rich()
     console = Console()
     legend = [part for state, style in STYLES.items() for part in ((WORDS[state], style), '  ')]
-    console.print(Text.assemble(*legend, ('doubted', 'yellow'), '  ', ('p(WRONG) > 1/2', 'bold yellow')))
+    console.print(Text.assemble(*legend, ('p(WRONG) > 0.2', 'yellow'), '  ', ('> 0.5', 'bold yellow')))
     number = step = 0
     with ExitStack() as screen:
         for frame, old, begins in steps:
