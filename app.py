@@ -41,8 +41,9 @@ attention = 'auto'         # auto | plain | sdpa
 
 LEGEND = """<h1>nanoRemask: {name}</h1><p class="legend"><i class="m">x</i> masked
 <i class="n">x</i> new <i class="r">x</i> taken back <i class="c">x</i> rewritten <i class="f">x</i> given
-<i class="d">x</i> drafted <i class="ramp">0   1</i> p(WRONG) <i class="q">x</i> doubted and kept</p>
-<p>{said}</p>"""
+<i class="d">x</i> drafted <i class="ramp">0   1</i> p(WRONG) <i class="q">x</i> doubted and kept
+{signs}</p><p>{said}</p>"""
+SIGNS = '⟨ start, ⟩ end of text, · padding'
 CLICK = """element.addEventListener('click', event => {
   const mark = event.target.closest('[data-place]')
   if (mark) trigger('click', { place: +mark.dataset.place })
@@ -167,7 +168,7 @@ def tab(gr, m, other, longest, task):
     second = samplers(other, task) if fits(other, task) else []
     two_of_them = other is not m and second != []
     begin = '' if task == 'generate' else example(m, task)
-    best = 'intelligent' if task == 'generate' and 'intelligent' in names else USUAL    # it can be watched
+    best = 'intelligent' if task == 'generate' and 'intelligent' in names else USUAL    # it takes things back
     css = show.styles()
     with gr.Tab(label):
         text = gr.Textbox(begin, label=label, info=told.format(hole=m.hole), lines=3, max_lines=12,
@@ -211,9 +212,13 @@ def fits(m, task):
 def build(gr, m, other=None, longest=2000):
     """The page, gr.Blocks; other: what writes beside m, None: m as well."""
     other = other or m
-    said = '<br>'.join(dict.fromkeys(html.escape(one.said[0]) for one in (m, other)))
+    said = html.escape(m.said[0])
+    if other is not m:
+        said = f'left: {said}<br>right: {html.escape(other.said[0])}'
+    padded = m.look['kind'] == 'boxes' and m.meta['pad'] is not None
+    legend = LEGEND.format(name=html.escape(m.meta['name']), said=said, signs=SIGNS if padded else '')
     with gr.Blocks(title='nanoRemask', analytics_enabled=False) as blocks:
-        gr.HTML(LEGEND.format(name=html.escape(m.meta['name']), said=said), css_template=show.styles())
+        gr.HTML(legend, css_template=show.styles())
         for task in TABS:
             if fits(m, task):
                 tab(gr, m, other, longest, task)

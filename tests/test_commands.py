@@ -22,6 +22,7 @@ import configurator
 import train
 from data import loader
 from model import GPT, GPTConfig
+from plumbing import show
 from plumbing.checks import check_fits, check_sizes, idle
 from suites import arithmetic, checkpoints
 from suites.common import standard_error
@@ -605,6 +606,24 @@ def test_a_folder_and_those_below(run, trained, tmp_path):
     out = went_well(run('sample', f'--out_dir={tmp_path}', '--num_samples=1', *CPU))
     assert f'{tmp_path}/ckpt_joint_all_positions.pt: joint' in out
     assert f'below it there are others: {tmp_path}/faults/0/ckpt_unmasking.pt' in out
+
+
+def test_animate_shows_every_step_as_it_happens(run, trained, monkeypatch):
+    """One sample after the other, and the same texts as without it, one at a time."""
+    pytest.importorskip('rich')
+    passes, shown, plain = [], [], show.painted
+    monkeypatch.setattr(show, 'painted', lambda *args: (shown.append(len(passes)), plain(*args))[1])
+    first = GPT.forward
+    monkeypatch.setattr(GPT, 'forward', lambda *args, **more: (passes.append(1), first(*args, **more))[1])
+    words = ['--init_from=ckpt', f'--out_dir={trained[0]}', '--num_samples=2', '--remask=wrong', '--steps=4',
+             *CPU]
+    out = went_well(run('sample', *words, '--animate=True'))
+    assert len(shown) == 10 and shown[0] <= 3 and len(passes) > shown[4]      # a step is judged, too
+    assert 'sample 1 · step 4 · 0 masked' in out and 'sample 2 · step 4 · 0 masked' in out
+    assert 'samples/s' not in out
+    alone = went_well(run('sample', *words, '--batch_size=1'))
+    texts = [line for line in alone.splitlines() if '✗' in line or '✓' in line]
+    assert len(texts) == 2 and all(text in out for text in texts)
 
 
 def test_animate_needs_rich_before_anything_is_loaded(run, monkeypatch):
