@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -577,7 +578,7 @@ def test_every_setting_of_a_config_has_a_say(path):
 
 
 def test_what_training_proposes_works(run, tmp_path):
-    """Of a network that judges, another one samples by it."""
+    """What a network that judges proposes is to score a text; another one samples by it."""
     plain, out = tmp_path / 'plain', tmp_path / 'judge'
     words = went_well(run('train', *TINY, 'config/unmask.py', '--remask_target=wrong', f'--out_dir={plain}'))
     assert 'remask_target: no say, since training_type=unmasking has no wrong tokens' in words
@@ -585,7 +586,9 @@ def test_what_training_proposes_works(run, tmp_path):
     went_well(run(command[0].removesuffix('.py'), *command[1:], '--num_samples=1', '--steps=2', *CPU))
     words = went_well(run('train', *TINY, 'config/remask_only.py', f'--out_dir={out}'))
     assert 'sample from it' not in words and 'wrong tokens found: AUC' in words
-    more = words.rpartition(': add ')[2].split()[0]
+    score = shlex.split(words.rpartition(' texts: python sample.py ')[2].splitlines()[0])
+    assert 'p(WRONG) of every token' in went_well(run('sample', *score, *CPU))
+    more = words.rpartition(', with ')[2].split(',')[0]
     words = went_well(run('sample', *command[1:], more, '--num_samples=1', '--steps=2', *CPU))
     assert 'remask=wrong' in words
 
