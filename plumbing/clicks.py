@@ -40,10 +40,10 @@ def alternatives(m, text, place, number=5):
     canvas, parts = read_place(m, text, place)
     canvas[place] = m.model.mask_token_id
     hidden = m.model(canvas[None])[0, place]
-    p = m.model.logits(hidden[None], real_only=True)[0].softmax(-1)                               # (V+2,)
+    p = m.model.logits(hidden[None], real_only=True)[0].softmax(-1)                              # (V+2,)
     best = p.topk(min(number, m.meta['vocab_size']))
     words = [f'{show.printable(m.meta, id).translate(show.SIGNS)} {share:.0%}'
-             for share, id in zip(best.values.tolist(), best.indices.tolist())]
+             for share, id in zip(best.values.tolist(), best.indices.tolist()) if share >= 0.005]
     return f'in place of {parts[place].translate(show.SIGNS)}: ' + ', '.join(words)
 
 
