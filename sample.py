@@ -48,7 +48,7 @@ text: str = None           # infill, repair, edit, score: the text; \n is a line
 file: str = None           # or a file of texts, one a line; - is standard input
 mask: str = None           # edit: a word to write anew, or 3:5,8:9 in tokens; None: what is in [brackets]
 num_samples: int = None    # how many samples to draw; None: 10, with a text 1 each
-preset: str = None         # rules with a name, see parts/presets.py; None: the checkpoint's best
+preset: str = None         # rules with a name, see parts/presets.py, or several: a,b; None: the best
 seed = 1337                # the same seed and command give the same text
 score = False              # print NELBO, causal NLL and p(WRONG) of every token of what was written
 animate = False            # write one by one, and show every step as it happens (pip install rich)
@@ -427,7 +427,7 @@ def main():
     if s.export:
         return export_safetensors(s.export, m.model, m.checkpoint)
     t0 = time.perf_counter()
-    samples = ask(s, m, vars(how), Live())
+    samples = ask(s, m, vars(how), Live)
     show_samples(s, m, samples, time.perf_counter() - t0)
 
 

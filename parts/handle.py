@@ -450,8 +450,12 @@ class Handle:
     def stories(self, samples):
         """What show.animate and show.page tell of Samples that have their steps."""
         given = None if samples[0].task == 'score' else [sample.fixed for sample in samples]
-        return show.stories(self.judge or self.finds, self.meta, given, samples, self.task,
+        told = show.stories(self.judge or self.finds, self.meta, given, samples, self.task,
                             self.model if self.judge else None)
+        rules = [show.words_of(sample.rules) for sample in samples]
+        for story, words in zip(told, rules):                       # of several samplers each says which
+            story['by'] = words if len({*rules}) > 1 else ''
+        return told
 
 
 def by_length(sampler, canvas, fixed):

@@ -69,11 +69,12 @@ def given_texts(s, m):
 
 def ask(s, m, rules, live):
     """
-    The Samples that the settings ask for. rules: those of How that were chosen, None for the others.
+    The Samples that the settings ask for, of several presets the first of each, then the second.
 
-    live: a parts.handle.Live for --animate: samples are written one by one, and each step is shown at once.
+    rules: those of How that were chosen, None for the others. live: makes a parts.handle.Live for --animate:
+    samples are written one by one, and each step is shown at once.
     """
-    how = dict(rules, preset=s.preset, seed=s.seed, batch_size=1 if s.animate else s.batch_size,
+    how = dict(rules, seed=s.seed, batch_size=1 if s.animate else s.batch_size,
                progress=not s.animate, trace=bool(s.html) or s.task == 'repair')
     if s.task == 'generate':
         s.prompt = typed(m.meta, s.prompt)
@@ -86,11 +87,15 @@ def ask(s, m, rules, live):
         texts = [text['text'] if isinstance(text, dict) else text for text in texts]
         more = dict(edit=dict(words=s.mask), infill=dict(hole=s.hole)).get(s.task, {})
         work = partial(getattr(m, s.task), texts, num=s.num_samples, **more, **how)
-    if not s.animate:
-        return work()
-    with closing(m.frames(live, work)) as steps:                    # Ctrl-C ends the work as well
-        show.animate(steps)
-    return live.result
+    found = []
+    for preset in (s.preset or '').split(','):
+        mine = partial(work, preset=preset or None)
+        if s.animate:
+            watched = live()
+            with closing(m.frames(watched, mine)) as steps:         # Ctrl-C ends the work as well
+                show.animate(steps)
+        found.append(watched.result if s.animate else mine())
+    return [sample for group in zip(*found) for sample in group]
 
 
 def show_samples(s, m, samples, seconds):
@@ -100,7 +105,12 @@ def show_samples(s, m, samples, seconds):
                         'tokens: use --task=score without it, or train with training_type joint')
     if s.score and s.task != 'score':
         m.judge_all(samples)
+    groups = {}                                                     # the samples of each preset
+    for sample in samples:
+        groups.setdefault(show.words_of(sample.rules), []).append(sample)
     for sample in samples[:50]:
+        if len(groups) > 1:
+            print(f'{show.words_of(sample.rules)}:')
         print(sample.report())
     if len(samples) > 50:
         print(f'... and {len(samples) - 50} more' + ('' if s.save else ' (--save=FILE.jsonl keeps them all)'))
@@ -108,11 +118,10 @@ def show_samples(s, m, samples, seconds):
         print(total(samples, m.meta))
     print('', *s.said, *m.said, sep='\n')
     foot = []
-    if s.task != 'score':
-        rules = show.words_of(samples[0].rules)
-        nfe = sum(sample.nfe for sample in samples) / len(samples)
-        speed = '' if s.animate else f', {len(samples) / seconds:.1f} samples/s'
-        print(f'{rules}\n{len(samples)} samples, {nfe:.1f} passes each (NFE){speed}')
+    speed = '' if s.animate or len(groups) > 1 else f', {len(samples) / seconds:.1f} samples/s'
+    for rules, group in groups.items() if s.task != 'score' else ():
+        nfe = sum(sample.nfe for sample in group) / len(group)
+        print(f'{rules}\n{len(group)} samples, {nfe:.1f} passes each (NFE){speed}')
         foot.append(f'{rules}; {nfe:.0f} passes a sample')
     if s.html:
         foot += [m.said[0], shlex.join(['python', *sys.argv]), f'seed {s.seed}']

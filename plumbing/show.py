@@ -326,7 +326,7 @@ def packed(story, table):
         doubts = (' ' if p is None else DOUBTS[round(p * (len(DOUBTS) - 1))] for p in frame['doubts'])
         frames.append([differ, ''.join(state[0] for state in frame['states']), ''.join(doubts)])
         before = ids
-    return dict(label=story['label'], note=story.get('note', ''), diff=story.get('diff'), frames=frames)
+    return dict(note='', by='', diff=None) | story | dict(frames=frames)
 
 
 def template():

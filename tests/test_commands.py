@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ARITHMETIC, ROOT, default_config, load_script, tiny_gpt, write_checkpoint
+from test_show import Page
 
 import configurator
 import train
@@ -609,6 +610,23 @@ def test_a_folder_and_those_below(run, trained, tmp_path):
     out = went_well(run('sample', f'--out_dir={tmp_path}', '--num_samples=1', *CPU))
     assert f'{tmp_path}/ckpt_joint_all_positions.pt: joint' in out
     assert f'below it there are others: {tmp_path}/faults/0/ckpt_unmasking.pt' in out
+
+
+def test_presets_side_by_side(run, trained, tmp_path):
+    """The first sample of each, then the second, each as by itself, and the page says which is which."""
+    words = ['--init_from=ckpt', f'--out_dir={trained[0]}', '--num_samples=2', '--steps=3', *CPU]
+    both = went_well(run('sample', *words, '--preset=ancestral,intelligent', f'--save={tmp_path}/both.jsonl',
+                         f'--html={tmp_path}/page.html'))
+    for name in ('ancestral', 'intelligent'):
+        went_well(run('sample', *words, f'--preset={name}', f'--save={tmp_path}/{name}.jsonl'))
+    names = 'both', 'ancestral', 'intelligent'
+    samples, one, two = (read_samples(tmp_path / f'{name}.jsonl') for name in names)
+    assert samples == [one[0], two[0], one[1], two[1]]
+    page, by = Page(tmp_path / 'page.html'), 'commit=random, remask=none, steps=3'
+    assert [story['by'].startswith(by) for story in page.data()['stories']] == [True, False] * 2
+    assert both.count(by) == 3 and '2 samples, 3.0 passes each (NFE)\n' in both
+    assert f'{by}, ar_prefix=0; 3 passes a sample' in page.text
+    refused(run('sample', '--preset=ancestral,inteligent', '--init_from=no.pt'), 'sample', 'did you mean')
 
 
 def test_animate_shows_every_step_as_it_happens(run, trained, monkeypatch):
