@@ -183,8 +183,10 @@ class Live(list):
                 raise error
         finally:
             self.unread = True
-            while step and not sys.is_finalizing():                 # whoever waits may go
-                step = self.queue.get()
+            if not sys.is_finalizing():                             # then no thread would answer
+                while step:                                         # whoever waits may go
+                    step = self.queue.get()
+                worker.join()
 
 
 class Handle:
