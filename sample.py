@@ -29,7 +29,7 @@ from parts.abstain import abstain
 from parts.blocks import write_blocks
 from parts.edits import mend
 from parts.energy import best_samples, critic, energy, text_of
-from parts.handle import Handle
+from parts.handle import Handle, Live
 from parts.long import edits_in_windows, in_windows
 from parts.look import Sampling
 from parts.presets import check_rules, check_sampling
@@ -48,10 +48,10 @@ text: str = None           # infill, repair, edit, score: the text; \n is a line
 file: str = None           # or a file of texts, one a line; - is standard input
 mask: str = None           # edit: a word to write anew, or 3:5,8:9 in tokens; None: what is in [brackets]
 num_samples: int = None    # how many samples to draw; None: 10, with a text 1 each
-preset: str = None         # rules with a name, see parts/presets.py; None: the checkpoint's best
+preset: str = None         # rules with a name, see parts/presets.py, or several: a,b; None: the best
 seed = 1337                # the same seed and command give the same text
 score = False              # print NELBO, causal NLL and p(WRONG) of every token of what was written
-animate = False            # play the denoising in the terminal (pip install rich)
+animate = False            # write one by one, and show every step as it happens (pip install rich)
 html: str = None           # write it to this file, a page that plays the steps; score: shades what is doubted
 save: str = None           # also write the samples to this file, one JSON object a line
 # the checkpoint
@@ -363,12 +363,12 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
 
     meta: the dataset's, from a checkpoint; ar_prefix, best_of: see How; rules: what generate_diffusion takes.
     Returns a list of B dicts: text, tokens (ids from the first position to the end), nfe (all passes spent on
-    the sample), finished; with trace also trace (S, T), the row's canvases. A trace that is a list
-    gets every canvas (B, T) as it happens.
+    the sample), finished; with trace also trace (S, T), the row's canvases, in which what is only drafted is
+    ~id. trace: True, or a list with a method begin, see parts.handle.Live, that is told as it happens.
     """
     device = next(model.parameters()).device
     rules = {'remask_patience': float(meta['eos'] is None), **rules}    # by measurement, see docs/log.md
-    rules.update(ends=Ends.of(meta), generator=torch.Generator(device).manual_seed(seed), trace=trace)
+    rules.update(ends=Ends.of(meta), generator=torch.Generator(device).manual_seed(seed))
     if rules.get('commit') == 'priority' and isinstance(rules.get('priority', '()=+*'), str):
         rules['priority'] = encode(meta, rules.get('priority', '()=+*'))
     canvas = canvas.repeat(best_of or 1, 1)
@@ -381,22 +381,25 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
         raise UserError(f'best_of judges whole texts, of at most block_size={model.config.block_size} tokens')
     windows = edits_in_windows if rules.get('rounds') else in_windows
 
-    def written(x, fixed):
-        x, prefix_nfe, prefix_steps = write_prefix(model, x, fixed, ar_prefix, **rules)
-        x, nfe, steps = generate_diffusion(model, x, fixed, **rules)
-        return x, nfe + prefix_nfe, trace and prefix_steps + steps
+    def written(x, fixed, steps):
+        x, prefix_nfe = write_prefix(model, x, fixed, ar_prefix, trace=steps, **rules)
+        x, nfe, _ = generate_diffusion(model, x, fixed, trace=steps, **rules)
+        return x, nfe + prefix_nfe
 
     for first in tqdm(range(0, num, batch_size), disable=quiet, desc='sampling', leave=False):
         x = canvas[first:first + batch_size].to(device)
         kept = fixed[first:first + batch_size].to(device)
-        x, nfe, steps = windows(written, x, kept, model.config.block_size)
+        steps = [] if trace is True else None
+        if hasattr(trace, 'begin'):
+            steps = trace.begin(kept)
+        x, nfe = windows(written, x, kept, model.config.block_size, steps)
         if best_of:
             nfe = nfe + model.config.energy_head
             energies = energy(model, *text_of(x, rules['ends'])).tolist()
         for row, (ids, passes) in enumerate(zip(x, nfe.tolist())):
             text, finished = decode(meta, ids := ids.tolist())
             samples.append(dict(text=text, tokens=until_end(meta, ids), nfe=passes, finished=finished))
-            if trace is True:
+            if steps is not None:
                 samples[-1]['trace'] = torch.stack([step[row] for step in steps])
             if best_of:
                 samples[-1]['energy'] = energies[row]
@@ -421,11 +424,11 @@ def main():
     s = configurator.namespace(globals())
     check_sampling(s, how, COMMIT, [*DOUBT, *OTHER_RULES])
     m = open_checkpoints(s, load)
-    m.said[:0] = SAID
+    s.said = SAID
     if s.export:
         return export_safetensors(s.export, m.model, m.checkpoint)
     t0 = time.perf_counter()
-    samples = ask(s, m, vars(how))
+    samples = ask(s, m, vars(how), Live)
     show_samples(s, m, samples, time.perf_counter() - t0)
 
 

@@ -403,7 +403,7 @@ def train(config):
         take_step(run, data['train'], parallel)
         if (step + 1) % config['log_interval'] == 0:
             report(run)
-    run.finish()
+    run.finish(val)
 
 
 def main():

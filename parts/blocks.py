@@ -19,7 +19,7 @@ from parts.speculate import Unfinished, causal_pass
 from plumbing.evaluate import nelbo
 from plumbing.kernels import beside
 from plumbing.pack import pack
-from plumbing.rows import places
+from plumbing.rows import Part, places
 from plumbing.text import modelled
 
 
@@ -282,12 +282,12 @@ def write_blocks(run, loop):
         block = x.gather(1, place).masked_fill(outside, 0)
         fixed, closed = (where[todo.rows].gather(1, place) for where in (run.fixed, run.closed))
         x = torch.cat((x, x.new_zeros(len(x), width)), 1)           # (R, T + L)
-        network = AfterPrefix(model, todo.cache, at, x)
+        network, steps = AfterPrefix(model, todo.cache, at, x), None
+        if run.history is not None:
+            steps = Part(block, run.history, lambda part: todo.closed(x.scatter(1, at, part)[:, :T]))
         part = Sampling(network, block, fixed | outside, how.of_block(T), run.ends, closed, None,
-                        run.generator, run.history is not None)
-        block, nfe, steps = loop(part)
-        for step in (steps or [])[1:-1]:
-            todo.show(x.scatter(1, at, step)[:, :T])
+                        run.generator, steps)
+        block, nfe, _ = loop(part)
         done = width - L if how.revise else L                       # so many tokens are committed
         going = todo.put(x.scatter(1, at, block)[:, :T], nfe + bool(done))
         known, begin = (at[going, :done] + 1).clamp(max=T - 1), begin[going] + done

@@ -117,7 +117,7 @@ def mend(run, denoise):
     model, how, mask, ends = run.model, run.how, run.mask, run.ends
     filling = replace(how, rounds=None, remask='none', remask_threshold=None)
     rows, fixed = [*run.canvas], [*run.fixed]
-    seen, at_work, history = [set() for _ in rows], [*range(len(rows))], [rows.copy()]
+    seen, at_work = [set() for _ in rows], [*range(len(rows))]
     for number in range(how.rounds + 1):
         for group in same_length(rows, [i for i in at_work if mask in rows[i].tolist()]):
             x, kept = (torch.stack([some[i] for i in group]) for some in (rows, fixed))
@@ -126,7 +126,7 @@ def mend(run, denoise):
             run.nfe[group] += passes
             for i, ids in zip(group, close_rows(x, ~kept, mask, ends)):
                 rows[i] = ids
-        history.append(rows.copy())
+        keep(run, rows)
         texts = {i: tuple(rows[i].tolist()) for i in at_work}
         at_work = [i for i in at_work if texts[i] not in seen[i]]
         if number == how.rounds or not at_work:
@@ -136,15 +136,22 @@ def mend(run, denoise):
             x, kept = (torch.stack([some[i] for i in group]) for some in (rows, fixed))
             answers = edits_of(run, x, kept)
             run.nfe[group] += 1
-            for i, ids, keep, answer in zip(group, x, kept, answers):
+            for i, ids, stays, answer in zip(group, x, kept, answers):
                 seen[i].add(texts[i])
-                rows[i], fixed[i] = moved(ids, keep, answer, run)
-        history.append(rows.copy())
+                rows[i], fixed[i] = moved(ids, stays, answer, run)
+        keep(run, rows)
 
-    width = max(len(row) for step in history for row in step)
-    history = [torch.stack([F.pad(row, (0, width - len(row)), value=mask) for row in step])
-               for step in history if run.history]
-    return torch.stack(rows) if ends.pad is not None else rows, run.nfe, history or None
+    if run.history is not None:                                     # all of them as wide as the widest
+        width = max(step.size(1) for step in run.history)
+        run.history[:] = [F.pad(step, (0, width - step.size(1)), value=mask) for step in run.history]
+    return torch.stack(rows) if ends.pad is not None else rows, run.nfe, run.history
+
+
+def keep(run, rows):
+    """Adds rows, a list of (T,) of several lengths, to the history, masks behind the shorter ones."""
+    if run.history is not None:
+        width = max(map(len, rows))
+        run.history.append(torch.stack([F.pad(row, (0, width - len(row)), value=run.mask) for row in rows]))
 
 
 def edits_of(run, x, fixed):

@@ -21,6 +21,7 @@ from itertools import groupby
 from operator import itemgetter
 
 import torch
+import torch.nn.functional as F
 
 from configurator import UserError
 from model import GPT
@@ -103,10 +104,9 @@ class Sample(dict):
         """The page with a slider over the steps, HTML."""
         if self.steps is None:
             raise UserError('the steps of this sample were not kept: write it with trace=True')
-        meta, task = self.owner.meta, self.owner.task
+        meta = self.owner.meta
         words = [f'{show.words_of(self.rules)}; {self.nfe} passes', self.owner.said[0]]
-        look = dict(show.layout(meta, task), diff=self.task == 'repair')
-        return show.page(f"{meta['name']}: {self.task}", words, self.owner.stories([self]), look)
+        return show.page(f"{meta['name']}: {self.task}", words, self.owner.stories([self]), self.owner.look)
 
     def _repr_html_(self):
         if self.steps is not None:
@@ -123,10 +123,12 @@ class Sample(dict):
 
 
 class Canvas(str):
-    """The text of a canvas, ▒ for each token that is not there; ids (T,) are its tokens."""
+    """
+    The text of a canvas, ▒ for each token that is not there; ids (T,) are its tokens, ~id of what is drafted.
+    """
 
     def __new__(cls, meta, ids):
-        runs = groupby(ids.tolist(), lambda i: i == meta['vocab_size'])
+        runs = groupby((max(i, ~i) for i in ids.tolist()), lambda i: i == meta['vocab_size'])
         made = super().__new__(cls, ''.join(HOLE * len([*run]) if hole else decode(meta, [*run])[0]
                                             for hole, run in runs))
         made.ids = ids
@@ -134,43 +136,57 @@ class Canvas(str):
 
 
 class Live(list):
-    """A trace that is read while it grows: it holds the last canvas, and iterates over all of them."""
+    """
+    A trace that is read while it grows, of one batch after the other: the canvases of the last one.
+
+    result: what the work returned, once all has been read
+    """
 
     def __init__(self):
         super().__init__()
-        self.queue, self.unread = queue.Queue(1), False
+        self.queue, self.unread, self.fixed, self.result = queue.Queue(1), False, None, None
+
+    def begin(self, fixed):
+        """The trace of the next batch, whose fixed (B, T) positions never change."""
+        self.clear()
+        self.fixed = fixed
+        return self
 
     def append(self, canvas):
         if self.unread:
             raise GeneratorExit
-        self[:] = [canvas]
-        self.queue.put((canvas, None))
+        super().append(canvas)
+        self.queue.put((canvas, self.fixed, len(self) == 1))
 
     def follow(self, work):
-        """Runs work(trace=self) in a thread of its own; yields every canvas (B, T) as it happens."""
+        """
+        Runs work(trace=self) in a thread of its own. Yields every canvas (B, T) as it happens, with the fixed
+        positions (B, T) and whether it is the first of a batch.
+        """
+        error = None
+
         def run():
-            error = None
+            nonlocal error
             try:
-                work(trace=self)
+                self.result = work(trace=self)
             except BaseException as problem:                        # raised again where it is read
                 error = problem
-            self.queue.put((None, error))
+            self.queue.put(None)
 
         worker = threading.Thread(target=run, daemon=True)
         worker.start()
-        canvas = error = None
+        step = True
         try:
-            canvas, error = self.queue.get()
-            while canvas is not None:
-                yield canvas
-                canvas, error = self.queue.get()
+            while step := self.queue.get():
+                yield step
             if error:
                 raise error
         finally:
             self.unread = True
-            while canvas is not None:                               # whoever waits may go
-                canvas, _ = self.queue.get()
-            worker.join()
+            if not sys.is_finalizing():                             # then no thread would answer
+                while step:                                         # whoever waits may go
+                    step = self.queue.get()
+                worker.join()
 
 
 class Handle:
@@ -179,7 +195,8 @@ class Handle:
 
     model: a GPT; checkpoint: the dict it was read from; meta: of its dataset; config: its training settings;
     can: what it was trained for, see parts.presets.Abilities; judge: a second network that finds wrong
-    tokens, or None; task: the task.py of the dataset, or None; said: what it is, lines.
+    tokens, or None; task: the task.py of the dataset, or None; said: what it is, lines; look: how its texts
+    are shown, see plumbing.show.layout; hole: what stands for a token to be found.
 
     Methods that write take the rules of sample.How by name (steps=32, remask='wrong', ...), preset, seed,
     batch_size, progress (a bar) and trace (False: the steps are not kept). They return a Sample for a text,
@@ -191,6 +208,7 @@ class Handle:
         self.model, self.checkpoint, self.judge = model, checkpoint, judge
         self.meta, self.config = checkpoint['meta'], checkpoint['config']
         self.can, self.task = supports(self.config), load_task(self.meta['name'])
+        self.look, self.hole = show.layout(self.meta, self.task), usual_hole(self.meta)
 
     @classmethod
     def load(cls, fill, fields, path='ckpt', *, out_dir='out', merge=None, merge_weight=0.5, judge=None,
@@ -254,11 +272,7 @@ class Handle:
             raise UserError(f"stop: {odd[0]!r} is not in the vocabulary of {self.meta['name']}")
         if num < 1:
             raise UserError(f'num_samples must be at least 1, got {num}')
-        lengths = None if length is None else torch.full((num,), length)
-        canvas, fixed = start_canvas(self.model, self.meta, num, encode(self.meta, prompt), lengths)
-        if not (canvas == self.model.mask_token_id).any():
-            raise UserError(f'the prompt fills the canvas: its {int(fixed[0].sum())} tokens leave nothing to '
-                            f'write of {canvas.size(1)}')
+        canvas, fixed = self.start(num, prompt, length)
         samples = self.write('generate', [None] * num, canvas, fixed, **how)
         if stop:
             stop_at(self.meta, samples, stop, len(decode(self.meta, encode(self.meta, prompt))[0]))
@@ -311,7 +325,7 @@ class Handle:
 
     def watch(self, text='', task='generate', **how):
         """
-        Yields every step as it happens, a Canvas: its text so far, and its ids (T,).
+        Yields every step as it happens, a Canvas: its text so far, and its ids (T,), ~id if only drafted.
 
         text: the prompt, or for another task (infill, repair, edit) the text; how: what its method takes.
 
@@ -321,7 +335,7 @@ class Handle:
         if task not in ('generate', 'infill', 'repair', 'edit'):
             raise UserError(f"task expects one of generate, infill, repair, edit; got '{task}'")
         work = partial(self.generate, 1, text) if task == 'generate' else partial(getattr(self, task), text)
-        for canvas in Live().follow(partial(work, **how)):
+        for canvas, _, _ in Live().follow(partial(work, **how)):
             yield Canvas(self.meta, canvas[0].cpu())
 
     # -------------------------------------------------------------------------
@@ -330,7 +344,7 @@ class Handle:
     def read(self, text, hole=None):
         """A text as the dataset's task.py reads what people write."""
         if hasattr(self.task, 'read'):
-            return self.task.read(text, self.meta['block_size'], hole or usual_hole(self.meta))
+            return self.task.read(text, self.meta['block_size'], hole or self.hole)
         return text
 
     def given(self, text):
@@ -341,8 +355,17 @@ class Handle:
         text = self.read(text)
         return Sample(self, given_sample(self.model, self.meta, text, tokens), 'score')
 
+    def start(self, num, prompt='', length=None):
+        """What num samples start from that begin with a prompt: canvas (B, T), fixed (B, T) bool."""
+        lengths = None if length is None else torch.full((num,), length)
+        canvas, fixed = start_canvas(self.model, self.meta, num, encode(self.meta, prompt), lengths)
+        if not (canvas == self.model.mask_token_id).any():
+            raise UserError(f'the prompt fills the canvas: its {int(fixed[0].sum())} tokens leave nothing to '
+                            f'write of {canvas.size(1)}')
+        return canvas, fixed
+
     def canvas(self, task, text, hole=None, mask=None):
-        """What a task starts from: (the text as it was read, canvas (T,), fixed (T,) bool)."""
+        """What a task other than generate starts from: (the text as it was read, canvas (T,), fixed (T,))."""
         text = self.read(text, hole)
         canvas, fixed = task_canvas(task, self.model, self.meta, text, hole, mask)
         return text, canvas[0], fixed[0]
@@ -354,12 +377,8 @@ class Handle:
         samples = self.write(task, *zip(*rows), **how) if rows else []
         return samples[0] if isinstance(text, str) and num is None else samples
 
-    def write(self, task, texts, canvas, fixed, *, preset=None, seed=1337, batch_size=256, trace=True,
-              progress=False, **rules):
-        """
-        The Samples of canvas and fixed, B rows (T,) each, which may have several lengths. texts: what was
-        given, B texts or None.
-        """
+    def choose(self, task, texts, canvas, *, preset=None, **rules):
+        """All rules for canvas, B rows (T,), and texts as in write, if these rules were chosen."""
         odd = [name for name in rules if name not in self.fields]
         if odd:
             hint = nearest(odd[0], self.fields) or f"there are {', '.join(self.fields)}"
@@ -368,9 +387,17 @@ class Handle:
         masked = [row == self.model.mask_token_id for row in canvas]
         # whether there is text right of a hole
         inside = task == 'repair' or any((row.cummax(0).values & ~row).any() for row in masked)
-        chosen = choose_rules(self.config, preset=preset, task=task, inside=inside,
-                              judge=self.judge is not None,
-                              any_length=any(ANY in text for text in texts if text), **rules)
+        return choose_rules(self.config, preset=preset, task=task, inside=inside,
+                            judge=self.judge is not None,
+                            any_length=any(ANY in text for text in texts if text), **rules)
+
+    def write(self, task, texts, canvas, fixed, *, preset=None, seed=1337, batch_size=256, trace=True,
+              progress=False, **rules):
+        """
+        The Samples of canvas and fixed, B rows (T,) each, which may have several lengths. texts: what was
+        given, B texts or None.
+        """
+        chosen = self.choose(task, texts, canvas, preset=preset, **rules)
         said = refuse_idle(self.config, rules, chosen)
         sampler = partial(self.fill, self.model, self.meta, batch_size=batch_size, seed=seed,
                           progress=progress, remask_model=self.judge, trace=trace, **chosen)
@@ -393,6 +420,31 @@ class Handle:
         found['before'] = until_end(self.meta, before.tolist())
         found['taken'], found['marks'] = show.changes(found['before'], found['tokens'], doubted.tolist())
 
+    def frame(self, canvas, fixed, before=None):
+        """
+        A canvas (T,) as a frame, see plumbing.show.story, and the one before it, of before (T,), or the same.
+
+        fixed (T,): what was given and is not doubted; all may be of several lengths.
+        """
+        rows, mask = [canvas if before is None else before, canvas], self.model.mask_token_id
+        width = max(map(len, rows))
+        trace = torch.stack([F.pad(row, (0, width - len(row)), value=mask) for row in rows])    # (2, T)
+        if len(fixed) != width:                                     # edits have moved what was given
+            fixed = torch.zeros_like(trace[0], dtype=torch.bool)
+        doubts = torch.full(trace.shape, float('nan'))
+        if self.finds:
+            doubts[1] = show.judge_steps(self.judge or self.finds, trace[1:], self.judge and self.model)[0]
+        old, frame = show.story(self.meta, trace.cpu(), fixed.cpu(), doubts, '')['frames']
+        return frame, old
+
+    def frames(self, live, work):
+        """Yields (frame, the one before it, whether a sample begins) of every step of work(trace=live)."""
+        before = None
+        for canvas, fixed, begins in live.follow(work):
+            before = None if begins else before
+            yield *self.frame(canvas[0], fixed[0], before), begins
+            before = canvas[0]
+
     def judge_all(self, samples):
         """Adds to Samples what the network thinks of them: p(WRONG), NELBO and causal NLL."""
         judge_samples(self.model, self.meta, self.can, samples)
@@ -400,8 +452,12 @@ class Handle:
     def stories(self, samples):
         """What show.animate and show.page tell of Samples that have their steps."""
         given = None if samples[0].task == 'score' else [sample.fixed for sample in samples]
-        return show.stories(self.judge or self.finds, self.meta, given, samples, self.task,
+        told = show.stories(self.judge or self.finds, self.meta, given, samples, self.task,
                             self.model if self.judge else None)
+        rules = [show.words_of(sample.rules) for sample in samples]
+        for story, words in zip(told, rules):                       # of several samplers each says which
+            story['by'] = words if len({*rules}) > 1 else ''
+        return told
 
 
 def by_length(sampler, canvas, fixed):

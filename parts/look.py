@@ -62,7 +62,7 @@ class Sampling:
         self.nfe[rows] += look.passes
         if look.last or not self.how.corrects() or self.how.remask_threshold is not None:
             self.rows = rows[places((x == self.mask).any(1))]        # a row without masks has finished
-        if self.history:
+        if self.history is not None:
             self.history.append(self.canvas.clone())
 
 

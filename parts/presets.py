@@ -303,7 +303,8 @@ def check_names(settings, commits, remasks):
     for name, names in known.items():
         if settings[name] not in (None, *names):
             raise UserError(f"{name} expects one of {', '.join(names)}; got '{settings[name]}'")
-    check_preset(settings.get('preset'))
+    for preset in (settings.get('preset') or '').split(','):
+        check_preset(preset or None)
 
 
 def check_preset(preset):

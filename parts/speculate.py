@@ -15,7 +15,7 @@ from parts.cache import Cache
 from parts.presets import check_suffix
 from plumbing.kernels import squared_relu
 from plumbing.pieces import in_pieces
-from plumbing.rows import close_rows, left_of, places, recorded, spread
+from plumbing.rows import Part, close_rows, left_of, places, recorded, spread
 
 WINDOW = 5   # tokens drafted a round; docs/log.md has measured 1 to 63
 
@@ -84,17 +84,29 @@ class Unfinished:
             self.cache.make_room(int(hole.max()) + window)
         return x, hole
 
-    def show(self, x):
-        """Adds a canvas with x (R, T) to the history."""
-        self.history.append(self.canvas.index_copy(0, self.rows, x))
+    def closed(self, x):
+        """The canvas with x (R, T), and padding behind what is an end in it."""
+        masked = self.canvas[self.rows] == self.mask
+        return self.canvas.index_copy(0, self.rows, close_rows(x, masked, self.mask, self.ends))
+
+    def show_draft(self, x, hole, drafted, q):
+        """
+        Adds a canvas to the history with the draft (R, W) of what comes from hole (R, 1) on, if there is one.
+
+        What is only drafted is ~id there, so that nobody takes it for text. q (R, W, V+2), 0: no draft.
+        """
+        if self.history is not None and q.any():
+            T, W = x.size(1), drafted.size(1)
+            ids = torch.where(q.sum(2) > 0, ~drafted, self.mask)                             # (R, W)
+            at = hole + torch.arange(W, device=x.device)
+            x = F.pad(x, (0, W), value=self.mask).scatter(1, at, ids)[:, :T]
+            self.history.append(self.canvas.index_copy(0, self.rows, x))
 
     def put(self, x, passes):
         """Keeps x (R, T), which took passes, an int or (R,). Returns which of the R rows go on."""
-        masked = self.canvas[self.rows] == self.mask
-        self.canvas[self.rows] = close_rows(x, masked, self.mask, self.ends)
+        self.canvas = self.closed(x)
         self.nfe[self.rows] += passes
-        if self.history:
-            self.show(self.canvas[self.rows])
+        recorded(self.canvas, self.history)
         going = (self.canvas[self.rows] == self.mask).any(1).nonzero()[:, 0]
         if self.cache is not None:
             self.cache.keep_rows(going)
@@ -118,10 +130,24 @@ def write(model, canvas, fixed, filters, ends, *, generator=None, trace=False):
     q = torch.zeros(*size, run.mask + 2, device=canvas.device)
     while len(run.rows):
         x, hole = run.look(drafted.size(1) + 1)
-        x, drafted, q, passes = one_round(model, x, hole, drafted, q, window, filters, generator, run.cache)
+        passes = torch.ones_like(run.rows)
+        none = q.sum((1, 2)) == 0
+        if model.drafter is None and none.any():
+            ids, law = draft_by_both_sides(model, x[none], hole[none], window, filters, generator)
+            drafted[none], q[none] = ids, law.to(q.dtype)
+            passes += none
+        run.show_draft(x, hole, drafted, q)
+        x, drafted, q = one_round(model, x, hole, drafted, q, window, filters, generator, run.cache)
         going = run.put(x, passes)
         drafted, q = drafted[going], q[going]
     return run.canvas, run.nfe, run.history
+
+
+def draft_by_both_sides(model, x, hole, window, filters, generator):
+    """A draft of window tokens from hole (R, 1) on by a bidirectional pass over x (R, T), see one_round."""
+    at = hole + torch.arange(window, device=x.device)                                        # (R, W)
+    law = filtered(model.logits(picked(model(x), at), real_only=True), **filters)            # (R, W, V+2)
+    return draw(law, generator), law
 
 
 def one_round(model, x, hole, drafted, q, window, filters, generator, cache=None):
@@ -134,21 +160,12 @@ def one_round(model, x, hole, drafted, q, window, filters, generator, cache=None
     positive part of p - q; if none is rejected, one more comes from p. So a row gains at least one token, and
     every token is distributed by p.
 
-    x (R, T), all masks from hole (R, 1) on -> x (R, T), the next drafted and q, of window tokens, the passes
-    (R,) that it took. What the cache knows of rejected tokens is written over in the next round.
+    x (R, T), all masks from hole (R, 1) on -> x (R, T), the next drafted and q, of window tokens. What the
+    cache knows of rejected tokens is written over in the next round.
     """
     T = x.size(1)
     W = drafted.size(1)
     at = hole + torch.arange(W + 1, device=x.device)                                         # (R, W+1)
-    none = q.sum((1, 2)) == 0
-    passes = torch.ones_like(none, dtype=torch.long)
-
-    # without a head a draft by a bidirectional pass
-    if model.drafter is None and none.any():
-        law = filtered(model.logits(picked(model(x[none]), at[none, :W]), real_only=True), **filters)
-        drafted[none] = draw(law, generator)
-        q[none] = law.to(q.dtype)
-        passes += none
 
     # what the causal pass says about each drafted token and the one behind; windows may stand out of x
     x = F.pad(x, (0, W + 1), value=model.mask_token_id)
@@ -170,7 +187,7 @@ def one_round(model, x, hole, drafted, q, window, filters, generator, cache=None
     tokens = F.pad(drafted, (0, 1)).scatter(1, count, redrawn[:, None])                      # (R, W+1)
     beyond = torch.arange(W + 1, device=x.device) > count
     x = x.scatter(1, at, tokens.masked_fill(beyond, model.mask_token_id))[:, :T]
-    return x, *next_draft(model, hidden, p, count, redrawn, window, filters, generator), passes
+    return x, *next_draft(model, hidden, p, count, redrawn, window, filters, generator)
 
 
 def next_draft(model, hidden, p, count, redrawn, window, filters, generator):
@@ -237,20 +254,23 @@ def left_to_right(model, canvas, closed, steps, filters, ends, *, generator=None
 
 
 def write_prefix(model, x, fixed, ar_prefix, *, ends, generator, trace, **rules):
-    """x (B, T) with ar_prefix more tokens in each row, left to right: (x, passes, canvases but the last)."""
+    """x (B, T) with ar_prefix more tokens in each row, left to right: (x, passes). trace: a list, or None."""
     if not ar_prefix:
-        return x, 0, []
+        return x, 0
     mask = model.mask_token_id
     masked = x == mask
     width = min(x.size(1), int(masked.long().argmax(1).max()) + ar_prefix)
     check_suffix(masked[:, :width])
     filters = {name: rules[name] for name in ('temperature', 'top_k', 'top_p') if name in rules}
     closed = left_of(fixed)[:, :width]
-    head, nfe, steps = left_to_right(model, x[:, :width], closed, ar_prefix, filters, ends,
-                                     generator=generator, trace=trace)
-    steps = [torch.cat((step, x[:, width:]), 1) for step in steps or []][:-1]
-    x = torch.cat((head, x[:, width:]), 1)
-    return close_rows(x, masked, mask, ends), nfe, steps
+
+    def whole(head):
+        return close_rows(torch.cat((head, x[:, width:]), 1), masked, mask, ends)
+
+    steps = None if trace is None else Part(x[:, :width], recorded(x, trace), whole)
+    head, nfe, _ = left_to_right(model, x[:, :width], closed, ar_prefix, filters, ends, generator=generator,
+                                 trace=steps)
+    return whole(head), nfe
 
 
 def draft_loss(model, hidden, x0, weight, depth=6, most=256):

@@ -6,6 +6,7 @@ s is always its settings.
 import json
 import shlex
 import sys
+from contextlib import closing
 from functools import partial
 
 from configurator import UserError
@@ -66,23 +67,35 @@ def given_texts(s, m):
     return found
 
 
-def ask(s, m, rules):
-    """The Samples that the settings ask for. rules: those of How that were chosen, None for the others."""
-    how = dict(rules, preset=s.preset, seed=s.seed, batch_size=s.batch_size, progress=True,
-               trace=bool(s.animate or s.html) or s.task == 'repair')
+def ask(s, m, rules, live):
+    """
+    The Samples that the settings ask for, of several presets the first of each, then the second.
+
+    rules: those of How that were chosen, None for the others. live: makes a parts.handle.Live for --animate:
+    samples are written one by one, and each step is shown at once.
+    """
+    how = dict(rules, seed=s.seed, batch_size=1 if s.animate else s.batch_size,
+               progress=not s.animate, trace=bool(s.html) or s.task == 'repair')
     if s.task == 'generate':
         s.prompt = typed(m.meta, s.prompt)
         s.stop = s.stop and typed(m.meta, s.stop)
-        return m.generate(s.num_samples or 10, s.prompt, s.length, s.stop, **how)
-    texts = given_texts(s, m)
-    if s.task == 'score':
-        return m.score(texts)
-    texts = [text['text'] if isinstance(text, dict) else text for text in texts]
-    if s.task == 'edit':
-        return m.edit(texts, s.mask, s.num_samples, **how)
-    if s.task == 'infill':
-        return m.infill(texts, s.num_samples, s.hole, **how)
-    return m.repair(texts, s.num_samples, **how)
+        work = partial(m.generate, s.num_samples or 10, s.prompt, s.length, s.stop, **how)
+    else:
+        texts = given_texts(s, m)
+        if s.task == 'score':
+            return m.score(texts)
+        texts = [text['text'] if isinstance(text, dict) else text for text in texts]
+        more = dict(edit=dict(words=s.mask), infill=dict(hole=s.hole)).get(s.task, {})
+        work = partial(getattr(m, s.task), texts, num=s.num_samples, **more, **how)
+    found = []
+    for preset in (s.preset or '').split(','):
+        mine = partial(work, preset=preset or None)
+        if s.animate:
+            watched = live()
+            with closing(m.frames(watched, mine)) as steps:         # Ctrl-C ends the work as well
+                show.animate(steps)
+        found.append(watched.result if s.animate else mine())
+    return [sample for group in zip(*found) for sample in group]
 
 
 def show_samples(s, m, samples, seconds):
@@ -92,26 +105,27 @@ def show_samples(s, m, samples, seconds):
                         'tokens: use --task=score without it, or train with training_type joint')
     if s.score and s.task != 'score':
         m.judge_all(samples)
+    groups = {}                                                     # the samples of each preset
+    for sample in samples:
+        groups.setdefault(show.words_of(sample.rules), []).append(sample)
     for sample in samples[:50]:
+        if len(groups) > 1:
+            print(f'{show.words_of(sample.rules)}:')
         print(sample.report())
     if len(samples) > 50:
         print(f'... and {len(samples) - 50} more' + ('' if s.save else ' (--save=FILE.jsonl keeps them all)'))
     if s.task == 'score' and len(samples) > 1:
         print(total(samples, m.meta))
-    if s.animate:
-        show.animate(m.stories(samples[:20]))
-    print('', *m.said, sep='\n')
+    print('', *s.said, *m.said, sep='\n')
     foot = []
-    if s.task != 'score':
-        rules = show.words_of(samples[0].rules)
-        nfe = sum(sample.nfe for sample in samples) / len(samples)
-        print(f'{rules}\n{len(samples)} samples, {nfe:.1f} passes each (NFE), '
-              f'{len(samples) / seconds:.1f} samples/s')
+    speed = '' if s.animate or len(groups) > 1 else f', {len(samples) / seconds:.1f} samples/s'
+    for rules, group in groups.items() if s.task != 'score' else ():
+        nfe = sum(sample.nfe for sample in group) / len(group)
+        print(f'{rules}\n{len(group)} samples, {nfe:.1f} passes each (NFE){speed}')
         foot.append(f'{rules}; {nfe:.0f} passes a sample')
     if s.html:
         foot += [m.said[0], shlex.join(['python', *sys.argv]), f'seed {s.seed}']
-        look = dict(show.layout(m.meta, m.task), diff=s.task == 'repair')
-        show.write_page(s.html, f"{m.meta['name']}: {s.task}", foot, m.stories(samples[:20]), look)
+        show.write_page(s.html, f"{m.meta['name']}: {s.task}", foot, m.stories(samples[:20]), m.look)
         print(f'written to {s.html}')
     if s.save:
         lines = [{key: value for key, value in sample.items() if key != 'trace'} for sample in samples]

@@ -91,6 +91,22 @@ def recorded(canvas, trace):
     return kept
 
 
+class Part(list):
+    """
+    A trace of a part of a canvas, which has its start: what is added goes to the trace of the whole as well.
+
+    put: function of a part that returns the whole, with the part in its place
+    """
+
+    def __init__(self, start, whole, put):
+        super().__init__([start])
+        self.whole, self.put = whole, put
+
+    def append(self, canvas):
+        super().append(canvas)
+        self.whole.append(self.put(canvas))
+
+
 def left_of(fixed):
     """Which positions have a fixed one to their right: fixed (B, T) bool -> (B, T)."""
     return fixed.flip(1).cummax(1).values.flip(1)

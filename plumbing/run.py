@@ -27,7 +27,7 @@ from plumbing.device import configure_compute
 from plumbing.files import append_line, check_output, copy_file, lock, make_folder, sweep, to_json
 from plumbing.log import draw_curves, start_log
 from plumbing.optim import make_optimizers
-from plumbing.text import check_task
+from plumbing.text import check_task, decode
 from plumbing.vocabulary import by_character, other_characters
 
 
@@ -278,8 +278,8 @@ class Run:
         if self.wandb:
             self.wandb.log(record)
 
-    def finish(self):
-        """Says what is left of the run and how to go on."""
+    def finish(self, val):
+        """Says what is left of the run and how to go on; val: rows (N, T), or a stream of held-out tokens."""
         if self.asked and self.step < self.config['max_iters']:
             command = f'python train.py {shlex.join(sys.argv[1:])}'
             if distributed.world() > 1:
@@ -292,7 +292,10 @@ class Run:
             then = f'sample from it: python sample.py --init_from={name}'
             if self.config['training_type'] == 'remasking':
                 name = shlex.quote(self.newest)
-                then = f'it judges what another one writes: add --remask_from={name} there'
+                ids = val[0] if val.ndim == 2 else val[:24]
+                text = shlex.quote(decode(self.meta, ids.tolist())[0].replace('\n', '\\n'))
+                then = (f'it judges what another one writes, with --remask_from={name}, and texts: '
+                        f'python sample.py --task=score --init_from={name} --text={text}')
             print(f'saved {self.newest}; {then}')
             if self.best and not self.best['last']:
                 print(f"the lowest validation loss was at step {self.best['step']}: {best_of(self.newest)}")

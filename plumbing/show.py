@@ -9,6 +9,7 @@ marks() what a repair did.
 import html
 import time
 import unicodedata
+from contextlib import ExitStack
 from difflib import SequenceMatcher
 from pathlib import Path
 from string import Template
@@ -20,14 +21,15 @@ from data.common import gpt2
 from plumbing.files import to_json, write_atomically
 from plumbing.evaluate import p_wrong, read
 from plumbing.score import NAMES
-from plumbing.text import EMPTY, can_have, modelled, pictured, pieces, visible
+from plumbing.text import EMPTY, can_have, modelled, pictured, pieces, until_end, visible
 
 # how the terminal shows what a position can be in a frame, in the colours of the page; the first letter is
 # its name there
 STYLES = dict(kept='', changed='magenta reverse', new='green reverse', remasked='red reverse', mask='dim',
-              fixed='bold cyan')
+              draft='italic blue underline', fixed='bold cyan')
 STATES = list(STYLES)
-WORDS = dict(kept='kept', changed='rewritten', new='new', remasked='taken back', mask='masked', fixed='given')
+WORDS = dict(kept='kept', changed='rewritten', new='new', remasked='taken back', mask='masked',
+             draft='drafted', fixed='given')
 SPACES = '\n \t'
 SIGNS = str.maketrans(SPACES, '↵␣⇥')  # for what would not be seen
 # doubt in the page: a letter, from 0 to 1, and a blank for none; none of them needs an escape
@@ -54,6 +56,27 @@ def changes(before, after, doubted):
         old.append(sign * both + '-' * (j - i - both))
         new.append(sign * both + '+' * (m - k - both))
     return ''.join(old), ''.join('?' if c == ' ' and p else c for c, p in zip(''.join(new), doubted))
+
+
+def differences(meta, sample):
+    """
+    What a repair made of the tokens of a text, [(what it was, what it is, whether it was doubted and kept)];
+    what it was is '' for what was put in, what it is for what was taken away. sample: has a trace and marks.
+    """
+    before, taken, marks = sample.get('before'), sample.get('taken'), sample['marks']
+    after, num = sample['tokens'], len(marks)
+    if before is None:                                              # nothing was moved
+        before = until_end(meta, sample['trace'][0].tolist())
+        taken = ' ' * num + '-' * (len(before) - num)
+        marks = marks[:len(before)] + '+' * (num - len(before))
+    before, after, found = [*zip(before, taken)], [*zip(after, marks)], []
+    while before or after:
+        (old, gone), (new, sign) = *(before[:1] or [(None, '')]), *(after[:1] or [(None, '')])
+        old = None if sign == '+' and gone != '-' else before.pop(0)[0]
+        new = None if gone == '-' else after.pop(0)[0]
+        texts = ('' if id is None else printable(meta, id) for id in (old, new))
+        found.append((*texts, old == new and sign == '?'))
+    return found
 
 
 def columns(text):
@@ -154,12 +177,13 @@ def marked(sample, meta, rows, legends, indent, verdict):
 @torch.no_grad()
 def judge_steps(model, trace, writer=None):
     """
-    p(WRONG) of every visible token of every step: trace (S, T) ids -> (S, T) float, nan at masks.
+    p(WRONG) of every visible token of every step: trace (S, T) ids -> (S, T) float, nan at masks and drafts.
 
-    writer: for a judge that was never shown a mask, the network whose likeliest tokens it is shown there.
+    What is longer than the network reads is judged in windows, each by itself. writer: for a judge that was
+    never shown a mask, the network whose likeliest tokens it is shown there.
     """
     doubts = []
-    for x in trace[:, None]:                                                    # (1, T)
+    for x in trace.masked_fill(trace < 0, model.mask_token_id)[:, None]:        # (1, T)
         whole, masked = x, x == model.mask_token_id
         if writer is not None:
             whole = torch.where(masked, writer.logits(read(writer, x), real_only=True).argmax(-1), x)
@@ -194,12 +218,15 @@ def story(meta, trace, fixed, doubts, label, note=''):
     One sample's denoising: dict(label, note, frames), each frame dict(tokens [str], states [str], doubts
     [float]). note: what is said of the finished text.
 
-    trace (S, T) ids; fixed (T,) bool, what was given and is not doubted; doubts (S, T), nan at masks. Columns
-    at the right that end as padding and never held anything but that and masks are left out.
+    trace (S, T) ids, ~id of what is only drafted; fixed (T,) bool, what was given and is not doubted; doubts
+    (S, T), nan at masks. Columns at the right that end as padding and never held anything but that and masks
+    are left out.
     """
     mask, before = meta['vocab_size'], torch.cat((trace[:1], trace[:-1]))       # (S, T)
     was, now, state = before == mask, trace == mask, torch.zeros_like(trace)
-    events = (trace != before, was & ~now, ~was & now, was & now, fixed.expand_as(trace))
+    held = (before < 0) & ((trace == ~before) | (trace == (meta['pad'] or mask + 1)))    # what a draft became
+    drafted, changed, trace = trace < 0, trace != before, torch.where(trace < 0, ~trace, trace)
+    events = (changed, (was | held) & ~now, ~was & now, was & now, drafted, fixed.expand_as(trace))
     for number, where in enumerate(events, 1):  # in the order of STATES: the last that holds counts
         state[where] = number
     width = trace.size(1)
@@ -230,35 +257,56 @@ def import_rich():
     return Console, Live, Text
 
 
-def animate(stories, seconds=0.08):
-    """Plays the stories in the terminal, one after the other. Raises UserError without rich."""
+def counts(frame):
+    """What happened in a frame, in the words of the page."""
+    found = {state: frame['states'].count(state) for state in STATES}
+    judged = [p for p in frame['doubts'] if p is not None]
+    words = [f"{found['mask'] + found['remasked']} masked"]
+    words += [f'{found[state]} {WORDS[state]}' for state in ('draft', 'new', 'remasked', 'changed')
+              if found[state]]
+    if judged:
+        words.append(f'mean p(WRONG) {sum(judged) / len(judged):.2f}')
+    return ' · '.join(words)
+
+
+def animate(steps, seconds=0.08):
+    """
+    Plays steps in the terminal as they come: (frame, the one before it, whether a sample begins), see story.
+
+    Raises UserError without rich.
+    """
     Console, Live, Text = import_rich()
     console = Console()
     legend = [part for state, style in STYLES.items() for part in ((WORDS[state], style), '  ')]
-    console.print(Text.assemble(*legend, ('doubted', 'yellow'), '  ', ('p(WRONG) > 1/2', 'bold yellow')))
-    for number, told in enumerate(stories, 1):
-        old, last = None, len(told['frames']) - 1
-        end = told['frames'][last]['tokens']
-        with Live(console=console, auto_refresh=False) as live:
-            for step, frame in enumerate(told['frames']):
-                picture = Text(overflow='fold')
-                for i, (token, state, doubt) in enumerate(zip(*frame.values())):
-                    # names of colours, not shades: every terminal has them readable on its own background
-                    style = STYLES[state]
-                    if state == 'kept' and doubt:
-                        style = 'bold yellow' if doubt > 0.5 else 'yellow' if doubt > 0.2 else ''
-                    token = old[i] if state == 'remasked' else token
-                    # a line ends where one ends in the finished text, so that nothing jumps
-                    if style and state != 'fixed' and token.isspace():
-                        token = token.translate(SIGNS)
-                    picture.append(token.replace('\n', '' if '\n' in end[i] else '↵'), style)
-                    picture.append('\n' * end[i].count('\n'))
-                picture.append(f'\nsample {number}/{len(stories)}  step {step}/{last}', 'dim')
-                label = f'  {visible(told["label"])}\n' if step == last else ''
-                live.update(picture.append(label), refresh=True)
-                old = frame['tokens']
-                if console.is_terminal:
-                    time.sleep(seconds)
+    console.print(Text.assemble(*legend, ('p(WRONG) > 0.2', 'yellow'), '  ', ('> 0.5', 'bold yellow')))
+    number = step = 0
+    with ExitStack() as screen:
+        for frame, old, begins in steps:
+            if begins:
+                screen.close()
+                live = screen.enter_context(Live(console=console, auto_refresh=False))
+                number, step = number + 1, 0
+            picture = painted(Text, frame, old)
+            picture.append(f'\nsample {number} · step {step} · {counts(frame)}\n', 'dim')
+            live.update(picture, refresh=True)
+            step += 1
+            if console.is_terminal:
+                time.sleep(seconds)
+
+
+def painted(Text, frame, old):
+    """A frame in the colours of the terminal, a Text of rich; old: the frame before."""
+    picture = Text(overflow='fold')
+    for i, (token, state, doubt) in enumerate(zip(*frame.values())):
+        # names of colours, not shades: every terminal has them readable on its own background
+        style = STYLES[state]
+        if state == 'kept' and doubt:
+            style = 'bold yellow' if doubt > 0.5 else 'yellow' if doubt > 0.2 else ''
+        token = old['tokens'][i] if state == 'remasked' else token
+        if style and state != 'fixed' and token.isspace():
+            token = token.translate(SIGNS) + token.replace(' ', '').replace('\t', '')
+        picture.append(token, style)
+    return picture
 
 
 def packed(story, table):
@@ -276,7 +324,7 @@ def packed(story, table):
         doubts = (' ' if p is None else DOUBTS[round(p * (len(DOUBTS) - 1))] for p in frame['doubts'])
         frames.append([differ, ''.join(state[0] for state in frame['states']), ''.join(doubts)])
         before = ids
-    return dict(label=story['label'], note=story.get('note', ''), frames=frames)
+    return dict(note='', by='', diff=None) | story | dict(frames=frames)
 
 
 def template():
@@ -293,7 +341,7 @@ def page(title, foot, stories, look):
     """
     Self-contained HTML: every story with a slider over its steps, coloured by p(WRONG).
 
-    foot: lines that say how it was made; look: see layout, and diff=True for what became of given texts.
+    foot: lines that say how it was made; look: see layout.
     """
     table = {}
     told = [packed(story, table) for story in stories]
@@ -328,6 +376,8 @@ def stories(judge, meta, fixed, samples, task=None, writer=None):
         label = f"{sample['text']}   {verdict}".replace('\n', ' ') if task else sample['text'][:60]
         numbers = [f'{name} {sample[key]:.3f} nats/token' for key, name in NAMES.items() if key in sample]
         told.append(story(meta, trace, given, doubts, label, ', '.join(filter(None, [verdict, *numbers]))))
+        if 'marks' in sample:
+            told[-1]['diff'] = differences(meta, sample)
     return told
 
 
@@ -361,29 +411,41 @@ def lines_around(place, look):
     return ' '.join(name for name, there in drawn.items() if there)
 
 
-def fragment(look, frame, old=None, given=None, doubted=()):
+def fragment(look, frame, old=None):
     """
     A frame as HTML, <i data-place="3" class="n">text</i> for each token.
 
-    old: the frame before it, which has what is taken back. given: the frame that a repair began with, to show
-    what was replaced; doubted: the places that it doubted.
+    old: the frame before it, which has what is taken back.
     """
     cells = []
     for place, (token, state, doubt) in enumerate(zip(frame['tokens'], frame['states'], frame['doubts'])):
-        said = WORDS[state]
         if state == 'remasked' and old:
             token = old['tokens'][place]
-        if given:
-            before, state = given['tokens'][place], 'kept'
-            doubt, said = None, 'doubted and kept' if place in doubted else 'kept'
-        text = html.escape(shown(token, state, look['kind']))
-        if given and before != token:
-            was = html.escape(shown(before.translate(SIGNS), 'kept', look['kind']))
-            text, said = f'<del>{was}</del><ins>{text}</ins>', 'replaced'
-        sign = 'q' if said == 'doubted and kept' else state[0]
         number = '' if doubt is None else f', p(WRONG) {doubt:.2f}'
-        title = f'{html.escape(token.translate(SIGNS))}, {said}{number}'
-        cells.append(f'<i class="{sign} {lines_around(place, look)}" data-place="{place}" title="{title}" '
-                     f'style="--p: {doubt or 0:.2f}">{text}</i>')
+        cells.append(cell(look, place, state[0], html.escape(shown(token, state, look['kind'])),
+                          f'{token.translate(SIGNS)}, {WORDS[state]}{number}', doubt))
+    return text_of(look, cells)
+
+
+def repaired(look, diff):
+    """What a repair did as HTML, see differences."""
+    cells = []
+    for place, (was, now, doubted) in enumerate(diff):
+        old, new = (html.escape(shown(token, 'kept', look['kind'])) for token in (was.translate(SIGNS), now))
+        text, said = new, 'doubted and kept' if doubted else 'kept'
+        if was != now:
+            text, said = f'<del>{old}</del>' * bool(was) + f'<ins>{new}</ins>' * bool(now), 'replaced'
+        cells.append(cell(look, place, 'q' if doubted else 'k', text, f'{now.translate(SIGNS)}, {said}'))
+    return text_of(look, cells)
+
+
+def cell(look, place, sign, text, title, doubt=None):
+    """One token as HTML."""
+    return (f'<i class="{sign} {lines_around(place, look)}" data-place="{place}" '
+            f'title="{html.escape(title)}" style="--p: {doubt or 0:.2f}">{text}</i>')
+
+
+def text_of(look, cells):
+    """The cells of a text as HTML."""
     side = f' style="--side: {look["side"]}"' if 'side' in look else ''
     return f'<div class="text {look["kind"]}"{side}>{"".join(cells)}</div>'

@@ -232,7 +232,13 @@ def traced(model, canvas, fixed=None, seed=0, **rules):
 
 def remasked(trace, mask):
     """Which positions go back to [MASK] in each step: trace (S, B, T) -> bool (S - 1, B, T)."""
+    trace = settled(trace, mask)
     return (trace[:-1] != mask) & (trace[1:] == mask)
+
+
+def settled(trace, mask):
+    """A trace with masks for what was only drafted."""
+    return trace.masked_fill(trace < 0, mask)
 
 
 def committed(trace, mask):

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ARITHMETIC, ROOT, default_config, load_script, tiny_gpt, write_checkpoint
+from test_show import Page
 
 import configurator
 import train
 from data import loader
 from model import GPT, GPTConfig
+from plumbing import show
 from plumbing.checks import check_fits, check_sizes, idle
 from suites import arithmetic, checkpoints
 from suites.common import standard_error
@@ -576,7 +579,7 @@ def test_every_setting_of_a_config_has_a_say(path):
 
 
 def test_what_training_proposes_works(run, tmp_path):
-    """Of a network that judges, another one samples by it."""
+    """What a network that judges proposes is to score a text; another one samples by it."""
     plain, out = tmp_path / 'plain', tmp_path / 'judge'
     words = went_well(run('train', *TINY, 'config/unmask.py', '--remask_target=wrong', f'--out_dir={plain}'))
     assert 'remask_target: no say, since training_type=unmasking has no wrong tokens' in words
@@ -584,7 +587,9 @@ def test_what_training_proposes_works(run, tmp_path):
     went_well(run(command[0].removesuffix('.py'), *command[1:], '--num_samples=1', '--steps=2', *CPU))
     words = went_well(run('train', *TINY, 'config/remask_only.py', f'--out_dir={out}'))
     assert 'sample from it' not in words and 'wrong tokens found: AUC' in words
-    more = words.rpartition(': add ')[2].split()[0]
+    score = shlex.split(words.rpartition(' texts: python sample.py ')[2].splitlines()[0])
+    assert 'p(WRONG) of every token' in went_well(run('sample', *score, *CPU))
+    more = words.rpartition(', with ')[2].split(',')[0]
     words = went_well(run('sample', *command[1:], more, '--num_samples=1', '--steps=2', *CPU))
     assert 'remask=wrong' in words
 
@@ -605,6 +610,41 @@ def test_a_folder_and_those_below(run, trained, tmp_path):
     out = went_well(run('sample', f'--out_dir={tmp_path}', '--num_samples=1', *CPU))
     assert f'{tmp_path}/ckpt_joint_all_positions.pt: joint' in out
     assert f'below it there are others: {tmp_path}/faults/0/ckpt_unmasking.pt' in out
+
+
+def test_presets_side_by_side(run, trained, tmp_path):
+    """The first sample of each, then the second, each as by itself, and the page says which is which."""
+    words = ['--init_from=ckpt', f'--out_dir={trained[0]}', '--num_samples=2', '--steps=3', *CPU]
+    both = went_well(run('sample', *words, '--preset=ancestral,intelligent', f'--save={tmp_path}/both.jsonl',
+                         f'--html={tmp_path}/page.html'))
+    for name in ('ancestral', 'intelligent'):
+        went_well(run('sample', *words, f'--preset={name}', f'--save={tmp_path}/{name}.jsonl'))
+    names = 'both', 'ancestral', 'intelligent'
+    samples, one, two = (read_samples(tmp_path / f'{name}.jsonl') for name in names)
+    assert samples == [one[0], two[0], one[1], two[1]]
+    page, by = Page(tmp_path / 'page.html'), 'commit=random, remask=none, steps=3'
+    assert [story['by'].startswith(by) for story in page.data()['stories']] == [True, False] * 2
+    assert both.count(by) == 3 and '2 samples, 3.0 passes each (NFE)\n' in both
+    assert f'{by}, ar_prefix=0; 3 passes a sample' in page.text
+    refused(run('sample', '--preset=ancestral,inteligent', '--init_from=no.pt'), 'sample', 'did you mean')
+
+
+def test_animate_shows_every_step_as_it_happens(run, trained, monkeypatch):
+    """One sample after the other, and the same texts as without it, one at a time."""
+    pytest.importorskip('rich')
+    passes, shown, plain = [], [], show.painted
+    monkeypatch.setattr(show, 'painted', lambda *args: (shown.append(len(passes)), plain(*args))[1])
+    first = GPT.forward
+    monkeypatch.setattr(GPT, 'forward', lambda *args, **more: (passes.append(1), first(*args, **more))[1])
+    words = ['--init_from=ckpt', f'--out_dir={trained[0]}', '--num_samples=2', '--remask=wrong', '--steps=4',
+             *CPU]
+    out = went_well(run('sample', *words, '--animate=True'))
+    assert len(shown) == 10 and shown[0] <= 3 and len(passes) > shown[4]      # a step is judged, too
+    assert 'sample 1 · step 4 · 0 masked' in out and 'sample 2 · step 4 · 0 masked' in out
+    assert 'samples/s' not in out
+    alone = went_well(run('sample', *words, '--batch_size=1'))
+    texts = [line for line in alone.splitlines() if '✗' in line or '✓' in line]
+    assert len(texts) == 2 and all(text in out for text in texts)
 
 
 def test_animate_needs_rich_before_anything_is_loaded(run, monkeypatch):

@@ -230,23 +230,24 @@ def test_a_text_longer_than_the_network_reads_is_edited_in_windows():
     """A sampler that doubles every 1 and takes every 2 away, and must not see more than it can read."""
     seen = []
 
-    def sampler(canvas, fixed):
+    def sampler(canvas, fixed, trace):
         assert canvas.size(1) <= 14 and (canvas == canvas[:, :1]).any()
         seen.append(canvas.size(1))
         rows = [torch.tensor([out for id, kept in zip(row.tolist(), keep.tolist())
                               for out in ([id] if kept or id > 2 else [1, 1] * (id == 1))])
                 for row, keep in zip(canvas, fixed)]
-        return rows, torch.ones(len(canvas), dtype=torch.long), None
+        return rows, torch.ones(len(canvas), dtype=torch.long)
 
     canvas = torch.randint(1, 7, (3, 61), generator=seeded(1))
     fixed = torch.rand(3, 61, generator=seeded(2)) < 0.3
     fixed[:, 24:40] = True                                                 # two windows with nothing to do
-    rows, nfe, (first, last) = edits_in_windows(sampler, canvas, fixed, 16)
+    rows, nfe = edits_in_windows(sampler, canvas, fixed, 16, steps := [])
+    first, last = steps
     for row, ids, kept, shown in zip(rows, canvas, fixed, last):
-        expected, _, _ = edits_in_windows(sampler, ids[None, :7], kept[None, :7], 16)
-        wanted = sampler(ids[None, :1], kept[None, :1])[0][0].tolist()
+        expected, _ = edits_in_windows(sampler, ids[None, :7], kept[None, :7], 16)
+        wanted = sampler(ids[None, :1], kept[None, :1], None)[0][0].tolist()
         for id, keep in zip(ids[1:], kept[1:]):
-            wanted += sampler(id.view(1, 1), keep.view(1, 1))[0][0].tolist()
+            wanted += sampler(id.view(1, 1), keep.view(1, 1), None)[0][0].tolist()
         assert row.tolist() == wanted and shown[:len(row)].tolist() == wanted
         assert expected[0].tolist() == wanted[:len(expected[0])]           # a short one is one window
     assert torch.equal(first[:, :61], canvas) and nfe.tolist() == [6] * 3

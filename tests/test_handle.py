@@ -3,6 +3,7 @@
 import doctest
 import json
 import os
+import string
 import sys
 import time
 from types import SimpleNamespace
@@ -109,6 +110,34 @@ def test_watching_is_live(m):
         next(m.watch(task='score'))
 
 
+@pytest.mark.parametrize('how', [dict(task='repair', text='(+12))=3'), dict(preset='hybrid', steps=5),
+                                 dict(task='infill', text='(+_2)=_', remask='wrong', steps=3)], ids=str)
+def test_what_is_watched_is_what_is_kept(m, how):
+    found = [canvas.ids for canvas in m.watch(**how)]
+    text, task = how.pop('text', ''), how.pop('task', 'generate')
+    sample = m.generate(1, **how)[0] if task == 'generate' else getattr(m, task)(text, **how)
+    assert torch.equal(torch.stack(found), sample.steps)
+
+
+def test_windows_are_watched_as_parts_of_the_text(folder):
+    text = load(str(folder / 'text.pt'), device='cpu', dtype='float32')
+    for how in (dict(preset='speculative'), dict(remask='wrong', steps=4), dict(preset='hybrid', steps=4)):
+        found = [canvas.ids for canvas in text.watch('ab', length=40, **how)]
+        sample = text.generate(1, 'ab', length=40, **how)[0]
+        assert torch.equal(torch.stack(found), sample.steps) and sample.steps.size(1) == 40
+
+
+def test_a_watcher_that_fails_does_not_wait(m):
+    live = handle.Live()
+    steps = m.frames(live, lambda trace: m.generate(2, remask='wrong', steps=9, batch_size=1, trace=trace))
+    assert [begins for *_, begins in steps] == [True, *[False] * 9] * 2
+    assert [len(sample.steps) for sample in live.result] == [10, 10]
+    with pytest.raises(ZeroDivisionError):
+        for frame, before, begins in m.frames(handle.Live(), lambda trace: m.generate(1, trace=trace)):
+            assert begins and frame['states'] == before['states']
+            1 / 0
+
+
 def test_shown_in_a_terminal_and_in_a_notebook(m, capsys, monkeypatch):
     sample = m.repair('(+12))=3')
     sample.show()
@@ -181,10 +210,22 @@ def test_words_of_tokens_longer_than_a_character():
 
 
 # -----------------------------------------------------------------------------
-# examples/tour.ipynb
+# docs/python.md and examples/tour.ipynb
 
 TINY = '--eval_rows=8 --eval_samples=2 --n_layer=1 --n_head=2 --n_embd=16 --n_recur=1 --batch_size=8'
 TOUR = os.path.join(ROOT, 'examples', 'tour.ipynb')
+
+
+def test_the_example_of_the_page(tmp_path, monkeypatch, capsys):
+    meta = dict(STREAM, itos=[*string.ascii_letters, *' ,:\n'], vocab_size=56)
+    write_checkpoint(tmp_path / 'out-text' / 'ckpt_joint_all_positions.pt', tiny_gpt(56, 32, n_recur=1), meta,
+                     training_type='joint', causal_ratio=0.5)
+    with open(os.path.join(ROOT, 'docs', 'python.md'), encoding='utf-8') as page:
+        code = page.read().split('```python\n')[1].split('```')[0]
+    monkeypatch.chdir(tmp_path)
+    exec(code, {'__name__': 'page'})
+    out = capsys.readouterr().out
+    assert 'out-text' in out and 'I will nqt go wikh thee\n-> ' in out and out.count('ROMEO:') > 6
 
 
 def tour(out):

@@ -9,6 +9,7 @@ from test_checkpoint import write_checkpoint
 
 from configurator import UserError
 from parts.long import in_windows
+from plumbing.rows import recorded
 from plumbing.text import start_canvas
 from sample import fill, generate
 
@@ -19,10 +20,12 @@ STREAM = dict(name='words', format='stream', block_size=None, vocab_size=V, toke
 
 def counting(seen):
     """A sampler that writes how many windows there were before into what may change, in one pass."""
-    def sampler(x, fixed):
+    def sampler(x, fixed, trace):
         seen.append((x.clone(), fixed.clone()))
         out = torch.where(fixed, x, len(seen) - 1)
-        return out, torch.ones(len(x), dtype=torch.long), [x, out]
+        recorded(x, trace)
+        recorded(out, trace)
+        return out, torch.ones(len(x), dtype=torch.long)
     return sampler
 
 
@@ -30,7 +33,8 @@ def test_windows_by_hand():
     seen = []
     canvas = torch.full((1, 19), V + 6)
     canvas[0, :3] = torch.arange(100, 103)
-    x, nfe, history = in_windows(counting(seen), canvas, canvas >= 100, SIZE)
+    history = []
+    x, nfe = in_windows(counting(seen), canvas, canvas >= 100, SIZE, history)
     # from 0, and then from 4 places left of the first hole; the last one ends with the row
     assert x.tolist() == [[100, 101, 102] + [0] * 5 + [1] * 4 + [2] * 4 + [3] * 3]
     assert [window.size(1) for window, _ in seen] == [8] * 4 and nfe.tolist() == [4]
@@ -43,7 +47,7 @@ def test_rows_with_holes_in_different_places():
     holes = torch.zeros(3, 40, dtype=torch.bool)
     holes[0, 35], holes[1, 2], holes[1, 20] = True, True, True             # and nothing in the third row
     seen = []
-    x, nfe, _ = in_windows(counting(seen), canvas.masked_fill(holes, 99), ~holes, SIZE)
+    x, nfe = in_windows(counting(seen), canvas.masked_fill(holes, 99), ~holes, SIZE)
     assert torch.equal(x[~holes], canvas[~holes]) and x[1, 2] == x[0, 35] == 0 and x[1, 20] == 1
     assert nfe.tolist() == [1, 2, 0] and [len(window) for window, _ in seen] == [2, 1]
     assert seen[0][0][0].tolist() == [31, 32, 33, 34, 99, 36, 37, 38]      # four places left of the hole
@@ -52,7 +56,7 @@ def test_rows_with_holes_in_different_places():
 def test_what_may_change_is_looked_at_once():
     """Repair: nothing is masked, nothing is fixed."""
     seen = []
-    x, _, _ = in_windows(counting(seen), torch.full((2, 20), 50), torch.zeros(2, 20).bool(), SIZE)
+    x, _ = in_windows(counting(seen), torch.full((2, 20), 50), torch.zeros(2, 20).bool(), SIZE)
     assert x.tolist() == [[0] * 8 + [1] * 4 + [2] * 4 + [3] * 4] * 2
 
 

@@ -94,10 +94,35 @@ def test_a_story_says_what_happened_to_every_position():
         ['fixed', 'mask', 'mask', 'kept', 'kept', 'mask'],
         ['fixed', 'new', 'mask', 'remasked', 'changed', 'mask'],
         ['fixed', 'kept', 'new', 'mask', 'kept', 'new']]
-    assert {state for frame in frames for state in frame['states']} == set(show.STATES)
+    assert {state for frame in frames for state in frame['states']} == set(show.STATES) - {'draft'}
     assert [''.join(frame['tokens']) for frame in frames] == ['⟨▒▒34▒', '⟨7▒▒5▒', '⟨7(▒5⟩']
     assert frames[0]['doubts'] == [None, None, None, 3 / 8, 4 / 8, None]  # what was given is not doubted
     assert frames[2]['doubts'] == [None, 1 / 8, 2 / 8, None, 4 / 8, 5 / 8]
+
+
+def test_a_story_says_what_became_of_a_draft():
+    """What is accepted is new, the first that is not becomes another token, those behind are taken back."""
+    frames = told([BOS] + [MASK] * 6,
+                  [BOS, ~7, ~3, ~4, ~5, MASK, MASK],
+                  [BOS, 7, 10, MASK, MASK, MASK, MASK],
+                  [BOS, 7, 10, ~EOS, ~7, ~PAD, ~1],
+                  [BOS, 7, 10, EOS, PAD, PAD, PAD])['frames']
+    assert [frame['states'][1:] for frame in frames] == [
+        ['mask'] * 6, ['draft'] * 4 + ['mask'] * 2,
+        ['new', 'changed', 'remasked', 'remasked', 'mask', 'mask'],
+        ['kept', 'kept'] + ['draft'] * 4, ['kept', 'kept', 'new', 'new', 'new', 'new']]
+    assert ''.join(frames[1]['tokens']) == '⟨7345▒▒'
+    model = tiny_gpt(V=5, T=6)
+    draft, plain = torch.tensor([[3, ~1, 5, 5, 2, 5]]), torch.tensor([[3, 5, 5, 5, 2, 5]])
+    doubts = show.judge_steps(model, draft)
+    assert torch.equal(doubts.isnan(), plain == 5)                  # what is not decided is not doubted
+    assert torch.equal(doubts.nan_to_num(), show.judge_steps(model, plain).nan_to_num())
+
+
+def test_what_is_longer_than_the_network_reads_is_judged_in_windows():
+    model, trace = tiny_gpt(V=5, T=6), torch.randint(5, (2, 14), generator=seeded())
+    parts = [show.judge_steps(model, part) for part in (trace[:, :6], trace[:, 6:12], trace[:, 12:])]
+    assert torch.equal(show.judge_steps(model, trace), torch.cat(parts, 1))
 
 
 def test_the_padding_at_the_right_is_left_out_but_nothing_that_was_ever_written():
@@ -147,7 +172,7 @@ def test_no_control_character_reaches_the_terminal(capsys):
                  *(show.printable(CHARS, id) for id in range(12))):
         assert clean(text)
     pytest.importorskip('rich')
-    show.animate([hand_made(['a'], hostile)])
+    show.animate(live(hand_made([show.printable(CHARS, 7)], hostile)))
     assert clean(capsys.readouterr().out)
 
 
@@ -307,10 +332,6 @@ def test_a_fragment_is_a_mark_for_every_token():
     boxes = dict(kind='boxes')
     assert Marks(show.fragment(boxes, frames[1], frames[0])).marks[1:] == [
         ['i', 'f', '⟨'], ['i', 'n', '7'], ['i', 'm', '▒'], ['i', 'r', '3'], ['i', 'c', '5'], ['i', 'm', '▒']]
-    # what a repair did: one was replaced, one doubted and kept
-    given, last = (dict(tokens=[*'1(2'][:2] + [c], states=['kept'] * 3, doubts=[None] * 3) for c in '23')
-    assert Marks(show.fragment(boxes, last, given=given, doubted={1, 2})).marks[1:] == [
-        ['i', 'k', '1'], ['i', 'q', '('], ['i', 'k', ''], ['del', '', '2'], ['ins', '', '3']]
     # in prose a line end is one, and is seen only where something happened to it
     prose = dict(tokens=['a', '\n', '\n', '▒▒'], states=['kept', 'kept', 'new', 'mask'], doubts=[0.5] * 4)
     assert [text for *_, text in Marks(show.fragment(dict(kind='prose'), prose)).marks[1:]] == [
@@ -319,6 +340,27 @@ def test_a_fragment_is_a_mark_for_every_token():
     marks = Marks(show.fragment(dict(kind='board', side=2, box=(2, 1)), board)).marks[1:]
     assert [text for *_, text in marks] == [*'12\n34\n'] and marks[2][1] == 'k end top across'
     assert marks[4][1] == 'k down across' and marks[0][1] == 'k top left across'
+
+
+def test_what_a_repair_did_is_told_place_by_place_also_where_texts_are_moved():
+    trace = torch.tensor([[BOS, 1, 10, 2, EOS], [BOS, 1, MASK, MASK, EOS], [BOS, 1, 10, 3, EOS]])
+    sample = dict(tokens=trace[-1].tolist(), marks='  ?^ ', trace=trace)
+    diff = show.differences(ARITHMETIC, sample)
+    assert diff[:3] == [('⟨', '⟨', False), ('1', '1', False), ('(', '(', True)]
+    assert diff[3:] == [('2', '3', False), ('⟩', '⟩', False)]
+    assert Marks(show.repaired(dict(kind='boxes'), diff)).marks[1:] == [
+        ['i', 'k', '⟨'], ['i', 'k', '1'], ['i', 'q', '('], ['i', 'k', ''], ['del', '', '2'], ['ins', '', '3'],
+        ['i', 'k', '⟩']]
+    shorter = show.differences(ARITHMETIC, dict(sample, tokens=[BOS, 1, EOS], marks='  ^'))
+    assert shorter[1:] == [('1', '1', False), ('(', '⟩', False), ('2', '', False), ('⟩', '', False)]
+    texts = [*'abcdef'], [*'bXXcdfg']
+    text = dict(CHARS, itos=[*'abcdefgX'], vocab_size=8)
+    before, after = ([text['itos'].index(c) for c in some] for some in texts)
+    taken, marks = show.changes(before, after, [c == 'd' for c in texts[1]])
+    diff = show.differences(text, dict(tokens=after, before=before, taken=taken, marks=marks))
+    assert [''.join(column) for column in zip(*((was, now) for was, now, _ in diff))] == ['abcdef', 'bXXcdfg']
+    assert [now for _, now, doubted in diff if doubted] == ['d']
+    assert all(was == now or not was or not now for was, now, _ in diff)
 
 
 def test_no_text_can_break_out_of_a_fragment():
@@ -335,12 +377,21 @@ def test_a_page_that_cannot_be_written_is_the_users_error(tmp_path):
         write(tmp_path / 'nowhere' / 'page.html', hand_made(['a']))
 
 
+def live(*stories):
+    """Stories as the steps that are played: (frame, the one before it, whether a sample begins)."""
+    for story in stories:
+        frames = story['frames']
+        for before, frame in zip(frames[:1] + frames, frames):
+            yield frame, before, frame is frames[0]
+
+
 def test_animate_leaves_the_last_frames_where_there_is_no_terminal(capsys):
     pytest.importorskip('rich')
     stories = [told([BOS, MASK, 3], [BOS, 7, MASK], [BOS, 7, EOS]), hand_made(['[red]', '7'], '7  [bold]✓')]
-    show.animate(stories, seconds=60)
+    show.animate(live(*stories), seconds=60)
     out = capsys.readouterr().out
-    assert '⟨7⟩\nsample 1/2  step 2/2  label\n' in out and '[red]7\nsample 2/2  step 0/0  7  [bold]✓\n' in out
+    assert '⟨7⟩\nsample 1 · step 2 · 0 masked · 1 new · mean p(WRONG) 0.19\n' in out
+    assert '[red]7\nsample 2 · step 0 · 0 masked · mean p(WRONG) 0.25\n' in out
     assert '▒' not in out and '\x1b' not in out
 
 
@@ -350,9 +401,10 @@ def test_animate_plays_every_frame_in_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(show.time, 'sleep', waits.append)
     monkeypatch.setenv('FORCE_COLOR', '1')
     monkeypatch.setenv('TERM', 'xterm-256color')
-    show.animate([told([BOS, MASK, 3], [BOS, 7, MASK], [BOS, 7, EOS])], seconds=0.5)
+    show.animate(live(told([BOS, MASK, 3], [BOS, 7, MASK], [BOS, 7, EOS])), seconds=0.5)
     out = capsys.readouterr().out
-    assert waits == [0.5] * 3 and all(f'step {step}/2' in out for step in range(3))
+    assert waits == [0.5] * 3 and all(f'step {step} ·' in out for step in range(3))
+    assert '1 masked · 1 new · 1 taken back' in out.replace('2 masked', '1 masked')
     assert '\x1b[7;31m3\x1b[0m' in out  # the token that is taken back
     assert '\x1b[7;32m7\x1b[0m' in out
 
@@ -361,15 +413,14 @@ def test_animate_without_rich_says_what_to_install(monkeypatch):
     for name in ('rich', 'rich.console', 'rich.live', 'rich.text'):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match='pip install rich'):
-        show.animate([hand_made(['a'])])
+        show.animate(live(hand_made(['a'])))
 
 
-def test_a_line_ends_in_the_animation_where_the_finished_text_has_one(capsys):
+def test_a_line_ends_in_the_animation_where_one_stands(capsys):
     pytest.importorskip('rich')
-    frames = [[6, 3, 6, 0], [0, 3, 1, 0], [0, 2, 1, 3]]
     meta = dict(CHARS, itos=[*'ab \n\t!'], vocab_size=6)
-    show.animate([told(*frames, meta=meta)])
-    assert 'a b\n\nsample 1/1  step 2/2' in capsys.readouterr().out.replace('␣', ' ').replace('↵', '')
+    show.animate(live(told([6, 3, 6, 0], [0, 3, 3, 2], meta=meta)))
+    assert 'a\n↵\n␣\nsample 1 · step 1 · 0 masked · 1 new · 1 rewritten · ' in capsys.readouterr().out
 
 
 def test_an_empty_text_is_shown_as_such():

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ARITHMETIC, all_sequences, default_config, fresh_gpt, seeded, tiny_gpt
 from oracles import (Oracle, empty, filtered_law, follows, given_prompt, misses, product_law, random_law,
-                     stubborn_gpt, texts_follow, uniform)
+                     settled, stubborn_gpt, texts_follow, uniform)
 
 from parts import speculate
 from parts.cache import Cache
@@ -147,8 +147,31 @@ def test_what_neither_sampler_breaks(sampler):
     out, nfe, trace = sampler(model, canvas, fixed)
     assert torch.equal(canvas, before) and out.min() >= 0 and out.max() < V
     assert torch.equal(trace[0], before) and torch.equal(trace[-1], out)
-    assert all(torch.equal(a[a != V], b[a != V]) for a, b in zip(trace, trace[1:]))  # nothing is taken back
-    assert nfe.max() <= (2 * T if sampler is drafted else T) and nfe.max() >= len(trace) - 1
+    sure = settled(torch.stack(trace), V)
+    assert all(torch.equal(a[a != V], b[a != V]) for a, b in zip(sure, sure[1:]))    # nothing is taken back
+    verdicts = sum((step >= 0).all().item() for step in trace) - 1
+    assert nfe.max() <= (2 * T if sampler is drafted else T) and nfe.max() >= verdicts
+
+
+@pytest.mark.parametrize('head', [False, True])
+def test_the_trace_has_what_was_drafted_and_what_became_of_it(head):
+    """From the left the draft stays as far as it is accepted, then comes one token, and the rest goes."""
+    V, T, sizes = 4, 12, set()
+    model = tiny_gpt(V, T, draft_head=head)
+    canvas, fixed = torch.full((5, T), V), torch.zeros(5, T).bool()
+    out, nfe, trace = drafted(model, canvas, fixed)
+    plain, passes, nothing = write(model, canvas, fixed, {}, Ends(), generator=seeded())
+    assert torch.equal(out, plain) and torch.equal(nfe, passes) and nothing is None
+    for draft, verdict in zip(trace, trace[1:]):
+        for guess, true in zip(draft.tolist(), verdict.tolist()):
+            at = [i for i, id in enumerate(guess) if id < 0]
+            if at:
+                assert at == [*range(at[0], at[0] + len(at))] and true[:at[0]] == guess[:at[0]]
+                assert len(at) == min(speculate.WINDOW, T - at[0]) and V not in true[:at[0] + 1]
+                written = T - true.count(V) - at[0]                 # the accepted ones and one more
+                assert all(true[i] == ~guess[i] for i in at[:written - 1]) and written <= len(at) + 1
+                sizes.add(written)
+    assert len(sizes) > 2
 
 
 def test_forbidden_ids_are_not_written_where_a_text_goes_on():
