@@ -11,6 +11,7 @@ from tqdm import tqdm
 from configurator import UserError
 from data.loader import data_of, spread_rows
 from parts.blocks import block_bounds
+from parts.presets import PRESETS
 from plumbing.checkpoint import find_checkpoint
 from suites.common import cells, headings, load, markdown, measure, training_strings, wanted, worth
 
@@ -20,9 +21,10 @@ METRICS = ('valid', 'correct', 'length_tv', 'unique', 'nfe')
 def block_rows(config):
     """The samplers of a checkpoint of this config: (name, keywords of sample.generate)."""
     for length in config['block_lengths']:
-        for name, rules in (('none', dict(remask='none')), ('wrong', dict(remask='wrong')),
-                            ('wrong, revise', dict(remask='wrong', revise=True))):
-            yield f'blocks of {length}, remask={name}', dict(rules, block_length=length)
+        for name, rules in (('remask=none', dict(remask='none')), ('intelligent', PRESETS['intelligent']),
+                            ('intelligent, revise', dict(PRESETS['intelligent'], revise=True)),
+                            ('surprise, revise', dict(remask='surprise', schedule='cosine', revise=True))):
+            yield f'blocks of {length}, {name}', dict(rules, block_length=length)
 
 
 def run(s):

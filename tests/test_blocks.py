@@ -393,8 +393,10 @@ def test_the_suite_of_blocks(monkeypatch, tmp_path):
     assert list(nats) == ['nelbo', 'causal_nll', 'nelbo_4', 'nelbo_8'] and all(n > 0 for n in nats.values())
     drawn = [row for row in rows if 'budget' in row]
     assert [row['name'] for row in drawn] == [
-        f'blocks of {n}, remask={how}' for n in (4, 8) for how in ('none', 'wrong', 'wrong, revise')]
-    assert all(row['nfe'] <= 16 + 1 for row in drawn) and tables.count('blocks of 8') == 3
+        f'blocks of {n}, {how}' for n in (4, 8)
+        for how in ('remask=none', 'intelligent', 'intelligent, revise', 'surprise, revise')]
+    assert all(row['nfe'] <= 16 + 1 for row in drawn if 'surprise' not in row['name'])
+    assert tables.count('blocks of 8') == 4
     bare = write_checkpoint(tmp_path / 'y.pt', model, **default_config(training_type='joint'))
     with pytest.raises(UserError, match='trained with --block_lengths'):
         blocks.run(quick_bench(monkeypatch, f'--init_from={bare}'))

@@ -1,0 +1,4 @@
+# the recipe of config/remask_all.py, whose causal rows are also written in blocks: 4 tokens at a time to 32.
+# Twice its time. Neighbours and the noise level help a block to see where it is
+block_lengths = 4, 8, 16, 32
+parts = 'short_conv:2,level:32'
