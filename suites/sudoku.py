@@ -1,5 +1,6 @@
 """
-Held-out sudoku puzzles: num_samples of them, the same in every row, num_seeds draws each, at temperature 1.
+Held-out sudoku puzzles: num_samples of them, the same in every row, num_seeds draws each, at
+temperature 1 where no other stands.
 
 The samplers at 1, 2, 4 and 8 cells a pass: correct, the puzzles that are solved, and cells, of those to fill.
 repair: the solution with 1, 3 or 5 wrong cells, any other digit each, which are not known: auc, how well
@@ -42,6 +43,8 @@ def sampler_rows(config):
             (can_unmask and detects, 'random order, remask=wrong', dict(remask='wrong')),
             (can_unmask and detects, 'random order, redraft', PRESETS['redraft']),
             (can_unmask and detects, 'commit=margin, remask=wrong', dict(commit='margin', remask='wrong'))]
+    rows += [(known, f'{name}, temperature 0.1', dict(rules, temperature=0.1)) for known, name, rules in rows
+             if name in ('random order, remask=none', 'commit=margin', 'random order, redraft')]
     return [row for known, *row in rows if known]
 
 
