@@ -465,7 +465,7 @@ def test_the_suite(tmp_path, here):
     with open(save, encoding='utf-8') as file:
         rows = json.load(file)['rows']
     names = {row['name'] for row in rows}
-    assert len(names) == 7 and 'causal: left to right' in names and all(name in out for name in names)
+    assert len(names) == 8 and 'causal: left to right' in names and all(name in out for name in names)
     mean = 36 - sum(sum(map(bool, task.parse(text)[1])) for text in task.starts(held_out_of('tiny'), 5)) / 5
     for row in rows:
         assert 0 <= row['cells'] <= 1 and 0 <= row.get('correct', row.get('exact')) <= 1
