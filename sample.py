@@ -37,7 +37,7 @@ from parts.speculate import surprise, write, write_prefix
 from plumbing.checkpoint import export_safetensors
 from plumbing.command import ask, open_checkpoints, show_samples
 from plumbing.evaluate import p_wrong
-from plumbing.rows import Ends, close_rows, first_of, places, random_subset, spread
+from plumbing.rows import Ends, Tally, close_rows, first_of, places, random_subset, spread
 from plumbing.text import decode, encode, start_canvas, until_end
 
 # -----------------------------------------------------------------------------
@@ -364,7 +364,8 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
     meta: the dataset's, from a checkpoint; ar_prefix, best_of: see How; rules: what generate_diffusion takes.
     Returns a list of B dicts: text, tokens (ids from the first position to the end), nfe (all passes spent on
     the sample), finished; with trace also trace (S, T), the row's canvases, in which what is only drafted is
-    ~id. trace: True, or a list with a method begin, see parts.handle.Live, that is told as it happens.
+    ~id. trace: True, or a list with a method begin that is told as it happens: parts.handle.Live, rows.Tally.
+    progress: a bar, if there are several batches or windows.
     """
     device = next(model.parameters()).device
     rules = {'remask_patience': float(meta['eos'] is None), **rules}    # by measurement, see docs/log.md
@@ -392,14 +393,14 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
         steps = [] if trace is True else None
         if hasattr(trace, 'begin'):
             steps = trace.begin(kept)
-        x, nfe = windows(written, x, kept, model.config.block_size, steps)
+        x, nfe = windows(written, x, kept, model.config.block_size, steps, progress)
         if best_of:
             nfe = nfe + model.config.energy_head
             energies = energy(model, *text_of(x, rules['ends'])).tolist()
         for row, (ids, passes) in enumerate(zip(x, nfe.tolist())):
             text, finished = decode(meta, ids := ids.tolist())
             samples.append(dict(text=text, tokens=until_end(meta, ids), nfe=passes, finished=finished))
-            if steps is not None:
+            if steps is not None and not isinstance(steps, Tally):
                 samples[-1]['trace'] = torch.stack([step[row] for step in steps])
             if best_of:
                 samples[-1]['energy'] = energies[row]

@@ -354,7 +354,7 @@ def examine(run, val, usual):
                 compare = partial(compare_text, usual=usual)
                 result.update(show_samples(samples, run.meta, config, compare))
                 if detects and 'given' not in run.meta:
-                    rules = choose_rules(config, task='repair', inside=True)
+                    rules = choose_rules(config, task='repair', inside=True, stream=run.meta['eos'] is None)
                     show_repairs(partial(fill, model, run.meta, **rules), val[-2:], run.meta, run.step)
     return result
 

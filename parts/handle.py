@@ -388,7 +388,7 @@ class Handle:
         # whether there is text right of a hole
         inside = task == 'repair' or any((row.cummax(0).values & ~row).any() for row in masked)
         return choose_rules(self.config, preset=preset, task=task, inside=inside,
-                            judge=self.judge is not None,
+                            judge=self.judge is not None, stream=self.meta['eos'] is None,
                             any_length=any(ANY in text for text in texts if text), **rules)
 
     def write(self, task, texts, canvas, fixed, *, preset=None, seed=1337, batch_size=256, trace=True,

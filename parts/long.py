@@ -2,23 +2,27 @@
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from plumbing.rows import Part, recorded
 
 
-def in_windows(sampler, canvas, fixed, size, trace=None):
+def in_windows(sampler, canvas, fixed, size, trace=None, progress=False):
     """
     Fills canvas, fixed (B, T) of any length T by sampler(canvas, fixed, trace) of at most size tokens.
 
     Each window begins with size // 2 tokens of what stands there already, as far as there are so many left of
     the first one that may change; the sampler decides about all others in it, and they stay. trace: a list
-    for the canvases of all steps, or None. Returns what the sampler returns: canvas (B, T), passes (B,).
+    for the canvases of all steps, or None; progress: a bar with the tokens to come. Returns what the sampler
+    returns: canvas (B, T), passes (B,).
     """
     T = canvas.size(1)
     if size >= T:
         return sampler(canvas, fixed, trace)
     x, todo, history = canvas.clone(), ~fixed, recorded(canvas, trace)
     nfe = torch.zeros(len(x), dtype=torch.long, device=x.device)
+    bar = tqdm(total=int(todo.sum(1).max()), desc='in windows', unit=' tokens', disable=not progress,
+               leave=False)
     while todo.any():
         rows = todo.any(1).nonzero()[:, 0]                          # (R,)
         first = todo[rows].long().argmax(1, keepdim=True)
@@ -33,10 +37,12 @@ def in_windows(sampler, canvas, fixed, size, trace=None):
         x = whole(window)
         todo[rows] = todo[rows].scatter(1, at, False)
         nfe[rows] += passes
+        bar.update(bar.total - bar.n - int(todo.sum(1).max()))
+    bar.close()
     return x, nfe
 
 
-def edits_in_windows(sampler, canvas, fixed, size, trace=None):
+def edits_in_windows(sampler, canvas, fixed, size, trace=None, progress=False):
     """
     in_windows for a sampler of edits, after which a text may have another length (see parts.edits.mend).
 
@@ -48,7 +54,7 @@ def edits_in_windows(sampler, canvas, fixed, size, trace=None):
         return sampler(canvas, fixed, trace)
     left, step, right = size // 4, size // 2, size // 8
     rows, nfe = [row[:0] for row in canvas], torch.zeros(B, dtype=torch.long, device=canvas.device)
-    for first in range(0, T, step):
+    for first in tqdm(range(0, T, step), desc='in windows', disable=not progress, leave=False):
         last, end = first + step, min(T, first + step + right)
         found, n = canvas[:, first:last], 0
         if not fixed[:, first:last].all():

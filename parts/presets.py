@@ -42,6 +42,9 @@ PRESETS = dict(
 TASKS = dict(generate={}, infill={}, edit={}, score={},
              repair=dict(commit='threshold', remask='wrong', remask_threshold=0.8, temperature=0.0))
 
+# without padding all tokens are text, and the first and the last of a line are hard to tell: be surer there
+SURE = dict(TASKS['repair'], remask_threshold=0.95)
+
 # a network that has seen noise mends a text in one pass: it writes every token that it would rather see there
 REWRITE = dict(commit='random', remask='wrong', remask_threshold=0.5, rewrite=True, steps=1, temperature=0.0)
 
@@ -64,17 +67,18 @@ def nearest(name, known):
 
 
 def choose_rules(config, *, preset=None, task='generate', inside=False, judge=False,
-                 any_length=False, **chosen):
+                 any_length=False, stream=False, **chosen):
     """
     The rules for a checkpoint: what was chosen (not None), else the preset's, the task's, or the best it can.
 
     config: the training settings of the checkpoint; inside: whether a hole has text right of it; judge:
     whether a second checkpoint finds the wrong tokens; any_length: whether a hole may get any number of
-    tokens; chosen: fields of sample.How. Raises UserError for what does not fit.
+    tokens; stream: whether its texts have no end; chosen: fields of sample.How. Raises UserError for what
+    does not fit.
     """
     check_preset(preset)
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    usual = TASKS[task]
+    usual = SURE if task == 'repair' and stream else TASKS[task]
     kind = config['training_type']
     saw_noise = kind == 'denoising' or (kind == 'joint' and 'noise' in config['corruption'])
     edits = saw_noise and config.get('remask_target') == 'edits'

@@ -13,6 +13,7 @@ from configurator import UserError
 from plumbing import show
 from plumbing.checkpoint import find_checkpoint
 from plumbing.files import check_output, to_json, write_atomically
+from plumbing.rows import Tally
 from plumbing.score import total
 from plumbing.text import read_lines, typed
 
@@ -69,13 +70,15 @@ def given_texts(s, m):
 
 def ask(s, m, rules, live):
     """
-    The Samples that the settings ask for, of several presets the first of each, then the second.
+    The Samples that the settings ask for, of several presets the first of each, then the second. What each
+    has counted goes to s.counts, see Tally.
 
     rules: those of How that were chosen, None for the others. live: makes a parts.handle.Live for --animate:
     samples are written one by one, and each step is shown at once.
     """
-    how = dict(rules, seed=s.seed, batch_size=1 if s.animate else s.batch_size,
-               progress=not s.animate, trace=bool(s.html) or s.task == 'repair')
+    kept = s.animate or s.html or s.task == 'repair'                # the steps
+    how = dict(rules, seed=s.seed, batch_size=1 if s.animate else s.batch_size, progress=not s.animate)
+    s.counts = []
     if s.task == 'generate':
         s.prompt = typed(m.meta, s.prompt)
         s.stop = s.stop and typed(m.meta, s.stop)
@@ -94,8 +97,30 @@ def ask(s, m, rules, live):
             watched = live()
             with closing(m.frames(watched, mine)) as steps:         # Ctrl-C ends the work as well
                 show.animate(steps)
-        found.append(watched.result if s.animate else mine())
+        tally = Tally(m.meta['vocab_size'], m.meta['pad'])
+        found.append(watched.result if s.animate else mine(trace=bool(kept) or tally))
+        for sample in found[-1] if kept else ():
+            tally.clear()
+            for canvas in sample.steps:
+                tally.append(canvas)
+        s.counts.append((found[-1][0].rules, tally.numbers()))
     return [sample for group in zip(*found) for sample in group]
+
+
+def did(s, samples, nfe, seconds):
+    """What the sampler did for samples of the same rules, a line. nfe: passes each; seconds: 0, not said."""
+    num, rules = len(samples), samples[0].rules
+    counts = [numbers for other, numbers in s.counts if other == rules]
+    drafted, refused, again = (f'{sum(numbers) / num:.1f}' for numbers in zip(*counts))
+    words = [f'{nfe:.1f} passes (NFE)']
+    if rules.get('remask') == 'causal':
+        words += [f'{drafted} tokens drafted ahead', f'{refused} of them taken back']
+    elif rules.get('remask', 'none') != 'none' and not rules.get('rounds'):
+        words.append(f'{again} tokens taken back')
+    speed = f'; {num / seconds:.1f} samples/s' if seconds else ''
+    if seconds > num:
+        speed = f'; {seconds / num:.1f} s a sample'
+    return f"{'1 sample' if num == 1 else f'{num} samples, each'}: {', '.join(words)}{speed}"
 
 
 def show_samples(s, m, samples, seconds):
@@ -116,13 +141,14 @@ def show_samples(s, m, samples, seconds):
         print(f'... and {len(samples) - 50} more' + ('' if s.save else ' (--save=FILE.jsonl keeps them all)'))
     if s.task == 'score' and len(samples) > 1:
         print(total(samples, m.meta))
-    print('', *s.said, *m.said, sep='\n')
+    print()
     foot = []
-    speed = '' if s.animate or len(groups) > 1 else f', {len(samples) / seconds:.1f} samples/s'
+    seconds = 0 if s.animate or len(groups) > 1 else seconds
     for rules, group in groups.items() if s.task != 'score' else ():
         nfe = sum(sample.nfe for sample in group) / len(group)
-        print(f'{rules}\n{len(group)} samples, {nfe:.1f} passes each (NFE){speed}')
+        print(f'{rules}: ' * (len(groups) > 1) + did(s, group, nfe, seconds))
         foot.append(f'{rules}; {nfe:.0f} passes a sample')
+    print(*s.said, *m.said, *[*groups][:len(foot) == 1], sep='\n')
     if s.html:
         foot += [m.said[0], shlex.join(['python', *sys.argv]), f'seed {s.seed}']
         show.write_page(s.html, f"{m.meta['name']}: {s.task}", foot, m.stories(samples[:20]), m.look)

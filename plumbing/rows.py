@@ -93,7 +93,7 @@ def recorded(canvas, trace):
 
 class Part(list):
     """
-    A trace of a part of a canvas, which has its start: what is added goes to the trace of the whole as well.
+    A trace of a part of a canvas, its last one: what is added goes to the trace of the whole as well.
 
     put: function of a part that returns the whole, with the part in its place
     """
@@ -103,8 +103,38 @@ class Part(list):
         self.whole, self.put = whole, put
 
     def append(self, canvas):
-        super().append(canvas)
+        self[:] = [canvas]
         self.whole.append(self.put(canvas))
+
+
+class Tally(list):
+    """
+    A trace that keeps the last canvas only, and counts tokens: what is in a text, not the padding behind it.
+
+    mask, pad: ids, pad None: no padding
+    """
+
+    def __init__(self, mask, pad=None):
+        super().__init__()
+        self.mask, self.pad, self.counts = mask, -1 if pad is None else pad, 0
+
+    def begin(self, fixed):
+        """The trace of the next batch, whose fixed (B, T) positions never change."""
+        self.clear()
+        return self
+
+    def append(self, canvas):
+        if self:
+            before = self.pop()
+            drafted = (before < 0) & (canvas != self.pad)           # ~id of what was only drafted
+            written = (before >= 0) & (before != self.mask) & (before != self.pad)
+            events = (drafted, drafted & (canvas != ~before), written & (canvas != before))
+            self.counts = self.counts + torch.stack([event.sum() for event in events])
+        super().append(canvas)
+
+    def numbers(self):
+        """How many tokens were drafted, how many drafts were taken back, and how many written tokens."""
+        return self.counts.tolist() if torch.is_tensor(self.counts) else [0, 0, 0]
 
 
 def left_of(fixed):

@@ -7,6 +7,7 @@ marks() what a repair did.
 """
 
 import html
+import shutil
 import time
 import unicodedata
 from contextlib import ExitStack
@@ -142,11 +143,13 @@ def report(sample, meta, task, before=None):
     else:
         told = marked(sample, meta, rows, legends, indent, task and task.verdict(sample['text']))
         if before is not None:
-            was = [before]
+            was = [indent + line for line in before.split('\n')]
             if 'taken' in sample:                                   # their columns are one below the other
                 was = marked(dict(text=before, tokens=sample['before']), meta, [sample['taken'][start:]],
                              ['(- taken away, ~ replaced)'], indent, None)
             told[:1] = *was, f'-> {told[0].removeprefix(indent)}'
+            if not (sample.get('marks', '?') + sample.get('taken', '')).strip():
+                told.append(f'{indent}(nothing changed)')
     numbers = [f'{name} {sample[key]:.3f}' for key, name in NAMES.items() if key in sample]
     if numbers:
         told.append(f"{indent}{', '.join(numbers)} nats/token")
@@ -166,12 +169,20 @@ def marked(sample, meta, rows, legends, indent, verdict):
         lines[-1][0] += f'   {verdict}'
     told, legends = [], [*legends]
     for line, *signs in lines:
-        told.append(indent + line)
-        for number, row in enumerate(map(str.rstrip, signs)):
-            if row:
-                told.append(f'{indent}{row}   {legends[number]}'.rstrip())
-                legends[number] = ''                                # it is said once
+        for part, *below in folded(line, signs, shutil.get_terminal_size((110, 24)).columns - len(indent)):
+            told.append(indent + part)
+            for number, row in enumerate(map(str.rstrip, below)):
+                if row:
+                    told.append(f'{indent}{row}   {legends[number]}'.rstrip())
+                    legends[number] = ''                            # it is said once
     return told
+
+
+def folded(line, signs, width):
+    """A line and the rows of signs under it, in parts that the terminal does not fold one by one."""
+    if not signs or columns(line) != len(line) or width < 20:
+        return [(line, *signs)]
+    return [[row[at:at + width] for row in (line, *signs)] for at in range(0, max(1, len(line)), width)]
 
 
 @torch.no_grad()

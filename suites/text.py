@@ -232,11 +232,11 @@ def repair_rows(s, network, name, run, how):
         batches = before.to(device).split(s.batch_size)
         after = torch.cat([mend_unsure(model, x, threshold) for x in batches]).cpu()
         rows.append(mended(f'what is less sure than {threshold:g} filled anew', before, after, clean, 2))
-    rules = choose_rules(checkpoint['config'], task='repair', inside=True)
+    rules = choose_rules(checkpoint['config'], task='repair', inside=True, remask_threshold=0.8)
     samples = fill(model, checkpoint['meta'], before, torch.zeros_like(before, dtype=torch.bool),
                    batch_size=s.batch_size, seed=s.seed, **rules)
     after = torch.tensor([sample['tokens'] for sample in samples])
-    return rows + [mended('--task=repair', before, after, clean, mean_nfe(samples))]
+    return rows + [mended('--task=repair --remask_threshold=0.8', before, after, clean, mean_nfe(samples))]
 
 MEASURES = dict(likelihood=likelihood_rows, samples=sample_rows, infill=infill_rows, repair=repair_rows)
 METRICS = dict(likelihood=('nelbo', 'causal_nll', *COST),

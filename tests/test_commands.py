@@ -120,7 +120,7 @@ def test_sampling_with_a_second_checkpoint_that_judges(run, tmp_path, kind, targ
     judge = checkpoint(tmp_path, kind, tiny_gpt(18, 64, seed=1, n_recur=1), remask_target=target)
     out = went_well(run('sample', checkpoint(tmp_path, 'unmasking'), judging(judge), '--num_samples=2',
                         '--steps=5', *CPU))
-    assert 'remask=wrong' in out and '9.0 passes each' in out      # 5 of the writer, 4 of the judge
+    assert 'remask=wrong' in out and 'each: 9.0 passes (NFE)' in out      # 5 of the writer, 4 of the judge
 
 
 def test_sampling_from_other_checkpoints(run, tmp_path):
@@ -624,7 +624,7 @@ def test_presets_side_by_side(run, trained, tmp_path):
     assert samples == [one[0], two[0], one[1], two[1]]
     page, by = Page(tmp_path / 'page.html'), 'commit=random, remask=none, steps=3'
     assert [story['by'].startswith(by) for story in page.data()['stories']] == [True, False] * 2
-    assert both.count(by) == 3 and '2 samples, 3.0 passes each (NFE)\n' in both
+    assert both.count(by) == 3 and '2 samples, each: 3.0 passes (NFE)\n' in both
     assert f'{by}, ar_prefix=0; 3 passes a sample' in page.text
     refused(run('sample', '--preset=ancestral,inteligent', '--init_from=no.pt'), 'sample', 'did you mean')
 

@@ -14,6 +14,7 @@ from conftest import ARITHMETIC, ROOT, run_main, tiny_gpt, write_checkpoint
 
 from configurator import UserError
 from parts import handle
+from plumbing.rows import Tally
 from plumbing.text import PAD, decode, encode, marked_words
 from sample import load
 
@@ -53,6 +54,24 @@ def test_samples(m, capsys):
     assert one.nelbo is None and capsys.readouterr().out == ''                  # no method prints
     assert m.generate(1, prompt='(+', length=9, trace=False)[0].steps is None
     assert m.generate(3, prompt='(+', length=9, seed=3)[0].tokens != m.generate(1, length=9)[0].tokens
+
+
+def test_a_tally_counts_what_the_steps_show(m):
+    """Of drafts and of what is re-masked, without keeping a step."""
+    for rules in (dict(), dict(remask='wrong', steps=9), dict(ar_prefix=5, remask='wrong', steps=9)):
+        tally = Tally(18, 17)
+        samples = m.generate(5, seed=3, batch_size=2, trace=tally, **rules)
+        kept = m.generate(5, seed=3, batch_size=2, **rules)
+        assert [one.tokens for one in samples] == [one.tokens for one in kept] and samples[0].steps is None
+        drafted, refused, again = 0, 0, 0
+        for steps in (one.steps.tolist() for one in kept):
+            for before, after in zip(steps, steps[1:]):
+                for old, new in zip(before, after):
+                    drafted += old < 0 and new != 17
+                    refused += old < 0 and new not in (17, ~old)
+                    again += 0 <= old < 17 and new != old
+        assert tally.numbers() == [drafted, refused, again]
+        assert (drafted > refused > 0 == again) if not rules else (again > 0 == drafted)
 
 
 def test_texts_and_lists_of_them(m):

@@ -138,6 +138,7 @@ def test_what_was_chosen_wins_over_the_preset_and_that_over_the_task_and_that_ov
                         remask_rate=None)
     assert (
         dict(commit='random', remask='random', temperature=0.5, remask_threshold=0.8).items() <= both.items())
+    assert choose_rules(joint, task='repair', inside=True, stream=True)['remask_threshold'] == 0.95
     shares = choose_rules(joint, task='repair', remask_schedule=(0.3, 0.1))
     assert 'remask_threshold' not in shares and shares['remask_schedule'] == (0.3, 0.1)
     for name, rules in PRESETS.items():

@@ -196,8 +196,17 @@ def test_what_is_said_under_a_text_is_said_once():
     """Also of a token that is more than one line; after what was given, all is to the right."""
     sample = dict(text='a\u4f60\nab', tokens=[0, 11, 1], marks='^? ', p_wrong=[0.91, 0.25, 0.0])
     assert show.report(sample, CHARS, None, 'x\ny') == '\n'.join([
-        'x', 'y', '-> a\u4f60↵', '   ^???   (^ changed, ? doubted and kept)',
+        '   x', '   y', '-> a\u4f60↵', '   ^???   (^ changed, ? doubted and kept)',
         '   9222   p(WRONG) of every token in tenths', '   ab', '   ?', '   20', '-' * 15])
+
+
+def test_a_long_line_and_its_signs_are_folded_together(monkeypatch):
+    monkeypatch.setenv('COLUMNS', '33')
+    sample = dict(text='ab' * 20, tokens=[0, 1] * 20, marks=' ' * 31 + '^' + ' ' * 8)
+    assert show.report(sample, CHARS, None, 'x').split('\n')[:-1] == [
+        '   x', '-> ' + 'ab' * 15, '   ' + 'ab' * 5, '    ^   (^ changed, ? doubted and kept)']
+    same = show.report(dict(sample, marks=' ' * 40), CHARS, None, 'ab' * 20)
+    assert same.split('\n')[1:] == ['-> ' + 'ab' * 20, '   (nothing changed)', '-' * 15]
 
 
 def test_a_mark_of_the_end_has_a_column():

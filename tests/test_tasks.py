@@ -290,7 +290,7 @@ def test_score_prints_and_saves_what_the_network_thinks(sampled, made):
     tenths = ''.join(str(min(9, int(10 * p))) for p in judged['p_wrong'][1:9])     # not of the start symbol
     assert f'{text}   ✓\n{tenths}   p(WRONG) of every token in tenths\n' in out
     assert f"NELBO {judged['nelbo']:.3f}, causal NLL {judged['causal_nll']:.3f} nats/token" in out
-    assert 'passes each' not in out and '-> ' not in out
+    assert 'passes (NFE)' not in out and '-> ' not in out
 
     # a plain one does not doubt, a judge cannot write
     for name, knows, says in (('plain', {'nelbo'}, {'NELBO'}), ('judge', {'p_wrong'}, {'p(WRONG)'})):
