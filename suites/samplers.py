@@ -33,6 +33,7 @@ def budget_rows(config, block_size):
             (can_unmask, 'commit=threshold (preset threshold)', True, PRESETS['threshold']),
             (can_unmask, 'commit=priority', True, dict(commit='priority', priority='()=+*')),
             (can_unmask, 'remask=remdm, rescale', True, dict(remask='remdm', remdm='rescale')),
+            (both, 'remask=surprise', True, dict(remask='surprise')),
             (both, 'preset universal', False, PRESETS['universal'])]
     return [row for known, *row in rows if known]
 
@@ -51,6 +52,8 @@ def run(s):
             how = dict(rules, steps=n) if takes else dict(rules)
             if 'priority' in rules:
                 how['priority'] = tuple(encode(meta, rules['priority']))
+            if rules.get('remask') == 'surprise':                   # all but the last of its steps are two
+                how['steps'] = (n + 1) // 2
             if takes and 'ar_prefix' in rules:
                 how.update(steps=n - n // 2, ar_prefix=n // 2)
             found.append(measure(s, model, meta, strings, name, how, budget=n))

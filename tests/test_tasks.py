@@ -252,7 +252,7 @@ def test_a_file_of_texts(sampled, tmp_path):
     assert len(samples) == 6 and '6 samples' in out
     for s, line in zip(samples, twice[:4]):
         assert re.fullmatch(re.escape(line).replace('_', '.'), s['text'])
-    assert [line for line in out.splitlines() if line in lines] == twice
+    assert [line.strip() for line in out.splitlines() if line.strip() in lines] == twice
     written = [line[3:].split('   ')[0] for line in out.splitlines() if line.startswith('-> ')]
     assert written[:4] == [s['text'] for s in samples[:4]]
 
