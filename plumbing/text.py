@@ -342,6 +342,8 @@ def task_canvas(task, model, meta, text, hole=None, mask=None):
     canvas, fixed = text_canvas(model, meta, [ids], ends=True)
     if task == 'repair':  # nothing is trusted but the start symbol
         fixed = ~modelled(canvas, meta)[0]
+        if meta['eos'] is None and len(ids) > 1:                    # of the last one nothing more is known
+            fixed[:, -1] = True
     return canvas, fixed
 
 
