@@ -15,7 +15,7 @@ from conftest import ARITHMETIC, ROOT, run_main, tiny_gpt, write_checkpoint
 from configurator import UserError
 from parts import handle
 from plumbing.rows import Tally
-from plumbing.text import PAD, decode, encode, marked_words, task_canvas
+from plumbing.text import PAD, decode, encode, marked_words
 from sample import load
 
 STREAM = dict(ARITHMETIC, name='text', format='stream', block_size=None, vocab_size=5, itos=[*'ab \n.'],
@@ -279,13 +279,3 @@ def test_the_tour_as_a_notebook(tmp_path):
     pages = [output.data['text/html'] for cell in notebook.cells for output in cell.get('outputs', ())
              if 'text/html' in output.get('data', ())]
     assert len(pages) == 1 and pages[0].startswith('<iframe')
-
-
-def test_the_last_character_of_a_text_is_not_repaired():
-    """Nothing that stands right of it says what it should be; of a row with an end all may change."""
-    model, meta = tiny_gpt(18, 64), dict(ARITHMETIC)
-    stream = dict(meta, format='stream', bos=None, eos=None, pad=None, block_size=None)
-    _, fixed = task_canvas('repair', model, stream, '(+12)=3')
-    assert fixed[0].tolist() == [False] * 6 + [True]
-    assert not task_canvas('repair', model, stream, '(')[1].any()
-    assert task_canvas('repair', model, meta, '(+12)=3')[1][0].nonzero()[:, 0].tolist() == [0]
