@@ -235,7 +235,8 @@ def story(meta, trace, fixed, doubts, label, note=''):
     """
     mask, before = meta['vocab_size'], torch.cat((trace[:1], trace[:-1]))       # (S, T)
     was, now, state = before == mask, trace == mask, torch.zeros_like(trace)
-    held = (before < 0) & ((trace == ~before) | (trace == (meta['pad'] or mask + 1)))    # what a draft became
+    padding = False if meta['pad'] is None else trace == meta['pad']
+    held = (before < 0) & ((trace == ~before) | padding)                        # what a draft became
     drafted, changed, trace = trace < 0, trace != before, torch.where(trace < 0, ~trace, trace)
     events = (changed, (was | held) & ~now, ~was & now, was & now, drafted, fixed.expand_as(trace))
     for number, where in enumerate(events, 1):  # in the order of STATES: the last that holds counts

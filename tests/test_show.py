@@ -438,3 +438,13 @@ def test_an_empty_text_is_shown_as_such():
             shown = show.report(dict(text='', tokens=[BOS, EOS], **more), ARITHMETIC, task)
             assert shown.startswith('(empty)') and '9' * bool(more) in shown
     assert sample_line('', SimpleNamespace(verdict=lambda text: '✗')) == '(empty)   ✗'
+
+
+@pytest.mark.parametrize('pad', [0, 4])
+def test_a_draft_behind_an_end_becomes_padding_whatever_its_id(pad):
+    """It was not rewritten: nobody would have written it."""
+    meta = dict(ARITHMETIC, vocab_size=5, itos=[*'abcde'], pad=pad, eos=3, bos=None)
+    trace = torch.tensor([[5, 5, 5], [~1, ~2, ~1], [1, 3, pad]])
+    frames = show.story(meta, trace, torch.zeros(3).bool(), torch.full((3, 3), float('nan')), '')['frames']
+    assert frames[1]['states'][:2] == ['draft'] * 2
+    assert frames[2]['states'] == ['new', 'changed', 'new']
