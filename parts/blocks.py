@@ -54,8 +54,8 @@ class Beside:
     start (B, T): the position at which the block of a position begins; segment (B, T) or None: its text.
     """
 
-    def __init__(self, kept, start, segment, mask):
-        self.kept, self.start, self.segment, self.mask = kept, start, segment, mask
+    def __init__(self, kept, start, segment):
+        self.kept, self.start, self.segment = kept, start, segment
 
     def begin(self, idx, at, causal):
         return None, slice(1, idx.size(1) + 1)                      # token i has slot i + 1
@@ -69,12 +69,6 @@ class Beside:
             left = left & (self.segment[:, None] == self.segment[..., None])
         seen = torch.cat((left, start[:, None] == start[..., None]), 2)[:, None]
         return torch.zeros(seen.shape, dtype=dtype, device=start.device).masked_fill(~seen, float('-inf'))
-
-    def left(self, idx):
-        """The left neighbours (B, T) of ids idx (B, T) in blocks; [WRONG] where a text begins."""
-        mask, known = self.mask, self.kept.idx                      # [MASK] is the start symbol there
-        known = known.masked_fill(known == mask, mask + 1)
-        return torch.where(beside(self.start, 1, -1) != self.start, known, beside(idx, 1, mask + 1))
 
     def put(self, layer, k, v):
         return tuple(torch.cat(both, 2) for both in zip(self.kept.layers[layer], (k, v)))
@@ -194,11 +188,17 @@ class InBlocks:
         told = dict(level=level_of(idx, there, self.mask_token_id, told.pop('level', None)), **told)
         told = {name: blocks.lay(ids.expand(idx.shape)) for name, ids in told.items() if ids is not None}
         at = (at * there).flatten()                                 # (N * L,)
-        cache = Beside(self.kept, blocks.start, blocks.segment, self.mask_token_id)
+        cache = Beside(self.kept, blocks.start, blocks.segment)
         laid, places = blocks.lay(idx), None if only is None else at[only]
-        told['left'] = cache.left(laid)
+        told['left'] = self.left(laid)
         hidden = self.model(laid, segment=blocks.start, cache=cache, only=places, **told)
         return hidden if only is not None else hidden.flatten(0, 1)[at].unflatten(0, idx.shape)
+
+    def left(self, idx):
+        """The left neighbours (B, T) of ids idx (B, T) in blocks; [WRONG] where a text begins."""
+        start, read, nothing = self.blocks.start, self.kept.idx, self.wrong_token_id
+        read = read.masked_fill(read == self.mask_token_id, nothing)    # [MASK] is the start symbol there
+        return torch.where(beside(start, 1, -1) != start, read, beside(idx, 1, nothing))
 
 
 @torch.no_grad()

@@ -128,7 +128,7 @@ def test_blocks_of_length_one_see_what_the_causal_pass_sees():
     shifted = model(torch.cat((x0, x0[:, :1]), 1)[:, :T], causal=True)
     assert torch.equal(causal, shifted)
     left = network.blocks.start
-    seen = Beside(network.kept, left, None, V).bias(torch.float32)[:, 0] == 0
+    seen = Beside(network.kept, left, None).bias(torch.float32)[:, 0] == 0
     slots = torch.arange(T)
     assert torch.equal(seen[0, :, :T], slots <= slots[:, None])            # the slots of a causal query ...
     assert torch.equal(seen[0, :, T:], torch.eye(T).bool())                # ... and its own

@@ -104,17 +104,23 @@ def test_curves_that_cannot_be_drawn_end_nothing(tmp_path, capsys, monkeypatch):
     assert read(str(tmp_path))['iter_num'] == 1
 
 
+@pytest.fixture
+def task_of_mine(tmp_path, monkeypatch):
+    """Where the task.py of a dataset 'mine' is looked for."""
+    monkeypatch.setattr(text, '__file__', str(tmp_path / 'plumbing' / 'text.py'))
+    (tmp_path / 'data' / 'mine').mkdir(parents=True)
+    text.load_task.cache_clear()
+    yield tmp_path / 'data' / 'mine' / 'task.py'
+    text.load_task.cache_clear()
+
+
 @pytest.mark.parametrize('source, message', [
     ('1 / 0', 'task.py: ZeroDivisionError'), ('def score(', 'task.py: SyntaxError'),
     ('verdict = 3\nscore = len', 'verdict is no function')])
-def test_a_task_that_cannot_be_used(tmp_path, monkeypatch, source, message):
-    monkeypatch.setattr(text, '__file__', str(tmp_path / 'plumbing' / 'text.py'))
-    (tmp_path / 'data' / 'mine').mkdir(parents=True)
-    (tmp_path / 'data' / 'mine' / 'task.py').write_text(source)
-    text.load_task.cache_clear()
+def test_a_task_that_cannot_be_used(task_of_mine, source, message):
+    task_of_mine.write_text(source)
     with pytest.raises(UserError, match=message):
         text.load_task('mine')
-    text.load_task.cache_clear()
 
 
 CHARS = dict(name='mine', format='rows', tokenizer='char', itos=[*'ab', '<bos>', '<eos>', '<pad>'],
@@ -131,18 +137,14 @@ CHARS = dict(name='mine', format='rows', tokenizer='char', itos=[*'ab', '<bos>',
     ('LINE = "{right}"\ndef score(texts): return {}', "LINE: KeyError: 'right'"),
     ('def verdict(text): return text == "ab"', 'verdict.text.: TypeError: a text is wanted, got True'),
     ('def verdict(text): return text[5]', 'verdict.text.: IndexError')])
-def test_a_task_is_tried_when_training_starts(tmp_path, monkeypatch, source, message):
+def test_a_task_is_tried_when_training_starts(task_of_mine, source, message):
     """All that it may have is optional; what it has is tried on held-out rows."""
-    monkeypatch.setattr(text, '__file__', str(tmp_path / 'plumbing' / 'text.py'))
-    (tmp_path / 'data' / 'mine').mkdir(parents=True)
-    (tmp_path / 'data' / 'mine' / 'task.py').write_text(source)
-    text.load_task.cache_clear()
+    task_of_mine.write_text(source)
     data = dict(val=torch.tensor([[2, 0, 1, 3, 4]]))
     refused = pytest.raises(UserError, match=f'data/mine/task.py: {message}')
     with refused if message else contextlib.nullcontext():
         text.check_task(CHARS, data)
     task = text.load_task('mine')
-    text.load_task.cache_clear()
     if not message:
         assert text.sample_line('ab', task) == 'ab'
         assert set(text.scored(task, ['ab'])) <= {'valid', 'correct', 'n', 'good'}

@@ -16,7 +16,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(HERE)))
 import configurator  # noqa: E402
 from configurator import UserError  # noqa: E402
 from data.common import check_writable, library, write_dataset  # noqa: E402
-from data.sudoku.task import BOXES, GIVENS, full_board, guesses, picture, puzzle, text_of, vocabulary  # noqa: E402
+from data.sudoku.task import (  # noqa: E402
+    BOXES, GIVENS, full_board, guesses, picture, puzzle, text_of, vocabulary)
 
 out: str = None            # the folder to write to, None: data/sudoku, or data/sudoku6 for size=6
 size = 9                   # 9: boxes of 3 x 3 | 6: boxes of 2 rows x 3 columns

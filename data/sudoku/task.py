@@ -61,7 +61,7 @@ def solutions(cells, most=2, rng=None, banned=None):
     """
     At most that many solutions of a puzzle: lists of cells. The most constrained cell comes first.
 
-    rng: a random.Random, which tries digits in random order. banned: (cell, digit), what shall not be there.
+    rng: a random.Random, which tries digits in random order. banned: (cell, digit), what may not be there.
     """
     taken = used(cells)
     if taken is None:
