@@ -10,6 +10,10 @@ threshold      the same windows of the training split for several of remask_thre
 dictionary     each word becomes the likeliest known one an edit away (needs symspellpy), if it is not known
 arithmetic     strings under mixed noise with insertions; accuracy, exact: see suites/tasks.py; aligned: the
                share of the clean tokens that are there, wherever they stand
+one token      strings into which one token was inserted, or that lost one. exact: restored, of those that
+               one edit makes right in one way only; ambiguous: the share of the others; correct: of all
+infill         [...]=value, a hole of unknown length, and as many masks as there were tokens; valid, and with
+               that value
 
 Runs and rows are kept in out_dir/repair, see runs.py.
 """
@@ -27,11 +31,11 @@ from data.loader import data_of, spread_rows
 from parts.presets import choose_rules
 from parts.handle import by_length
 from plumbing.evaluate import per_token
-from plumbing.text import decode, encode, modelled, until_end
+from plumbing.text import ANY, decode, load_task, modelled, task_canvas, until_end
 from sample import fill
-from suites.common import cell, table_of, wanted, with_errors
+from suites.common import cell, mean_nfe, table_of, wanted, with_errors
 from suites.runs import check_train_args, folder_name, measure_all, network_of
-from suites.tasks import PROTOCOLS, ways_to_repair, with_noise
+from suites.tasks import PROTOCOLS, right_shares, ways_to_repair, with_noise
 from suites.text import corpus_of, mean_of, stream
 
 UNIVERSAL = ['train.py', 'config/universal.py']
@@ -40,6 +44,7 @@ RUNS = {
     'arithmetic': UNIVERSAL,
     'arithmetic with edits': [*UNIVERSAL, '--remask_target=edits'],
 }
+ONE = ('inserted', 'lost')
 LEVELS = (0.03, 0.1, 0.0)
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9)
 MARGIN = 16                      # a window may grow by that much
@@ -54,7 +59,11 @@ def rows_of_tables(s):
         name = way + ''.join(f' {how[key]:g}' for key in ('remask_threshold',) if key in how)
         rows += [(f'text, {level:.0%} hit: {name}', 'text', 'text', dict(how, way=way, level=level))
                  for level in LEVELS]
-    return rows + [(f'{run}: repair', 'arithmetic', run, {}) for run in RUNS if run != 'text']
+    for run in ('arithmetic', 'arithmetic with edits'):
+        rows.append((f'{run}: repair', 'arithmetic', run, {}))
+        rows += [(f'{run}: one token {what}', 'one token', run, dict(what=what)) for what in ONE]
+        rows.append((f'{run}: infill, length known', 'infill', run, dict(hole='_', remask='wrong', steps=64)))
+    return rows + [('arithmetic with edits: infill, length unknown', 'infill', run, dict(hole=ANY))]
 
 
 def hit(text, level, letters, rng):
@@ -115,14 +124,15 @@ def dictionary(dataset):
     return lambda text: re.sub(r"[A-Za-z']+", word, text)
 
 
-def repaired(s, model, checkpoint, texts, how):
-    """What --task=repair makes of texts, and the passes of each."""
+def written(s, model, checkpoint, task, texts, **how):
+    """The samples that a task makes of texts, and the mean of their passes."""
     meta = checkpoint['meta']
-    rows = [torch.tensor(encode(meta, text)) for text in texts]
-    rules = choose_rules(checkpoint['config'], task='repair', inside=True, **how)
+    canvases, fixed = zip(*(task_canvas(task, model, meta, text, '_') for text in texts))
+    rules = choose_rules(checkpoint['config'], task=task, inside=True, stream=meta['eos'] is None,
+                         any_length=any(ANY in text for text in texts), **how)
     sampler = functools.partial(fill, model, meta, batch_size=s.batch_size, seed=s.seed, **rules)
-    samples = by_length(sampler, rows, [torch.zeros_like(row, dtype=torch.bool) for row in rows])
-    return [sample['text'] for sample in samples], sum(sample['nfe'] for sample in samples) / len(samples)
+    samples = by_length(sampler, [row[0] for row in canvases], [row[0] for row in fixed])
+    return samples, mean_nfe(samples)
 
 
 def text_rows(s, network, name, run, how):
@@ -139,7 +149,8 @@ def text_rows(s, network, name, run, how):
     if way == 'dictionary':
         after = [*map(dictionary(meta.get('dataset', meta['name'])), before)]
     elif way != 'nothing':
-        after, nfe = repaired(s, model, checkpoint, before, how)
+        samples, nfe = written(s, model, checkpoint, 'repair', before, **how)
+        after = [sample['text'] for sample in samples]
 
     sizes = torch.tensor([len(text) for text in clean])
     found = [(*compare(a, text), *compare(b, text)) for a, b, text in zip(after, before, clean)]
@@ -177,9 +188,64 @@ def arithmetic_rows(s, network, name, run, how):
         rows.append(row)
     return rows
 
-MEASURES = dict(text=text_rows, arithmetic=arithmetic_rows)
+
+def held_out(s, run_of):
+    """(model, checkpoint, task, held-out strings) of a run."""
+    model, checkpoint = run_of
+    meta, config = checkpoint['meta'], checkpoint['config']
+    rows = spread_rows(data_of(meta, config)[1]['val'], s.num_samples, model.config.block_size)
+    return model, checkpoint, load_task(meta['name']), [decode(meta, row)[0] for row in rows.tolist()]
+
+
+def with_one(text, letters, rng):
+    """text with a letter more, anywhere."""
+    at = rng.randrange(len(text) + 1)
+    return text[:at] + rng.choice(letters) + text[at:]
+
+
+def less_one(text, rng):
+    """text with a letter less."""
+    at = rng.randrange(len(text))
+    return text[:at] + text[at + 1:]
+
+
+def an_edit_away(text, what, letters):
+    """All that text may have been: before one letter was 'inserted', or one was 'lost'."""
+    if what == 'inserted':
+        return {text[:at] + text[at + 1:] for at in range(len(text))}
+    return {text[:at] + letter + text[at:] for at in range(len(text) + 1) for letter in letters}
+
+
+def single_rows(s, network, name, run, how):
+    """One row: num_samples held-out strings, one token of each inserted or lost, mended."""
+    model, checkpoint, task, clean = held_out(s, network(run))
+    rng, what, letters = random.Random(f'{how} {s.seed}'), how['what'], sorted(set(''.join(clean)))
+    noisy = [with_one(text, letters, rng) if what == 'inserted' else less_one(text, rng) for text in clean]
+    samples, nfe = written(s, model, checkpoint, 'repair', noisy)
+    ways = [[text for text in an_edit_away(text, what, letters) | {text} if task.score([text])['correct']]
+            for text in noisy]
+    known = torch.tensor([len(some) == 1 for some in ways])
+    exact = torch.tensor([sample['text'] == text for sample, text in zip(samples, clean)])
+    right = [task.score([sample['text']])['correct'] for sample in samples]
+    row = dict(name=name, n=len(clean), nfe=nfe, **mean_of('exact', exact[known].double()))
+    row.update(mean_of('ambiguous', (~known).double()), **mean_of('correct', torch.tensor(right).double()))
+    return [row]
+
+
+def infill_rows(s, network, name, run, how):
+    """One row: num_samples held-out strings to be written anew, but for '=' and the value."""
+    model, checkpoint, task, clean = held_out(s, network(run))
+    how, parts = dict(how), [text.split('=') for text in clean]
+    hole = how.pop('hole')
+    texts = [f'{hole * len(left) if hole == "_" else hole}={value}' for left, value in parts]
+    samples, nfe = written(s, model, checkpoint, 'infill', texts, **how)
+    return [with_errors(dict(name=name, nfe=nfe, **right_shares(task, samples, clean)), len(clean))]
+
+
+MEASURES = dict(text=text_rows, arithmetic=arithmetic_rows, infill=infill_rows, **{'one token': single_rows})
 METRICS = dict(text=('before', 'after', 'damaged', 'touched', 'nfe'),
-               arithmetic=('aligned', 'accuracy', 'exact', 'nfe'))
+               arithmetic=('aligned', 'accuracy', 'exact', 'nfe'), infill=('valid', 'correct', 'nfe'),
+               **{'one token': ('exact', 'ambiguous', 'correct', 'nfe')})
 
 
 def run(s):

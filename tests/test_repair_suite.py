@@ -11,6 +11,7 @@ from test_text import META, words  # noqa: F401 (a fixture)
 
 from configurator import UserError
 from model import GPT
+from plumbing.text import load_task
 from suites import repair, runs
 
 LETTERS = 'abcdef '
@@ -78,6 +79,40 @@ def test_arithmetic(tmp_path, monkeypatch):
         return 0
     monkeypatch.setattr(runs, 'execute', execute)
     rows, table = repair.run(s)
-    assert len(rows) == 4 and rows[0] == {**rows[2], 'name': rows[0]['name']}   # nothing, of both
-    assert all(0 <= row[name] <= 1 for row in rows for name in ('aligned', 'accuracy', 'exact'))
-    assert rows[0]['aligned'] > rows[0]['accuracy'] and 'arithmetic with edits' in table
+    found = {kind: [row for row in rows if row['table'] == kind] for kind in repair.METRICS}
+    assert [len(some) for some in found.values()] == [0, 4, 3, 4] and 'arithmetic with edits' in table
+    before, _, after, _ = found['arithmetic']                       # nothing, of both
+    assert before == {**after, 'name': before['name']} and before['aligned'] > before['accuracy']
+    assert all(0 <= row[name] <= 1 for row in found['arithmetic'] for name in ('aligned', 'exact'))
+
+
+@pytest.mark.parametrize('text, what, right', [
+    ('(+12)=33', 'inserted', ['(+12)=3']),                          # one of two equal tokens: one text
+    ('(+112)=3', 'inserted', ['(+12)=3']), ('7=77', 'inserted', ['7=7']),
+    ('(+12)=', 'lost', ['(+12)=3']), ('(+1)=3', 'lost', ['(+12)=3', '(+21)=3']),
+    ('(12)=2', 'lost', ['(*12)=2']), ('(+102)=2', 'inserted', ['(+02)=2'])])
+def test_what_a_string_may_have_been(text, what, right):
+    """All strings an edit away are tried; the right ones among them are what it may have been."""
+    score = load_task('arithmetic').score
+    letters = '0123456789()+*='
+    assert sorted(t for t in repair.an_edit_away(text, what, letters) if score([t])['correct']) == right
+
+
+@pytest.mark.parametrize('what', repair.ONE)
+def test_one_token(what, tmp_path, monkeypatch):
+    """Who restores all has 1 of the clear cases; who does nothing has 0, and what is ambiguous is counted."""
+    path, seen = write_checkpoint(tmp_path / 'a.pt', tiny_gpt(18, 64), corruption='noise'), []
+    s = SimpleNamespace(num_samples=60, num_seeds=1, seed=1, batch_size=64)
+
+    def row(mend):
+        def written(s, model, checkpoint, task, texts):
+            seen.extend(texts)
+            return [dict(text=mend(number, text)) for number, text in enumerate(texts)], 2.0
+        monkeypatch.setattr(repair, 'written', written)
+        return repair.single_rows(s, lambda run: GPT.load(path), what, 'arithmetic', dict(what=what))[0]
+    clean = repair.held_out(s, GPT.load(path))[3]
+    best, worst = row(lambda number, text: clean[number]), row(lambda number, text: text)
+    assert best['exact'] == best['correct'] == 1 and worst['exact'] == 0 and worst['correct'] < 0.2
+    assert best['ambiguous'] == worst['ambiguous'] and 0 < best['ambiguous'] < 1
+    step = 1 if what == 'inserted' else -1
+    assert all(len(noisy) == len(text) + step for noisy, text in zip(seen, clean))
