@@ -85,6 +85,7 @@ class How:
     choice_temperature: float = None   # commit=confidence: noise in the order, annealed to 0; usually 4.5
     commit_threshold: float = None     # commit=threshold: candidates at least this probable; usually 0.9
     priority: str = None       # commit=priority: candidates of these characters first; usually ()=+*
+    draft: bool = None         # the causal mode writes all (or a block) first, and the loop corrects it
     ar_prefix: int = None      # tokens drawn left to right by the causal pass first; a causal checkpoint: all
     # which visible tokens are re-masked
     remask: str = None         # none | random | wrong | surprise | critic | confidence | remdm | p2 | causal

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from parts.look import Sampling
-from parts.speculate import Unfinished, causal_pass
+from parts.speculate import Unfinished, causal_pass, write
 from plumbing.evaluate import nelbo
 from plumbing.kernels import beside
 from plumbing.pack import pack
@@ -282,6 +282,10 @@ def write_blocks(run, loop):
         block = x.gather(1, place).masked_fill(outside, 0)
         fixed, closed = (where[todo.rows].gather(1, place) for where in (run.fixed, run.closed))
         x = torch.cat((x, x.new_zeros(len(x), width)), 1)           # (R, T + L)
+        passes = 0
+        if how.draft:
+            text, passes = drafted(run, x.scatter(1, at, block)[:, :T], place)
+            block = torch.where(outside, block, text)
         network, steps = AfterPrefix(model, todo.cache, at, x), None
         if run.history is not None:
             steps = Part(block, run.history, lambda part: todo.closed(x.scatter(1, at, part)[:, :T]))
@@ -289,7 +293,19 @@ def write_blocks(run, loop):
                         run.generator, steps)
         block, nfe, _ = loop(part)
         done = width - L if how.revise else L                       # so many tokens are committed
-        going = todo.put(x.scatter(1, at, block)[:, :T], nfe + bool(done))
+        going = todo.put(x.scatter(1, at, block)[:, :T], nfe + passes + bool(done))
         known, begin = (at[going, :done] + 1).clamp(max=T - 1), begin[going] + done
         width = 2 * L if how.revise else L
     return todo.canvas, todo.nfe, todo.history
+
+
+def drafted(run, x, at):
+    """
+    What the causal mode writes into the masks of blocks at (R, L) of rows x (R, T): ids (R, L), passes (R,).
+
+    It reads what is left of a block anew, in the first of its passes.
+    """
+    outside = torch.ones_like(x, dtype=torch.bool).scatter(1, at, False)
+    x = torch.where(outside & (x == run.mask), 0, x)                # nothing is written behind a block
+    x, nfe, _ = write(run.model, x, None, run.how.filters(), run.ends, generator=run.generator)
+    return x.gather(1, at), nfe

@@ -33,6 +33,8 @@ PRESETS = dict(
     intelligent=dict(commit='random', schedule='cosine', remask='wrong'),
     # all at once, then a share is taken back and written anew, less each time, the most doubted first
     redraft=dict(commit='random', remask='wrong', remask_schedule=(1.0, 0.0), correct_share=1.0),
+    # written from left to right, then read once more: what is doubted is taken back and written anew
+    proofread=dict(draft=True, commit='threshold', remask='wrong', remask_threshold=0.8),
     hybrid=dict(ar_prefix=16, commit='random', schedule='cosine', remask='wrong'),
     speculative=dict(remask='causal'),                                         # Leviathan et al. 2023
     universal=dict(ar_prefix=3, commit='confidence', schedule='cosine', steps=20, remask='none'),
@@ -104,9 +106,12 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
           for name in ('guide', 'best_of')],
         ('block_length' in rules and not config.get('block_lengths'),
          'this checkpoint was not trained to write in blocks: train with --block_lengths=4,8,16,32'),
+        (rules.get('draft') and not supports(config).causal,
+         'draft needs a trained causal mode: train with --causal_ratio=0.33'),
         (rate > 1 and remask != 'p2',
          f"remask_rate is a probability, in 0..1 (only p2's is not), got {rate}"))
-    inside = inside or bool({'guide', 'block_length'} & set(rules))  # the causal pass has no steps, no blocks
+    # causal sampling has no steps, no blocks, and nothing to correct
+    inside = inside or bool({'guide', 'block_length', 'draft'} & set(rules))
     named = {name: rules.get(name) for name in ('commit', 'remask', 'ar_prefix')}
     return {**rules, **best_rules(config, inside, judge=judge, **named)}
 
@@ -255,7 +260,7 @@ def have_no_say(names):
 
 LOOP = ('steps commit schedule block_length choice_temperature commit_threshold priority remask_rate '
         'remask_random_ratio remask_patience remask_threshold remask_schedule rewrite remdm correct_share '
-        'revise')
+        'revise draft')
 
 
 def idle(config, rules):
@@ -277,7 +282,9 @@ def idle(config, rules):
     if remask != 'remdm':
         found.append((f'remask={remask}', 'remdm'))
     if remask == 'none':
-        found.append(('remask=none', 'remask_rate'))
+        found += [('remask=none', 'remask_rate'), ('remask=none', 'draft')]
+    if rules.get('draft'):
+        found.append(('draft', 'ar_prefix'))
     if remask in ('none', 'remdm', 'p2'):
         found += [(f'remask={remask}', name)
                   for name in ('remask_random_ratio', 'remask_patience', 'correct_share')]
@@ -322,7 +329,7 @@ def check_rules(how, canvas, fixed, mask, judge, commits, remasks):
     """Raises UserError for rules of How that do not exist, or do not fit together or the canvas (B, T)."""
     check_names(vars(how), commits, remasks)
     masked = canvas == mask
-    if how.remask == 'causal':
+    if how.remask == 'causal' or how.draft:
         check_suffix(masked)
     doubts_some = how.remask_threshold is not None or how.remask_schedule is not None
     rewrites = how.commit == 'random' and how.remask in ('random', 'wrong', 'confidence')

@@ -254,14 +254,21 @@ def left_to_right(model, canvas, closed, steps, filters, ends, *, generator=None
 
 
 def write_prefix(model, x, fixed, ar_prefix, *, ends, generator, trace, **rules):
-    """x (B, T) with ar_prefix more tokens in each row, left to right: (x, passes). trace: a list, or None."""
-    if not ar_prefix:
+    """
+    x (B, T) with ar_prefix more tokens in each row, left to right, or with draft all that are missing: (x,
+    passes). trace: a list, or None. In blocks each is drafted when it is its turn.
+    """
+    drafts = rules.get('draft') and not rules.get('block_length')
+    if not ar_prefix and not drafts:
         return x, 0
     mask = model.mask_token_id
     masked = x == mask
-    width = min(x.size(1), int(masked.long().argmax(1).max()) + ar_prefix)
+    width = x.size(1) if drafts else min(x.size(1), int(masked.long().argmax(1).max()) + ar_prefix)
     check_suffix(masked[:, :width])
     filters = {name: rules[name] for name in ('temperature', 'top_k', 'top_p') if name in rules}
+    if drafts:
+        return write(model, x, fixed, filters, ends, generator=generator,
+                     trace=False if trace is None else trace)[:2]
     closed = left_of(fixed)[:, :width]
 
     def whole(head):

@@ -23,6 +23,7 @@ def block_rows(config):
     for length in config['block_lengths']:
         for name, rules in (('remask=none', dict(remask='none')), ('intelligent', PRESETS['intelligent']),
                             ('intelligent, revise', dict(PRESETS['intelligent'], revise=True)),
+                            ('proofread, revise', dict(PRESETS['proofread'], revise=True)),
                             ('surprise, revise', dict(remask='surprise', schedule='cosine', revise=True))):
             yield f'blocks of {length}, {name}', dict(rules, block_length=length)
 

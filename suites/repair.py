@@ -219,6 +219,7 @@ def an_edit_away(text, what, letters):
 def single_rows(s, network, name, run, how):
     """One row: num_samples held-out strings, one token of each inserted or lost, mended."""
     model, checkpoint, task, clean = held_out(s, network(run))
+    clean = [text for text in clean if len(text) < model.config.block_size - 2]     # one more has room
     rng, what, letters = random.Random(f'{how} {s.seed}'), how['what'], sorted(set(''.join(clean)))
     noisy = [with_one(text, letters, rng) if what == 'inserted' else less_one(text, rng) for text in clean]
     samples, nfe = written(s, model, checkpoint, 'repair', noisy)

@@ -18,6 +18,7 @@ def budget_rows(config, block_size):
     halves = dict(remask='wrong', ar_prefix=0)
     rows = [(causal, 'AR: causal pass, one token a pass', False, dict(ar_prefix=block_size)),
             (both, 'remask=causal (preset speculative)', False, PRESETS['speculative']),
+            (both and finds, 'written, then read once more (preset proofread)', False, PRESETS['proofread']),
             (can_unmask, 'remask=none (preset ancestral)', True, PRESETS['ancestral']),
             (can_unmask, 'remask=random', True, dict(remask='random')),
             (can_unmask, 'remask=remdm (preset remdm)', True, PRESETS['remdm']),

@@ -56,6 +56,12 @@ SAMPLERS = {
     'remask=none at temperature 0.9': dict(PLAIN, remask='none', temperature=0.9),
     'remask=wrong at temperature 1.05': dict(PLAIN, remask='wrong', temperature=1.05),
 }
+FROM_THE_LEFT = {                # these take as many passes as they take
+    'speculative': dict(preset='speculative'),
+    'speculative at temperature 0.9': dict(preset='speculative', temperature=0.9),
+    'proofread': dict(preset='proofread'),
+    'proofread, a tenth again': dict(draft=True, remask='wrong', remask_schedule=(0.1, 0.0), steps=40),
+}
 INFILL = {'remask=none': dict(commit='random', remask='none'),
           'remask=wrong': dict(commit='random', remask='wrong'),
           'commit=confidence': dict(commit='confidence', remask='none')}
@@ -71,7 +77,7 @@ def rows_of_tables(s):
     rows.append(('real text', 'samples', 'ours', dict(real=True)))
     rows += [(f'samples by {name} {steps}', 'samples', 'ours', dict(rules, steps=steps))
              for name, rules in SAMPLERS.items() for steps in s.budgets]
-    rows.append(('samples by speculative', 'samples', 'ours', dict(preset='speculative')))
+    rows += [(f'samples by {name}', 'samples', 'ours', rules) for name, rules in FROM_THE_LEFT.items()]
     rows.append(('infill: the text itself', 'infill', 'ours', dict(real=True)))
     rows += [(f'infill by {name}', 'infill', 'ours', dict(rules, steps=GAP))
              for name, rules in INFILL.items()]

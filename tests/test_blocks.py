@@ -357,6 +357,23 @@ def test_a_block_can_be_revised_until_the_next_one_is_written():
         assert (nfe == 4 * 3 + (3 if revise else 4)).all()
 
 
+@pytest.mark.parametrize('revise, length', [(False, 2), (True, 3), (True, 1)])
+@torch.no_grad()
+def test_blocks_that_are_only_drafted_have_the_law_of_left_to_right(revise, length):
+    """And each block costs the passes of its draft, one that doubts nothing, and one that commits it."""
+    model, B, T = tiny_gpt(3, 4, seed=2), 20000, 4
+    canvas = torch.full((B, T), 3)
+    rules = dict(block_length=length, revise=revise, draft=True, remask='wrong', remask_threshold=1.0)
+    x, nfe, _ = generate_diffusion(model, canvas, canvas < 3, generator=seeded(1), **rules)
+    rows = all_sequences(3, T)
+    logp = model.logits(model(rows, causal=True), real_only=True).double().log_softmax(-1)
+    law = logp.gather(2, rows[..., None])[..., 0].sum(1).exp()             # (81,)
+    number = (x * torch.tensor([27, 9, 3, 1])).sum(1)
+    statistic, bound = chi_square(torch.bincount(number, minlength=81), B * law)
+    assert law.sum() == pytest.approx(1) and statistic < bound
+    assert (nfe >= 3 * -(-T // length) - revise).all()
+
+
 @torch.no_grad()
 def test_a_text_ends_at_its_end_token():
     model = tiny_gpt(18, 64, seed=5)
@@ -394,9 +411,10 @@ def test_the_suite_of_blocks(monkeypatch, tmp_path):
     drawn = [row for row in rows if 'budget' in row]
     assert [row['name'] for row in drawn] == [
         f'blocks of {n}, {how}' for n in (4, 8)
-        for how in ('remask=none', 'intelligent', 'intelligent, revise', 'surprise, revise')]
-    assert all(row['nfe'] <= 16 + 1 for row in drawn if 'surprise' not in row['name'])
-    assert tables.count('blocks of 8') == 4
+        for how in ('remask=none', 'intelligent', 'intelligent, revise', 'proofread, revise',
+                    'surprise, revise')]
+    assert all(row['nfe'] <= 16 + 1 for row in drawn if 'intelligent' in row['name'])
+    assert tables.count('blocks of 8') == 5
     bare = write_checkpoint(tmp_path / 'y.pt', model, **default_config(training_type='joint'))
     with pytest.raises(UserError, match='trained with --block_lengths'):
         blocks.run(quick_bench(monkeypatch, f'--init_from={bare}'))

@@ -97,6 +97,7 @@ def test_what_distillation_refuses(distilled, run, tmp_path):
                 'distill', mute, f'training_type={kind}')
     for word, message in (('--teacher_preset=speculative', "'speculative' cannot"),
                           ('--teacher_preset=hybrid', "'hybrid' cannot"),
+                          ('--teacher_preset=proofread', "'proofread' cannot"),
                           ('--teacher_preset=maskgti', 'did you mean maskgit'),
                           ('--max_iters=0', 'max_iters must be at least 1'),
                           ('--learning_rate=1e38', 'no longer finite'),

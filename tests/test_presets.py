@@ -168,6 +168,8 @@ def test_what_was_chosen_wins_over_the_preset_and_that_over_the_task_and_that_ov
     ('unmasking', dict(preset='intelligent'), 'not trained to find wrong tokens'),
     ('unmasking', dict(preset='speculative'), 'causal mode'),
     ('unmasking', dict(preset='universal'), 'no trained causal mode'),
+    ('unmasking', dict(draft=True, remask='random'), 'draft needs a trained causal mode'),
+    ('causal', dict(draft=True), 'writes from left to right to the end'),
     ('causal', dict(task='repair'), 'samples left to right'),
     ('remasking', dict(task='infill'), 'it judges tokens but cannot write'),
     ('joint', dict(preset='remdm', judge=True), 'not for --remask=remdm')])

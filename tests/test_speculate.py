@@ -13,6 +13,7 @@ from conftest import ARITHMETIC, all_sequences, default_config, fresh_gpt, seede
 from oracles import (Oracle, empty, filtered_law, follows, given_prompt, misses, product_law, random_law,
                      settled, stubborn_gpt, texts_follow, uniform)
 
+from configurator import UserError
 from parts import speculate
 from parts.cache import Cache
 from parts.look import Sampling
@@ -442,6 +443,25 @@ def test_hybrid_law():
     samples = generate(oracle, LETTERS, B, ar_prefix=2, batch_size=B)
     mixed = causal.sum(2, keepdim=True) * law / law.sum(2, keepdim=True)
     assert follows(torch.tensor([s['tokens'] for s in samples]), V, mixed.flatten())
+
+
+@torch.no_grad()
+def test_a_draft_of_all_is_corrected_by_the_loop():
+    """Without a doubt it is what remask=causal writes, a pass later; what is doubted is written anew."""
+    model, rules = tiny_gpt(3, 12, seed=4, scale=0.5), dict(batch_size=40, trace=True)
+    plain = generate(model, LETTERS, 40, remask='causal', **rules)
+    sure = generate(model, LETTERS, 40, draft=True, remask='wrong', remask_threshold=1.0, **rules)
+    assert [s['tokens'] for s in sure] == [s['tokens'] for s in plain]
+    assert [s['nfe'] for s in sure] == [s['nfe'] + 1 for s in plain]
+    doubts = generate(model, LETTERS, 40, draft=True, remask='wrong', remask_schedule=(0.5, 0.5), **rules)
+    for before, after in zip(plain, doubts):
+        trace = after['trace'][len(before['trace']) - 1:]
+        assert torch.equal(trace[0], before['trace'][-1])                  # the draft
+        assert (trace[1:-1] == 3).any() and not (trace[-1] == 3).any()
+    with pytest.raises(UserError, match='cannot see what is right of a hole'):
+        canvas = torch.full((1, 12), 3)
+        canvas[0, 5] = 1
+        generate_diffusion(model, canvas, canvas < 3, draft=True, remask='wrong')
 
 
 # -----------------------------------------------------------------------------

@@ -93,7 +93,8 @@ def main():
     path, teacher, checkpoint = load_writer(GPT.load, init_from, out_dir, goal)
     meta, config = checkpoint['meta'], checkpoint['config']
     rules = choose_rules(config, preset=teacher_preset, inside=True, steps=teacher_steps)
-    if teacher_preset not in PRESETS or rules['remask'] == 'causal' or rules.pop('ar_prefix'):
+    ahead = rules.pop('ar_prefix') or rules.get('draft')
+    if teacher_preset not in PRESETS or rules['remask'] == 'causal' or ahead:
         raise UserError(f"the teacher fills holes in any place, which the preset '{teacher_preset}' cannot")
     _, data = data_of(meta, config)
     teacher, choices = configure_compute(teacher, device, dtype, attention)
