@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from parts.look import Sampling
+from parts.verify import verify
 from plumbing.draw import forbid
 from plumbing.rows import close_rows, first_of, left_of, same_length
 
@@ -110,7 +111,8 @@ def mend(run, denoise):
     Edits a text until it stays as it is, or for how.rounds rounds. Masks are filled first.
 
     Each round is a pass, in which all is done that edits_of says, and the loop denoise, which fills what was
-    opened, all else fixed. A text that was there before ends it. What is fixed stays, though it may move; a
+    opened, all else fixed. A text that was there before ends it. With how.verify single edits follow, that
+    the causal mode agrees to. What is fixed stays, though it may move; a
     text never grows beyond block_size. run: a parts.look.Sampling. Returns what denoise does, but of streams,
     which have no padding, the canvas is a list of rows of several lengths.
     """
@@ -141,6 +143,8 @@ def mend(run, denoise):
                 rows[i], fixed[i] = moved(ids, stays, answer, run)
         keep(run, rows)
 
+    if how.verify:
+        verify(run, rows, fixed, options, keep)
     if run.history is not None:                                     # all of them as wide as the widest
         width = max(step.size(1) for step in run.history)
         run.history[:] = [F.pad(step, (0, width - step.size(1)), value=mask) for step in run.history]
@@ -161,6 +165,23 @@ def edits_of(run, x, fixed):
     It has to be doubted more than how.remask_threshold. Nothing is put into the padding behind a text, and no
     more holes are opened than have room, the surest first.
     """
+    p, keep = options(run, x, fixed)
+    best, answers = p.max(-1)
+    answers = torch.where((best > keep) & (1 - keep > (run.how.remask_threshold or 0)), answers, x)
+
+    mask = run.mask
+    gone = (answers == mask + 1).sum(1)
+    room = run.model.config.block_size - text_length(x, run.ends.pad) + gone
+    opened = answers == mask
+    return torch.where(opened & ~first_of(best, opened, room), x, answers)
+
+
+def options(run, x, fixed):
+    """
+    The probabilities of all answers to x (B, T), (B, T, V+2), and of the one that keeps a token (B, T).
+
+    Those that are no edits are negative: what stands there, and what would change what is fixed.
+    """
     model, mask = run.model, run.mask
     logits = model.logits(model(x)).float()                         # (B, T, V+2)
     closed = left_of(fixed) & ~fixed
@@ -176,13 +197,7 @@ def edits_of(run, x, fixed):
     p[..., mask] = p[..., mask].masked_fill(~opens, -1.0)
     p[..., :mask] = p[..., :mask].masked_fill(~free[..., None], -1.0)
     p[..., mask + 1] = p[..., mask + 1].masked_fill(~free, -1.0)
-    best, answers = p.max(-1)
-    answers = torch.where((best > keep) & (1 - keep > (run.how.remask_threshold or 0)), answers, x)
-
-    gone = (answers == mask + 1).sum(1)
-    room = model.config.block_size - text_length(x, run.ends.pad) + gone
-    opened = answers == mask
-    return torch.where(opened & ~first_of(best, opened, room), x, answers)
+    return p, keep
 
 
 def moved(ids, fixed, answers, run):

@@ -87,6 +87,8 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
     free = preset is None and not judge and not {'commit', 'remask', 'guide'} & set(chosen)
     if task == 'repair' and saw_noise and free and chosen.get('rewrite', True):
         usual = EDITS if edits else REWRITE
+    if usual is EDITS and supports(config).causal:
+        usual = dict(EDITS, verify=24)
     if any_length and task == 'infill':
         usual = GROW
     rules = {**usual, **PRESETS.get(preset, {}), **chosen}

@@ -1,0 +1,114 @@
+"""
+Edits that the causal mode has to agree to: the network proposes, the likelihood of the whole text decides.
+
+An edit that mends a text makes all that stands right of it likelier, so a causal pass over the edited text
+tells it from one that only looks good where it is made. It also chooses between edits that look equally good:
+which of three operands is one too many, if the value behind the '=' is to be right.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from plumbing.evaluate import causal_nll
+from plumbing.rows import same_length
+
+MARGIN = 3.0                 # nats: a text has to become e^3 times as likely
+AT_ONCE = 256                # rows of a pass
+
+
+@torch.no_grad()
+def verify(run, rows, fixed, propose, keep):
+    """
+    Makes single edits of rows, a list of (T,), one a round, as long as one makes a text likelier by MARGIN.
+
+    fixed: where the rows must not change, a list of (T,) bool; propose(run, x, fixed) -> the probabilities of
+    all answers, see parts.edits.options; keep(run, rows) records what became of them. In a round
+    run.how.verify edits of each row are tried. Changes both lists; the passes go to run.nfe.
+    """
+    model, pad, at_work = run.model, run.ends.pad, [*range(len(rows))]
+    while at_work:
+        going = []
+        for group in same_length(rows, at_work):
+            x, kept = (torch.stack([some[i] for i in group]) for some in (rows, fixed))
+            ids, stays, more, holes = tried(run, x, kept, *propose(run, x, kept))
+            end = x.size(1) + (more if pad is None else torch.zeros_like(more))          # (B, K+1)
+            nats = likelihood(model, ids, (ids != pad).cumsum(2).amax(2) if pad is not None else end)
+            run.nfe[group] += 1 + holes + nats.size(1)
+            best, which = nats.min(1)
+            for row, i in enumerate(group):
+                if best[row] < nats[row, 0] - MARGIN:
+                    going.append(i)
+                    cut = slice(int(end[row, which[row]]))
+                    rows[i], fixed[i] = ids[row, which[row], cut], stays[row, which[row], cut]
+        at_work = going
+        keep(run, rows)
+
+
+def tried(run, x, fixed, p, keep):
+    """
+    The likeliest single edits of x, fixed (B, T), x itself first: ids and fixed (B, K+1, T+1), how many
+    tokens longer they are (B, K+1), and how many canvases had to be read for it (B,).
+
+    p (B, T, V+2): the probabilities of all answers, negative: not to be given; keep (B, T): that of what
+    stands there. For a hole each token is an edit of its own.
+    """
+    model, mask, count, V = run.model, run.mask, run.how.verify, p.size(-1)
+    special = torch.zeros(V, dtype=torch.bool, device=x.device)
+    special[list(run.ends.forbid)] = True
+    p = p.masked_fill(special, -1).masked_fill(special[x][..., None] & (torch.arange(V, device=x.device) != mask), -1)
+    if run.ends.pad is None:
+        full = torch.full_like(fixed[:, 0], x.size(1) >= model.config.block_size)        # (B,)
+    else:
+        full = x[:, -1] != run.ends.pad
+    p[full, :, mask] = -1                                           # no hole where there is no room
+    odds = p.clamp(min=0).log() - keep[..., None].log()                                  # (B, T, V+2)
+    likeliest, flat = odds.flatten(1).topk(count)                                        # (B, K)
+    at, answers = flat // V, flat % V
+    nothing = 0 if run.ends.pad is None else run.ends.pad
+    x, fixed = F.pad(x, (0, 2), value=nothing), F.pad(fixed, (0, 2))                     # room for a token
+    ids, stays, more = edited(x, fixed, at, answers, mask)
+
+    # a pass over every canvas with a hole says what may fill it
+    opens = (answers == mask) & likeliest.isfinite()
+    options = F.pad(likeliest[..., None], (0, V - 1), value=float('-inf'))               # (B, K, V+2)
+    if opens.any():
+        canvases = ids[opens] if run.ends.pad is None else ids[opens][:, :-1]
+        hidden = torch.cat([model(part) for part in canvases.split(AT_ONCE)])
+        hidden = hidden.take_along_dim(at[opens][:, None, None], 1)[:, 0]                # (n, C)
+        logits = model.logits(hidden, real_only=True).masked_fill(special, float('-inf'))
+        options[opens] = likeliest[opens][:, None] + logits.log_softmax(-1)
+    which = options.flatten(1).topk(count).indices                                       # (B, K)
+    edit, token = which // V, which % V
+    ids, stays = (every.take_along_dim(edit[..., None], 1) for every in (ids, stays))
+    ids = torch.where(ids == mask, token[..., None], ids)
+
+    # what cannot be made at all is the text as it was
+    first = x[:, None, :-1]
+    made = options.flatten(1).gather(1, which).isfinite()
+    ids = torch.cat((first, torch.where(made[..., None], ids, first)), 1)
+    stays = torch.cat((fixed[:, None, :-1], stays), 1)
+    more = F.pad(more.gather(1, edit) * made, (1, 0))
+    return ids, stays, more, opens.sum(1)
+
+
+def edited(x, fixed, at, answers, mask):
+    """
+    Each row x, fixed (B, T+2), whose last two are room, with each of K edits, answers (B, K) at places at.
+
+    Returns ids and fixed (B, K, T+1), [MASK] where a hole is opened; and how many tokens longer they are,
+    (B, K): 1, 0 or -1.
+    """
+    opens, goes = (answers == mask)[..., None], (answers == mask + 1)[..., None]         # (B, K, 1)
+    here, at = torch.arange(x.size(1) - 1, device=x.device), at[..., None]
+    source = here - (opens & (here > at)).long() + (goes & (here >= at)).long()          # (B, K, T+1)
+    written = (here == at) & ~goes
+    ids = torch.where(written, answers[..., None], x[:, None].take_along_dim(source, 2))
+    stays = fixed[:, None].take_along_dim(source, 2) & ~(written & opens)
+    return ids, stays, (opens.long() - goes.long())[..., 0]
+
+
+def likelihood(model, ids, size):
+    """-log p of the first size (B, K) tokens of ids (B, K, T) in the causal mode: nats (B, K)."""
+    real = torch.arange(ids.size(2), device=ids.device) < size[..., None]
+    rows = zip(ids.flatten(0, 1).split(AT_ONCE), real.flatten(0, 1).split(AT_ONCE))
+    return torch.cat([causal_nll(model, *part) for part in rows]).view(size.shape)
