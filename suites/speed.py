@@ -3,9 +3,9 @@ How fast is it, and what would a plain script take?
 
 sampling  of our samplers, of plain ancestral sampling (a token a pass, every logit of every row), and left
           to right with a key/value cache, in a loop of its own and in ours; all with one network. Beside them
-          nanoGPT's own way: its network, as large, with weights of chance, reads what it has written anew for
-          every token, without a cache and without an end, so the measure is tokens/s: a text counts up to its
-          end. Text without end is also written at a LENGTH that nobody reads at once, in windows
+          nanoGPT's own way: its network, with the same n_layer, n_embd and n_head and random weights, reads
+          up to block_size tokens anew for every token. It stops at no end, so compare tokens/s; of ours the
+          tokens up to the end count. Text without an end is also written LENGTH tokens long, in windows
 training  tokens/s of a step: as nanoGPT makes it (float32, eager, fused attention, AdamW in a loop over the
           tensors, all logits), ours with the same task, config/remask_all.py, and that less one feature each;
           with --compile=True also ours with the same task, compiled
@@ -359,7 +359,7 @@ def cached_ar(model, canvas, generator, ends=Ends(), **filters):
 
 
 class PlainBlock(nn.Module):
-    """A block of nanoGPT's network (model.py there, as written in 2023, without dropout and biases)."""
+    """A block of nanoGPT's network, without dropout and biases."""
 
     def __init__(self, C, heads):
         super().__init__()
@@ -378,7 +378,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """nanoGPT's network as large as a GPTConfig says, with weights of chance."""
+    """nanoGPT's network with the sizes of a GPTConfig and random weights, as only its time is measured."""
 
     def __init__(self, config):
         super().__init__()
@@ -397,7 +397,8 @@ class PlainGPT(nn.Module):
 @torch.no_grad()
 def nanogpt(model, canvas, generator):
     """Fills canvas (B, T), whose masks are a suffix, as nanoGPT's generate: a whole pass for every token."""
-    (B, T), given = canvas.shape, int((canvas[0] < model.wte.num_embeddings).sum())
+    B, T = canvas.shape
+    given = int((canvas[0] < model.wte.num_embeddings).sum())
     idx = canvas[:, :given] if given else canvas.new_zeros(B, 1)               # it begins behind some token
     for _ in range(T - given):
         logits = model(idx[:, -model.block_size:]).float()                     # (B, V)
@@ -454,7 +455,7 @@ def samplers(model, meta, config, num, length=None):
     found[f"ours, default (remask={best['remask']})"] = ours(**best)
     if writes and detects:
         found['ours, intelligent'] = ours(**PRESETS['intelligent'])
-    if 16 in config['block_lengths']:
+    if 16 in (config.get('block_lengths') or ()):
         found['ours, intelligent in blocks of 16'] = ours(block_length=16, **PRESETS['intelligent'])
     if causal and 'graph' not in model.config.parts:                           # a graph cannot use a cache
         found['AR, cached'] = plainly(cached)
