@@ -52,6 +52,7 @@ preset: str = None         # rules with a name, see parts/presets.py, or several
 seed = 1337                # the same seed and command give the same text
 score = False              # print NELBO, causal NLL and p(WRONG) of every token of what was written
 animate = False            # write one by one, and show every step as it happens (pip install rich)
+stream = False             # generate: print texts while they are written, if that is from left to right
 html: str = None           # write it to this file, a page that plays the steps; score: shades what is doubted
 save: str = None           # also write the samples to this file, one JSON object a line
 # the checkpoint

@@ -19,7 +19,7 @@ from parts.speculate import Unfinished, causal_pass, write
 from plumbing.evaluate import nelbo
 from plumbing.kernels import beside
 from plumbing.pack import pack
-from plumbing.rows import Part, places
+from plumbing.rows import Part, places, settled
 from plumbing.text import modelled
 
 
@@ -296,6 +296,7 @@ def write_blocks(run, loop):
         going = todo.put(x.scatter(1, at, block)[:, :T], nfe + passes + bool(done))
         known, begin = (at[going, :done] + 1).clamp(max=T - 1), begin[going] + done
         width = 2 * L if how.revise else L
+        settled(todo.before(begin), todo.history)
     return todo.canvas, todo.nfe, todo.history
 
 

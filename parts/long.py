@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from plumbing.rows import Part, recorded
+from plumbing.rows import Part, recorded, settled
 
 
 def in_windows(sampler, canvas, fixed, size, trace=None, progress=False):
@@ -35,6 +35,7 @@ def in_windows(sampler, canvas, fixed, size, trace=None, progress=False):
         steps = None if history is None else Part(start, history, whole)
         window, passes = sampler(start, ~todo[rows].gather(1, at), steps)
         x = whole(window)
+        settled(x, history)
         todo[rows] = todo[rows].scatter(1, at, False)
         nfe[rows] += passes
         bar.update(bar.total - bar.n - int(todo.sum(1).max()))

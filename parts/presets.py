@@ -230,6 +230,8 @@ def conflicts_of_task(settings, chosen):
     hint = ', '.join(filter(None, (f"got '{task}'", nearest(task, TASKS))))
     generates = task == 'generate'
     both = ', not both' if file else ''
+    whole = [f'--{name}' for name in ('animate', 'html', 'score', 'best_of') if settings[name]]
+    whole += ['several presets'] * (',' in (settings['preset'] or ''))
     no_mask = '' if task == 'edit' else f'; {task} takes no mask'
     return [
         (task not in TASKS, f"task expects one of {', '.join(TASKS)}; {hint}"),
@@ -238,6 +240,9 @@ def conflicts_of_task(settings, chosen):
         (task == 'score' and settings['animate'],
          'score writes nothing, so there is nothing to watch: --animate is for the other tasks, and --html '
          'shows what is doubted'),
+        (settings['stream'] and (not generates or whole),
+         f'--stream prints texts that are generated, from left to right, and nothing beside them: not with '
+         f"{' or '.join(whole) or f'--task={task}'}"),
         (not generates and (settings['prompt'] or settings['length']),
          f'prompt and length are for --task=generate; {task} takes --text or --file'),
         (not generates and settings['stop'], f'stop is for --task=generate, {task} ends where its text ends'),

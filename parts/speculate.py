@@ -15,7 +15,7 @@ from parts.cache import Cache
 from parts.presets import check_suffix
 from plumbing.kernels import squared_relu
 from plumbing.pieces import in_pieces
-from plumbing.rows import Part, close_rows, left_of, places, recorded, spread
+from plumbing.rows import Part, close_rows, left_of, places, recorded, settled, spread
 
 WINDOW = 5   # tokens drafted a round; docs/log.md has measured 1 to 63
 
@@ -113,6 +113,11 @@ class Unfinished:
         self.rows = self.rows[going]
         return going
 
+    def before(self, begin):
+        """The canvas with masks from begin (R, 1) on in the rows that go on."""
+        at = torch.arange(self.canvas.size(1), device=begin.device)
+        return self.canvas.index_put((self.rows,), self.canvas[self.rows].masked_fill(at >= begin, self.mask))
+
 
 @torch.no_grad()
 def write(model, canvas, fixed, filters, ends, *, generator=None, trace=False):
@@ -139,6 +144,7 @@ def write(model, canvas, fixed, filters, ends, *, generator=None, trace=False):
         run.show_draft(x, hole, drafted, q)
         x, drafted, q = one_round(model, x, hole, drafted, q, window, filters, generator, run.cache)
         going = run.put(x, passes)
+        settled(run.canvas, run.history)
         drafted, q = drafted[going], q[going]
     return run.canvas, run.nfe, run.history
 
@@ -250,6 +256,7 @@ def left_to_right(model, canvas, closed, steps, filters, ends, *, generator=None
         torch.rand(x.shape, generator=generator, device=x.device, dtype=fine(x.device))
         ids = draw(filtered(logits, **filters), generator)                                     # (R,)
         run.put(x.scatter(1, hole, ids[:, None]), 1)
+        settled(run.canvas, run.history)
     return run.canvas, run.nfe, run.history
 
 
@@ -274,7 +281,9 @@ def write_prefix(model, x, fixed, ar_prefix, *, ends, generator, trace, **rules)
     def whole(head):
         return close_rows(torch.cat((head, x[:, width:]), 1), masked, mask, ends)
 
-    steps = None if trace is None else Part(x[:, :width], recorded(x, trace), whole)
+    steps, stays = None, rules.get('remask', 'none') in ('none', 'causal')      # else it may be taken back
+    if trace is not None:
+        steps = Part(x[:, :width], recorded(x, trace), whole, stays)
     head, nfe, _ = left_to_right(model, x[:, :width], closed, ar_prefix, filters, ends, generator=generator,
                                  trace=steps)
     return whole(head), nfe

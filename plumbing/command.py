@@ -15,7 +15,9 @@ from plumbing.checkpoint import find_checkpoint
 from plumbing.files import check_output, to_json, write_atomically
 from plumbing.rows import Tally
 from plumbing.score import total
-from plumbing.text import read_lines, typed
+from plumbing.text import decode, encode, read_lines, stop_at, typed, until_end, visible
+
+SHOWN = 50                  # so many samples are printed; --save keeps all of them
 
 
 def open_checkpoints(s, load):
@@ -68,6 +70,92 @@ def given_texts(s, m):
     return found
 
 
+class Stream(Tally):
+    """
+    A Tally that prints texts while they are written: of the first one what stays, then of the second, ...
+
+    m: the Handle that writes them, all with this prompt; stop: the text before which they end, or None. What
+    is printed is what show_samples would print.
+    """
+
+    def __init__(self, m, prompt, stop):
+        super().__init__(m.meta['vocab_size'], m.meta['pad'])
+        self.m, self.stop, self.number = m, stop or '', 0           # number: of the text, row: in its batch
+        self.given = len(decode(m.meta, encode(m.meta, prompt))[0])
+        self.next_text(0)
+
+    def next_text(self, row):
+        self.row, self.text, self.read, self.printed = row, '', 0, 0     # read: tokens, printed: characters
+
+    def follow(self, work):
+        """What work(trace=self) returns, when all of it is printed."""
+        try:
+            found = work(trace=self)
+        except BaseException:
+            print()                                                 # what is said next has a line of its own
+            raise
+        self.begin(None)
+        return found
+
+    def begin(self, fixed):
+        if self:
+            self.settle(self[-1])                                   # the batch before is complete
+        self.next_text(0)
+        return super().begin(fixed)
+
+    def append(self, canvas):
+        if not self:
+            self.settle(canvas)                                     # the prompt
+        super().append(canvas)
+
+    def settle(self, canvas):
+        """Prints what is new in canvas (B, T), of which all but the masks stays."""
+        while self.row < len(canvas) and self.number < SHOWN:
+            row = canvas[self.row]
+            known = int((row != self.mask).cummin(0).values.sum())  # tokens left of the first mask
+            if known < len(row):
+                return self.show(row[self.read:known].tolist())
+            self.finish(row.tolist())
+
+    def show(self, ids):
+        """Prints the text of the next ids, a list, but for what may turn out to be something else."""
+        meta, new = self.m.meta, decode(self.m.meta, ids)[0]
+        if ids and ids[-1] not in (meta['eos'], meta['pad']) and new[-1:] != '\ufffd':     # half a character
+            self.text, self.read = self.text + new, self.read + len(ids)
+        ready = len(self.text)
+        if self.stop:                                               # or what may be the beginning of it
+            at = self.text.find(self.stop, self.given)
+            ready = at if at >= 0 else max(self.given, ready - len(self.stop) + 1)
+        print(visible(self.text[self.printed:ready]), end='', flush=True)
+        self.printed = max(self.printed, min(ready, len(self.text)))
+
+    def finish(self, ids):
+        """Prints what is left of a text, whose ids (T,) are complete."""
+        meta = self.m.meta
+        sample = dict(text=decode(meta, ids)[0], tokens=until_end(meta, ids))
+        if self.stop:
+            stop_at(meta, [sample], self.stop, self.given)
+        told = show.report(sample, meta, self.m.task)
+        print(told[len(visible(self.text[:self.printed])):], flush=True)
+        self.number += 1
+        self.next_text(self.row + 1)
+
+
+def check_order(s, m, rules):
+    """Raises UserError if what the settings ask for is not written from left to right, for --stream."""
+    canvas, _ = m.start(1, s.prompt, s.length)
+    chosen = m.choose('generate', [], canvas, preset=s.preset, **rules)
+    T = m.model.config.block_size
+    plain = chosen['ar_prefix'] >= T and chosen['remask'] == 'none'
+    in_windows = canvas.size(1) > T and not chosen.get('rounds')
+    if hasattr(m.task, 'picture'):
+        raise UserError(f"--stream: a text of {m.meta['name']} is shown as a picture, when it is complete")
+    if not (plain or in_windows or chosen['remask'] == 'causal' or chosen.get('block_length')):
+        raise UserError('--stream prints what is written from left to right, and this sampler writes in any '
+                        'order: use --remask=causal, --block_length=16 if the checkpoint was trained in '
+                        f'blocks, or in text without an end a --length above {T}')
+
+
 def ask(s, m, rules, live):
     """
     The Samples that the settings ask for, of several presets the first of each, then the second. What each
@@ -77,11 +165,14 @@ def ask(s, m, rules, live):
     samples are written one by one, and each step is shown at once.
     """
     kept = s.animate or s.html or s.task == 'repair'                # the steps
-    how = dict(rules, seed=s.seed, batch_size=1 if s.animate else s.batch_size, progress=not s.animate)
+    how = dict(rules, seed=s.seed, batch_size=1 if s.animate else s.batch_size,
+               progress=not (s.animate or s.stream))
     s.counts = []
     if s.task == 'generate':
         s.prompt = typed(m.meta, s.prompt)
         s.stop = s.stop and typed(m.meta, s.stop)
+        if s.stream:
+            check_order(s, m, rules)
         work = partial(m.generate, s.num_samples or 10, s.prompt, s.length, s.stop, **how)
     else:
         texts = given_texts(s, m)
@@ -98,7 +189,13 @@ def ask(s, m, rules, live):
             with closing(m.frames(watched, mine)) as steps:         # Ctrl-C ends the work as well
                 show.animate(steps)
         tally = Tally(m.meta['vocab_size'], m.meta['pad'])
-        found.append(watched.result if s.animate else mine(trace=bool(kept) or tally))
+        if s.animate:
+            found.append(watched.result)
+        elif s.stream:
+            tally = Stream(m, s.prompt, s.stop)
+            found.append(tally.follow(mine))
+        else:
+            found.append(mine(trace=bool(kept) or tally))
         for sample in found[-1] if kept else ():
             tally.clear()
             for canvas in sample.steps:
@@ -133,12 +230,13 @@ def show_samples(s, m, samples, seconds):
     groups = {}                                                     # the samples of each preset
     for sample in samples:
         groups.setdefault(show.words_of(sample.rules), []).append(sample)
-    for sample in samples[:50]:
+    for sample in samples[:0 if s.stream else SHOWN]:
         if len(groups) > 1:
             print(f'{show.words_of(sample.rules)}:')
         print(sample.report())
-    if len(samples) > 50:
-        print(f'... and {len(samples) - 50} more' + ('' if s.save else ' (--save=FILE.jsonl keeps them all)'))
+    if len(samples) > SHOWN:
+        hint = '' if s.save else ' (--save=FILE.jsonl keeps them all)'
+        print(f'... and {len(samples) - SHOWN} more{hint}')
     if s.task == 'score' and len(samples) > 1:
         print(total(samples, m.meta))
     print()

@@ -91,20 +91,31 @@ def recorded(canvas, trace):
     return kept
 
 
+def settled(canvas, trace):
+    """Tells a trace that listens to it, as a Stream does, that all but the masks of canvas (B, T) stays."""
+    if hasattr(trace, 'settle'):
+        trace.settle(canvas)
+
+
 class Part(list):
     """
     A trace of a part of a canvas, its last one: what is added goes to the trace of the whole as well.
 
-    put: function of a part that returns the whole, with the part in its place
+    put: function of a part that returns the whole, with the part in its place; stays: whether what is
+    settled in the part is settled in the whole
     """
 
-    def __init__(self, start, whole, put):
+    def __init__(self, start, whole, put, stays=True):
         super().__init__([start])
-        self.whole, self.put = whole, put
+        self.whole, self.put, self.stays = whole, put, stays
 
     def append(self, canvas):
         self[:] = [canvas]
         self.whole.append(self.put(canvas))
+
+    def settle(self, canvas):
+        if self.stays:
+            settled(self.put(canvas), self.whole)
 
 
 class Tally(list):

@@ -1,8 +1,11 @@
 """
 How fast is it, and what would a plain script take?
 
-sampling  samples/s of our samplers, of plain ancestral sampling (a token a pass, every logit of every row),
-          and left to right with a key/value cache, in a loop of its own and in ours; all with one network
+sampling  of our samplers, of plain ancestral sampling (a token a pass, every logit of every row), and left
+          to right with a key/value cache, in a loop of its own and in ours; all with one network. Beside them
+          nanoGPT's own way: its network, with the same n_layer, n_embd and n_head and random weights, reads
+          up to block_size tokens anew for every token. It stops at no end, so compare tokens/s; of ours the
+          tokens up to the end count. Text without an end is also written LENGTH tokens long, in windows
 training  tokens/s of a step: as nanoGPT makes it (float32, eager, fused attention, AdamW in a loop over the
           tensors, all logits), ours with the same task, config/remask_all.py, and that less one feature each;
           with --compile=True also ours with the same task, compiled
@@ -19,8 +22,10 @@ import os
 import statistics
 import time
 from dataclasses import fields
+from functools import partial
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import configurator
@@ -28,15 +33,16 @@ import train
 from configurator import UserError
 from corruption import CORRUPTIONS, Task, ask
 from plumbing.checks import parse_mixture
-from plumbing.text import decode, modelled, start_canvas
+from plumbing.text import decode, modelled, start_canvas, until_end
 from data.loader import load_data
 from model import GPT, GPTConfig
 from parts.cache import Cache
+from parts.long import in_windows
 from plumbing.rows import Ends, close_rows
 from plumbing import optim
 from plumbing.run import is_finite
 from plumbing.device import configure_compute, freeze
-from parts.presets import best_rules, supports
+from parts.presets import PRESETS, best_rules, supports
 from plumbing.draw import draw, filtered
 from plumbing.checkpoint import find_checkpoint
 from sample import generate
@@ -67,8 +73,10 @@ VARIANTS = {                 # what is changed in config/remask_all.py
     'without EMA': dict(ema_decay=0.0),
     'without Muon (AdamW)': dict(optimizer='adamw'),
 }
-BATCHES = (1, 256)  # sampling: samples at a time, fewer if all their logits would be more than MOST_LOGITS
+BATCHES = (1, 16, 256)  # sampling: samples at a time, fewer if all their logits are more than MOST_LOGITS
 MOST_LOGITS = 2 ** 26
+LENGTH, LONG_BATCHES = 2000, (1, 16)         # sampling: long texts
+PATIENCE = 100              # sampling: who would take more seconds, by the batch before, is left out
 
 
 def recipe(**changes):
@@ -332,14 +340,14 @@ def cached_ar(model, canvas, generator, ends=Ends(), **filters):
     x, start = canvas.clone(), canvas == model.mask_token_id
     rows = torch.arange(len(x), device=x.device)
     going = rows >= 0  # (R,) rows without an end token
-    cache = Cache.empty(model, len(x))
-    for position in range(x.size(1)):
+    cache, begin = Cache.empty(model, len(x)), 0
+    for position in range(int(start[0].long().argmax()), x.size(1)):
         cache.make_room(position + 1)
-        at = torch.full_like(rows[:, None], position)
-        hidden = model(x[rows], causal=True, cache=cache, at=at)               # (R, 1, C)
-        if start[0, position]:
-            logits = model.logits(hidden[:, 0], real_only=True)
-            x[rows, position] = draw(filtered(logits, **filters), generator)
+        at = torch.arange(begin, position + 1, device=x.device).expand(len(rows), -1)
+        hidden = model(x[rows], causal=True, cache=cache, at=at)               # (R, W, C), at first a prompt
+        logits = model.logits(hidden[:, -1], real_only=True)
+        x[rows, position] = draw(filtered(logits, **filters), generator)
+        begin = position + 1
         going = going & (x[rows, position] != (-1 if ends.end is None else ends.end))
         left = int(going.sum())
         if left <= 0.75 * len(rows):  # not for every row: that moves the cache
@@ -348,6 +356,54 @@ def cached_ar(model, canvas, generator, ends=Ends(), **filters):
         if not left:
             break
     return close_rows(x, start, model.mask_token_id, ends)
+
+
+class PlainBlock(nn.Module):
+    """A block of nanoGPT's network, without dropout and biases."""
+
+    def __init__(self, C, heads):
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList(nn.LayerNorm(C, bias=False) for _ in range(2))
+        self.qkv, self.attn_proj = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
+        self.fc, self.proj = nn.Linear(C, 4 * C, bias=False), nn.Linear(4 * C, C, bias=False)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = (part.view(B, T, self.heads, -1).transpose(1, 2)             # (B, nh, T, hs) each
+                   for part in self.qkv(self.norms[0](x)).split(C, 2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attn_proj(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.proj(F.gelu(self.fc(self.norms[1](x))))
+
+
+class PlainGPT(nn.Module):
+    """nanoGPT's network with the sizes of a GPTConfig and random weights, as only its time is measured."""
+
+    def __init__(self, config):
+        super().__init__()
+        C, self.block_size = config.n_embd, config.block_size
+        self.wte, self.wpe = nn.Embedding(config.vocab_size, C), nn.Embedding(config.block_size, C)
+        self.blocks = nn.Sequential(*[PlainBlock(C, config.n_head) for _ in range(config.n_layer)])
+        self.norm = nn.LayerNorm(C, bias=False)
+        nn.init.normal_(self.wte.weight, std=0.02)
+
+    def forward(self, idx):
+        """ids (B, T) -> the logits (B, V) of the token behind."""
+        x = self.blocks(self.wte(idx) + self.wpe.weight[:idx.size(1)])         # (B, T, C)
+        return F.linear(self.norm(x[:, -1:]), self.wte.weight)[:, 0]
+
+
+@torch.no_grad()
+def nanogpt(model, canvas, generator):
+    """Fills canvas (B, T), whose masks are a suffix, as nanoGPT's generate: a whole pass for every token."""
+    B, T = canvas.shape
+    given = int((canvas[0] < model.wte.num_embeddings).sum())
+    idx = canvas[:, :given] if given else canvas.new_zeros(B, 1)               # it begins behind some token
+    for _ in range(T - given):
+        logits = model(idx[:, -model.block_size:]).float()                     # (B, V)
+        idx = torch.cat((idx, torch.multinomial(logits.softmax(-1), 1, generator=generator)), 1)
+    return idx[:, -T:]
 
 
 def sampling_network(s):
@@ -363,53 +419,84 @@ def sampling_network(s):
     return model.eval(), checkpoint['meta'], checkpoint['config'], path
 
 
-def samplers(model, meta, config, num):
-    """{name: function of a seed that draws num samples}: those that a checkpoint of this config supports."""
-    writes, causal, _ = supports(config)
-    device = model.wte.weight.device
-    canvas = start_canvas(model, meta, num)[0].to(device)
-    best = best_rules(config)
+def samplers(model, meta, config, num, length=None):
+    """
+    {name: function of a seed that draws num samples and returns how many tokens it wrote}: nanoGPT, and those
+    that a checkpoint of this config supports. length: None, or that of texts in windows.
+    """
+    writes, causal, detects = supports(config)
+    device, best = model.wte.weight.device, best_rules(config)
+    lengths = length and torch.full((num,), length)
+    canvas, fixed = (rows.to(device) for rows in start_canvas(model, meta, num, lengths=lengths))
+    given, plain = int(fixed[0].sum()), PlainGPT(model.config).to(device, model.compute_dtype).eval()
 
     def ours(**rules):
-        return lambda seed: generate(model, meta, num, batch_size=num, seed=seed, **rules)
-
-    def plainly(sampler, **more):
         def sample(seed):
-            x = sampler(model, canvas, torch.Generator(device).manual_seed(seed), **more)
-            return [decode(meta, ids) for ids in x.tolist()]
+            samples = generate(model, meta, num, lengths=lengths, batch_size=num, seed=seed, **rules)
+            return sum(len(sample['tokens']) - given for sample in samples)
         return sample
 
-    found = {}
-    if writes:
-        found['plain ancestral'] = plainly(plain_ancestral)
+    def plainly(sampler, ends=True):
+        def sample(seed):
+            x = sampler(canvas, torch.Generator(device).manual_seed(seed)).tolist()
+            texts = [decode(meta, ids) for ids in x]
+            tokens = [until_end(meta, ids) for ids in x] if ends else x
+            return sum(map(len, tokens)) - given * len(texts)
+        return sample
+
+    def cached(canvas, rng):
+        sampler = lambda x, fixed, trace: (cached_ar(model, x, rng, Ends.of(meta)), 0)
+        return in_windows(sampler, canvas, fixed, model.config.block_size)[0]
+
+    found = {'nanoGPT': plainly(partial(nanogpt, plain), ends=False)}
+    if writes and not length:
+        found['plain ancestral'] = plainly(partial(plain_ancestral, model))
         found['ours, ancestral'] = ours(commit='random', remask='none')
     found[f"ours, default (remask={best['remask']})"] = ours(**best)
+    if writes and detects:
+        found['ours, intelligent'] = ours(**PRESETS['intelligent'])
+    if 16 in (config.get('block_lengths') or ()):
+        found['ours, intelligent in blocks of 16'] = ours(block_length=16, **PRESETS['intelligent'])
     if causal and 'graph' not in model.config.parts:                           # a graph cannot use a cache
-        found['AR, cached'] = plainly(cached_ar, ends=Ends.of(meta))
-    if causal:
+        found['AR, cached'] = plainly(cached)
+    if causal and not length:
         found['ours, AR'] = ours(ar_prefix=model.config.block_size)
     return found
 
 
 def sampling(s):
-    """Rows and text: the samplers of one checkpoint, for every batch."""
+    """Rows and text: the samplers of one checkpoint, for every batch, and of a stream for long texts."""
     model, meta, config, what = sampling_network(s)
-    most, rows = max(1, MOST_LOGITS // (model.config.block_size * model.config.vocab_size)), []
-    for num in dict.fromkeys(min(num, most) for num in BATCHES):
-        steps = {}
-        for name, sample in samplers(model, meta, config, num).items():
+    most = max(1, MOST_LOGITS // (model.config.block_size * model.config.vocab_size))
+    shapes = [(num, None) for num in dict.fromkeys(min(num, most) for num in BATCHES)]
+    if meta['eos'] is None:
+        shapes += [(num, LENGTH) for num in LONG_BATCHES]
+    rows, pace = [], {}                                                        # pace: seconds a sample
+    for num, length in shapes:
+        shape = f'batch {num}' + (f', {length:,} tokens' if length else '')
+        steps, written = {}, {}
+        for name, sample in samplers(model, meta, config, num, length).items():
+            if num * pace.get((name, length), 0) > PATIENCE:
+                print(f'{shape}: {name} would take more than {PATIENCE} s, left out')
+                continue
             seeds = map(sample, itertools.count(s.seed))                       # a new seed every time
-            steps[name] = seeds.__next__
-        found = with_ratios(compare('sampling', f'batch {num}', steps, s.steps), 'plain ancestral')
-        cached = [row['seconds'] for row in found if row['name'] == 'AR, cached']
+            written[name] = []
+            steps[name] = lambda seeds=seeds, counts=written[name]: counts.append(next(seeds))
+        found = with_ratios(compare('sampling', shape, steps, s.steps), 'plain ancestral')
         for row in found:
+            pace[row['name'], length] = row['seconds'] / num
             row.update(checkpoint=what, samples_per_second=num / row['seconds'],
-                       against_cached_ar=cached[0] / row['seconds'] if cached else None)
+                       tokens_per_second=statistics.mean(written[row['name']]) / row['seconds'])
+        speeds = {row['name']: row['tokens_per_second'] for row in found}
+        for row in found:
+            for base in ('AR, cached', 'nanoGPT'):
+                row[f'against {base}'] = speeds[row['name']] / speeds[base] if base in speeds else None
         rows += found
     return rows, what + '\n' + table_of(rows, {
-        'samples at a time': SHAPE, 'sampler': NAME, 'samples/s': value('samples_per_second', '{:.4g}'),
-        'ms a batch (quartiles)': ms, 'against plain': times_as_fast,
-        'against cached AR': value('against_cached_ar', '{:.2f}x')})
+        'samples at a time': SHAPE, 'sampler': NAME, 'tokens/s': value('tokens_per_second', '{:,.0f}'),
+        'samples/s': value('samples_per_second', '{:.4g}'), 'ms a batch (quartiles)': ms,
+        'against plain': times_as_fast, 'against cached AR': value('against AR, cached', '{:.2f}x'),
+        'against nanoGPT': value('against nanoGPT', '{:.2f}x')})
 
 
 # first what may refuse its checkpoint

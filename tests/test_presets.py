@@ -194,8 +194,9 @@ def test_every_preset_and_task_names_rules_that_there_are():
 
 def settings(**changes):
     """(the settings of sample.py, its How) with changes."""
-    names = ('task', 'prompt', 'text', 'file', 'mask', 'num_samples', 'seed', 'animate', 'html', 'save',
-             'export', 'merge_weight', 'length', 'batch_size', 'stop', 'hole', 'preset', 'merge_from')
+    names = ('task', 'prompt', 'text', 'file', 'mask', 'num_samples', 'seed', 'score', 'animate', 'stream',
+             'html', 'save', 'export', 'merge_weight', 'length', 'batch_size', 'stop', 'hole', 'preset',
+             'merge_from')
     own = {name: getattr(sample, name) for name in names}
     how = {name: value for name, value in changes.items() if name not in own}
     return SimpleNamespace(**{**own, **{name: changes[name] for name in own if name in changes}}), How(**how)
@@ -236,6 +237,8 @@ def test_settings_that_make_sense(changes):
     (dict(task='infill', text='x', mask='0:1'), 'infill takes no mask'),
     (dict(task='repair', text='x', prompt='('), 'prompt and length are for --task=generate'),
     (dict(task='score', text='x', animate=True), 'nothing to watch'),
+    (dict(task='infill', text='x', stream=True), 'stream prints texts .* not with --task=infill'),
+    (dict(stream=True, animate=True, best_of=2), 'not with --animate or --best_of'),
     (dict(task='score', text='x', steps=3, preset='p2'), 'steps, preset have no say'),
     (dict(hole='?'), 'hole has no say'),
     (dict(merge_weight=0.25), 'merge_weight has no say'),

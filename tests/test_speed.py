@@ -29,6 +29,8 @@ def small(monkeypatch):
     """The tables with tiny sizes, two rounds each."""
     monkeypatch.setattr(speed, 'SHAPES', (SHAPE, dict(SHAPE, batch_size=4)))
     monkeypatch.setattr(speed, 'BATCHES', (1, 3))
+    monkeypatch.setattr(speed, 'LONG_BATCHES', (2,))
+    monkeypatch.setattr(speed, 'LENGTH', 30)
     return lambda *words: bench_settings('--suite=speed', '--steps=2', '--dtype=float32', *words)
 
 
@@ -154,6 +156,27 @@ def test_plain_ancestral_draws_from_the_ancestral_law():
     statistic, bound = chi_square((x[:, 0] * 3 + x[:, 2]).bincount(minlength=9), expected * n)
     assert statistic < bound
 
+
+def test_nanogpt_is_a_causal_network_that_draws_from_its_law():
+    """Of what it has written it reads the last block_size tokens; what is given stays."""
+    config = tiny_gpt(3, 4, n_layer=2).config
+    torch.manual_seed(0)
+    model, n = speed.PlainGPT(config).eval(), 3000
+    for weight in (model.wte.weight, model.wpe.weight):
+        torch.nn.init.normal_(weight, std=1.0)
+    read = []
+    model.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    x = speed.nanogpt(model, torch.tensor([[1, 2, 3, 3, 3, 3]]).repeat(n, 1), seeded())
+    assert (x[:, :2] == torch.tensor([1, 2])).all() and x.shape == (n, 6) and x.max() < 3
+    assert [idx.size(1) for idx in read] == [2, 3, 4, 4] and torch.equal(read[-1], x[:, 1:5])
+    with torch.no_grad():
+        first = model(torch.tensor([[1, 2]])).softmax(-1)[0]
+        second = model(torch.tensor([[1, 2, a] for a in range(3)])).softmax(-1)
+    statistic, bound = chi_square((x[:, 2] * 3 + x[:, 3]).bincount(minlength=9), first[:, None] * second * n)
+    assert statistic < bound
+    empty = speed.nanogpt(model, torch.full((2, 5), 3), seeded())
+    assert empty.shape == (2, 5) and empty.max() < 3
+
 # -----------------------------------------------------------------------------
 # the clock
 
@@ -209,22 +232,44 @@ def test_sampling_table(small, tmp_path, monkeypatch):
     model = tiny_gpt(V, T, n_recur=1)
     path = write_checkpoint(tmp_path / 'ckpt_joint.pt', model, META, block_size=T, causal_ratio=0.5)
     rows, text = speed.sampling(small(f'--init_from={path}'))
-    names = ['plain ancestral', 'ours, ancestral', 'ours, default (remask=causal)', 'AR, cached', 'ours, AR']
-    assert [row['shape'] for row in rows] == ['batch 1'] * 5 + ['batch 3'] * 5
+    names = ['nanoGPT', 'plain ancestral', 'ours, ancestral', 'ours, default (remask=causal)',
+             'ours, intelligent', 'AR, cached', 'ours, AR']
+    assert [row['shape'] for row in rows] == ['batch 1'] * 7 + ['batch 3'] * 7
     assert [row['name'] for row in rows] == names * 2
-    check_rows(rows, 'plain ancestral', ('samples_per_second', 'against_cached_ar', 'checkpoint'))
-    cached, ours = rows[8:]
-    assert cached['against_cached_ar'] == 1
+    check_rows(rows, 'plain ancestral', ('samples_per_second', 'tokens_per_second', 'checkpoint'))
+    plain, cached, ours = rows[7], *rows[12:]
+    assert plain['tokens_per_second'] == pytest.approx(3 * (T - 1) / plain['seconds'])      # it has no end
+    assert 3 <= cached['tokens_per_second'] * cached['seconds'] <= 3 * (T - 1)
+    assert plain['against nanoGPT'] == cached['against AR, cached'] == 1 and path in text
     assert ours['samples_per_second'] == pytest.approx(3 / ours['seconds'])
-    assert ours['against_cached_ar'] == pytest.approx(cached['seconds'] / ours['seconds']) and path in text
+    assert ours['against nanoGPT'] == pytest.approx(ours['tokens_per_second'] / plain['tokens_per_second'])
 
     path = write_checkpoint(tmp_path / 'plain.pt', model, META, block_size=T, training_type='unmasking')
     rows, _ = speed.sampling(small(f'--init_from={path}'))                     # it has no causal mode
-    assert {row['name'] for row in rows} == {*names[:2], 'ours, default (remask=none)'}
+    assert {row['name'] for row in rows} == {*names[:3], 'ours, default (remask=none)'}
     monkeypatch.setattr(speed, 'MOST_LOGITS', 2 * T * V)  # all logits of two samples: no more at a time
     assert {row['shape'] for row in speed.sampling(small(f'--init_from={path}'))[0]} == {'batch 1', 'batch 2'}
     with pytest.raises(UserError, match='nowhere.pt'):
         speed.sampling(small('--init_from=nowhere.pt'))
+
+
+def test_sampling_table_of_text(small, tmp_path, monkeypatch):
+    """Also in windows, and in blocks; who is too slow is left out of the next batch of that length."""
+    meta = dict(META, format='stream', bos=None, eos=None, pad=None)
+    path = write_checkpoint(tmp_path / 'text.pt', tiny_gpt(V, T, n_recur=1), meta, causal_ratio=0.5,
+                            training_type='joint', block_size=T, block_lengths=(4, 16))
+    rows, text = speed.sampling(small(f'--init_from={path}'))
+    long = [row for row in rows if row['shape'] == 'batch 2, 30 tokens']
+    assert [row['name'] for row in long] == ['nanoGPT', 'ours, default (remask=causal)', 'ours, intelligent',
+                                             'ours, intelligent in blocks of 16', 'AR, cached']
+    check_rows(long, '')
+    for row in rows:                                                           # nobody ends early
+        tokens = {'batch 1': T, 'batch 3': 3 * T}.get(row['shape'], 60)
+        assert row['tokens_per_second'] * row['seconds'] == pytest.approx(tokens)
+    assert text.count('\n') == len(rows) + 2
+    monkeypatch.setattr(speed, 'PATIENCE', 0)
+    assert {row['shape'] for row in speed.sampling(small(f'--init_from={path}'))[0]} == {
+        'batch 1', 'batch 2, 30 tokens'}
 
 
 def test_without_a_checkpoint_a_fresh_network_is_sampled(small, tmp_path, monkeypatch):
