@@ -102,7 +102,8 @@ class Run:
         print(f"{model.num_params():,} parameters; {config['training_type']} on {config['dataset']}: "
               f"{meta['train_tokens']:,} training tokens, vocabulary {meta['vocab_size']} + [MASK] + [WRONG]")
         if path:
-            print(f'starting from {path}, step {self.step}')
+            new = f"; new: {checkpoint['new']}" if checkpoint['new'] else ''
+            print(f'starting from {path}, step {self.step}{new}')
         if other:
             print(f'settings that are not those of the checkpoint: {other}')
         if changed:
@@ -334,6 +335,8 @@ def load_network(network, sizes, config, meta, place, newest):
             if other_characters(checkpoint['meta'], meta):
                 weights = by_character(weights, checkpoint['meta'], meta, own)
             model.load_state_dict({**own, **weights})               # what it did not have yet stays
+            new = {name.removeprefix('parts.').split('.')[0] for name in own if name not in weights}
+            checkpoint['new'] = ', '.join(sorted(new)).replace('drafter', 'draft_head')
         how = config['dtype'], config['attention'], config['compile']
         model, choices = configure_compute(model, place, *how)
     return model, choices, path, checkpoint
