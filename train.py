@@ -37,8 +37,8 @@ from plumbing.log import PARTS, progress_line, show_repairs, show_samples
 from plumbing.oldnames import FORMER, with_parts as modernise  # noqa: F401 (for the configurator)
 from plumbing.optim import average, lr_scale, ramp, update
 from plumbing.pack import extent, pack
-from plumbing.pieces import in_pieces, sums
-from plumbing.run import Run, added, load_network, load_rows, to_device
+from plumbing.pieces import added, in_pieces, sums
+from plumbing.run import Run, load_network, load_rows, to_device
 from plumbing.rows import places
 from plumbing.text import encode, load_task, modelled
 from plumbing.textstats import compare_text, usual_text

@@ -27,6 +27,7 @@ from plumbing.device import configure_compute
 from plumbing.files import append_line, check_output, copy_file, lock, make_folder, sweep, to_json
 from plumbing.log import draw_curves, start_log
 from plumbing.optim import make_optimizers
+from plumbing.pieces import added
 from plumbing.text import check_task, decode
 from plumbing.vocabulary import by_character, other_characters
 
@@ -358,11 +359,6 @@ def other_settings(config, before):
     free = ('init_from', 'out_dir', 'overwrite', 'eval_only', 'device', 'compile', 'log_interval')
     return ', '.join(f'{name} {before[name]!r} -> {config[name]!r}' for name in config
                      if name in before and name not in free and before[name] != config[name])
-
-
-def added(sums, parts):
-    """The sum of two dicts of numbers, name by name; what one of them lacks is 0."""
-    return {name: sums.get(name, 0) + parts.get(name, 0) for name in {**sums, **parts}}
 
 
 def is_finite(model, parts):
