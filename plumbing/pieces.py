@@ -61,6 +61,6 @@ def sums(values, weights, which):
     return torch.stack(((values * which).sum(), (weights * which).sum()))
 
 
-def added(sums, parts):
+def added(parts, more):
     """The sum of two dicts of numbers, name by name; what one of them lacks is 0."""
-    return {name: sums.get(name, 0) + parts.get(name, 0) for name in {**sums, **parts}}
+    return {name: parts.get(name, 0) + more.get(name, 0) for name in {**parts, **more}}
