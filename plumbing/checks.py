@@ -99,8 +99,8 @@ def conflicts_of_tasks(config):
             (not config['block_lengths'], 'grows blocks, and there are none: set --block_lengths=4,8,16,32'),
             (config['views'], 'makes rows whole canvases bit by bit, with views all of them are from the '
                               'first step: set --views=0'),
-            (config['fsdp'], 'begins with a single whole canvas, and with fsdp each process needs one: leave '
-                             'out --fsdp'))],
+            (config['fsdp'], 'begins with fewer whole canvases than there are processes, and with fsdp each '
+                             'needs one: leave out --fsdp'))],
         (any(length < 1 for length in config['block_lengths']),
          f"block_lengths expects lengths of at least 1, got {config['block_lengths']}"),
         (config['bigram_decay'] and 'bigrams' not in config['parts'],
