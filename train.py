@@ -26,7 +26,7 @@ from corruption import ask, errors_of, own_guesses, task_of
 from data.loader import random_rows, spread_rows
 from model import GPT, GPTConfig
 from parts.abstain import abstaining_ce, steer
-from parts.blocks import InBlocks, Kept, block_bounds, lay_out
+from parts.blocks import InBlocks, Kept, block_bounds, grown, lay_out
 from parts.layers import told
 from parts.presets import best_rules, choose_rules, supports
 from parts.speculate import draft_loss
@@ -37,8 +37,8 @@ from plumbing.log import PARTS, progress_line, show_repairs, show_samples
 from plumbing.oldnames import FORMER, with_parts as modernise  # noqa: F401 (for the configurator)
 from plumbing.optim import average, lr_scale, ramp, update
 from plumbing.pack import extent, pack
-from plumbing.pieces import in_pieces, sums
-from plumbing.run import Run, added, load_network, load_rows, to_device
+from plumbing.pieces import added, in_pieces, sums
+from plumbing.run import Run, load_network, load_rows, to_device
 from plumbing.rows import places
 from plumbing.text import encode, load_task, modelled
 from plumbing.textstats import compare_text, usual_text
@@ -108,6 +108,7 @@ penalty_mask_correct = 1.0   # share of it for a clean visible token: the price 
 reward_correct_unmask = 1.0  # r: a mask weighs r + (1 - r)(1 - p(x0)); 1: plain cross-entropy
 proofreading_warmup_iters = 300 # curriculum: steps until remask_ratio is reached, linearly from 0
 masking_warmup_iters = 300   # curriculum: steps until penalty_mask_correct is reached, linearly from 0
+block_warmup_iters = 0       # curriculum: steps in which blocks grow, from causal rows alone; 0: off
 # abstention: [MASK] as an answer, for positions that are not ready yet
 allow_abstain = False        # a masked position costs -log(p(x0) + price * p(MASK)), not -log p(x0)
 penalty_keep_mask = 0.1      # that price, in 0..1; the controller starts from it
@@ -190,9 +191,9 @@ def loss(model, input, target, weight, causal=False, reward_correct_unmask=1.0, 
 
 
 def curricula(step, config):
-    """What changes while training goes on: dict of remask_ratio and penalty_mask_correct at this step."""
+    """The settings that change while training goes on, as they are at this step: a dict."""
     ratio, penalty = config['remask_ratio'], config['penalty_mask_correct']
-    return dict(remask_ratio=ratio * ramp(step, config['proofreading_warmup_iters']),
+    return dict(grown(step, config), remask_ratio=ratio * ramp(step, config['proofreading_warmup_iters']),
                 penalty_mask_correct=penalty * ramp(step, config['masking_warmup_iters']))
 
 
@@ -253,12 +254,12 @@ def losses(model, x0, meta, config, step, generator, price=None):
 
     Of several processes each has its rows x0 (B, T); the mean of their gradients is that of the whole batch.
     """
+    config = {**config, **curricula(step, config)}
     num, views, accumulate = len(x0), config['views'], config['gradient_accumulation_steps']
     batch = num * distributed.world()                               # rows over all processes
     all_causal = batch if config['training_type'] == 'causal' else round(batch * config['causal_ratio'])
     num_causal = distributed.share(all_causal)
-    ramped = curricula(step, config)
-    task = replace(task_of(config), **ramped)
+    task = task_of(config)
     settings = meta, config, task, generator, price
     for total, parts in causal_part(model, x0[:num_causal], all_causal, *settings):
         if 'draft' in parts:                                        # a mean already
@@ -271,7 +272,7 @@ def losses(model, x0, meta, config, step, generator, price=None):
     if len(others) and config['training_type'] != 'causal':
         # the rows that may have wrong tokens are the first ones of the whole batch
         before, all_others = (0, batch * views) if views else (all_causal, batch - all_causal)
-        last = before + round(all_others * ramped['remask_ratio'])
+        last = before + round(all_others * config['remask_ratio'])
         ratio = (distributed.share(last) - distributed.share(before)) / len(others)
         rows = others, *modelled(others, meta), 1.0
         total, parts = diffusion_part(model, rows, meta, config, replace(task, remask_ratio=ratio), generator,
@@ -361,9 +362,8 @@ def examine(run, val, usual):
 
 def report(run):
     """Logs and prints what the last steps were like."""
-    config, more = run.config, {}
-    if supports(config)[2]:
-        more.update(curricula(run.step + 1, config))
+    config = run.config
+    more = curricula(run.step + 1, config) if supports(config)[2] else grown(run.step + 1, config)
     if config['allow_abstain']:
         more.update(mask_logit_bias=run.control['bias'], penalty_keep_mask=run.control['price'])
     record = run.record(run.scale * config['learning_rate'], **more)

@@ -8,6 +8,7 @@ beside them. To everything else (what is asked, the loss, the bound, the samplin
 any other, of a network that has read what is left of it: InBlocks in training, AfterPrefix in sampling.
 """
 
+import math
 from copy import copy
 from functools import partial
 
@@ -18,6 +19,7 @@ from parts.look import Sampling
 from parts.speculate import Unfinished, causal_pass, write
 from plumbing.evaluate import nelbo
 from plumbing.kernels import beside
+from plumbing.optim import ramp
 from plumbing.pack import pack
 from plumbing.rows import Part, places, settled
 from plumbing.text import modelled
@@ -121,6 +123,21 @@ class Blocks:
         rows = blocks.new_zeros(self.start.numel() + 1)
         rows[self.at] = blocks
         return rows[:-1].view_as(self.start)
+
+
+def grown(step, config):
+    """
+    causal_ratio and block_lengths as they are at a step while blocks grow (block_warmup_iters), {} otherwise.
+
+    From one token to the whole row (LLaDA2.0, arXiv 2512.15745): all rows are causal at first, in blocks of
+    the shortest length; the longer ones come one by one, and whole canvases linearly.
+    """
+    if not config['block_warmup_iters']:
+        return {}
+    done = ramp(step, config['block_warmup_iters'])
+    lengths, ratio = sorted(config['block_lengths']), config['causal_ratio']
+    so_far = max(1, math.ceil(done * len(lengths)))
+    return dict(causal_ratio=ratio + (1 - done) * (1 - ratio), block_lengths=tuple(lengths[:so_far]))
 
 
 def random_blocks(end, T, lengths, generator):

@@ -23,9 +23,9 @@ RANGES = {
         'sigma_min', 'sigma_max', 'target_mask_prob', 'prefix_ratio')),
     'must not be negative': (lambda x: x >= 0, (
         'learning_rate', 'muon_lr', 'weight_decay', 'bigram_decay', 'grad_clip', 'warmup_iters', 'seed',
-        'views', 'proofreading_warmup_iters', 'masking_warmup_iters', 'weight_unmask_task', 'keep_every',
-        'weight_remask_task', 'penalty_mask_correct', 'eval_samples', 'mask_control_rate',
-        'mask_bias_limit')),
+        'views', 'proofreading_warmup_iters', 'masking_warmup_iters', 'block_warmup_iters',
+        'weight_unmask_task', 'keep_every', 'weight_remask_task', 'penalty_mask_correct', 'eval_samples',
+        'mask_control_rate', 'mask_bias_limit')),
     'must be below 2^31': (lambda x: x < 2**31, ('batch_size', 'views', 'eval_rows', 'eval_samples')),
     'must be in 0..2^62 - 1': (lambda x: x < 2 ** 62, ('seed',)),    # every process adds a little
     'must be in [0, 1)': (lambda x: 0 <= x < 1, ('beta1', 'beta2')),
@@ -95,6 +95,12 @@ def conflicts_of_tasks(config):
          'set --causal_ratio=0.3 and --training_type=joint'),
         (config['block_lengths'] and 'graph' in config['parts'],
          'the part graph compares whole rows, and has no blocks: leave out block_lengths, or graph'),
+        *[(config['block_warmup_iters'] and wrong, f'block_warmup_iters {why}') for wrong, why in (
+            (not config['block_lengths'], 'grows blocks, and there are none: set --block_lengths=4,8,16,32'),
+            (config['views'], 'makes rows whole canvases bit by bit, with views all of them are from the '
+                              'first step: set --views=0'),
+            (config['fsdp'], 'begins with fewer whole canvases than there are processes, and with fsdp each '
+                             'needs one: leave out --fsdp'))],
         (any(length < 1 for length in config['block_lengths']),
          f"block_lengths expects lengths of at least 1, got {config['block_lengths']}"),
         (config['bigram_decay'] and 'bigrams' not in config['parts'],

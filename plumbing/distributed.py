@@ -15,12 +15,14 @@ import datetime
 import os
 import sys
 import warnings
+from functools import reduce
 
 import torch
 import torch.distributed as dist
 
 import configurator
 from configurator import UserError
+from plumbing.pieces import added
 
 
 def launched():
@@ -172,8 +174,7 @@ class Losses(torch.nn.Module):
     def forward(self, *batch):
         """What losses(model, *batch) yields, [(a loss, its parts)], together: (the sum, the parts)."""
         found = list(self.losses(self.model, *batch))
-        parts = {name: part for _, more in found for name, part in more.items()}
-        return sum(total for total, _ in found), parts
+        return sum(total for total, _ in found), reduce(added, (parts for _, parts in found), {})
 
 
 def data_parallel(model, losses):

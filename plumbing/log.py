@@ -46,7 +46,8 @@ def curves(log, path):
                         'cells', 'distinct_3', 'known_words'),
               'abstention': ('p(MASK)', 'penalty_keep_mask'),
               'bias on the logit of [MASK]': ('mask_logit_bias',),
-              'curricula': ('remask_ratio', 'penalty_mask_correct'), 'learning rate': ('learning_rate',)}
+              'curricula': ('remask_ratio', 'penalty_mask_correct', 'causal_ratio'),
+              'learning rate': ('learning_rate',)}
     there = {name for record in records for name in record}
     panels = [(title, [name for name in names if name in there]) for title, names in groups.items()]
     panels = [(title, names) for title, names in panels if names]
@@ -76,6 +77,8 @@ def progress_line(step, config, record, speed):
                                   'masking_warmup_iters')):
         if config['training_type'] in kinds:
             words.append(f'{name} {ramp(step, config[setting]):.0%}')
+    if config['block_warmup_iters']:
+        words.append(f"blocks grown {ramp(step, config['block_warmup_iters']):.0%}")
     if record.get('skipped'):
         words.append(f"skipped {record['skipped']}")
     left = int((config['max_iters'] - step) / speed)

@@ -59,3 +59,8 @@ def in_pieces(of, hidden, words, most):
 def sums(values, weights, which):
     """The sums of values and weights (N,) over the True positions of which (N,): (2,)."""
     return torch.stack(((values * which).sum(), (weights * which).sum()))
+
+
+def added(parts, more):
+    """The sum of two dicts of numbers, name by name; what one of them lacks is 0."""
+    return {name: parts.get(name, 0) + more.get(name, 0) for name in {**parts, **more}}

@@ -27,6 +27,7 @@ from plumbing.device import configure_compute
 from plumbing.files import append_line, check_output, copy_file, lock, make_folder, sweep, to_json
 from plumbing.log import draw_curves, start_log
 from plumbing.optim import make_optimizers
+from plumbing.pieces import added
 from plumbing.text import check_task, decode
 from plumbing.vocabulary import by_character, other_characters
 
@@ -102,7 +103,8 @@ class Run:
         print(f"{model.num_params():,} parameters; {config['training_type']} on {config['dataset']}: "
               f"{meta['train_tokens']:,} training tokens, vocabulary {meta['vocab_size']} + [MASK] + [WRONG]")
         if path:
-            print(f'starting from {path}, step {self.step}')
+            new = f"; new: {checkpoint['new']}" if checkpoint['new'] else ''
+            print(f'starting from {path}, step {self.step}{new}')
         if other:
             print(f'settings that are not those of the checkpoint: {other}')
         if changed:
@@ -334,6 +336,8 @@ def load_network(network, sizes, config, meta, place, newest):
             if other_characters(checkpoint['meta'], meta):
                 weights = by_character(weights, checkpoint['meta'], meta, own)
             model.load_state_dict({**own, **weights})               # what it did not have yet stays
+            new = {name.removeprefix('parts.').split('.')[0] for name in own if name not in weights}
+            checkpoint['new'] = ', '.join(sorted(new)).replace('drafter', 'draft_head')
         how = config['dtype'], config['attention'], config['compile']
         model, choices = configure_compute(model, place, *how)
     return model, choices, path, checkpoint
@@ -355,11 +359,6 @@ def other_settings(config, before):
     free = ('init_from', 'out_dir', 'overwrite', 'eval_only', 'device', 'compile', 'log_interval')
     return ', '.join(f'{name} {before[name]!r} -> {config[name]!r}' for name in config
                      if name in before and name not in free and before[name] != config[name])
-
-
-def added(sums, parts):
-    """The sum of two dicts of numbers, name by name; what one of them lacks is 0."""
-    return {name: sums.get(name, 0) + parts.get(name, 0) for name in {**sums, **parts}}
 
 
 def is_finite(model, parts):

@@ -173,7 +173,8 @@ def check_rates(config):
     judges = supports(config)[2] and config['remasking_loss_type'] == 'all_positions'
     for name, used, what in (('warmup_iters', True, 'the learning rate never reaches its peak'),
                              ('proofreading_warmup_iters', mixed, 'remask_ratio is never reached'),
-                             ('masking_warmup_iters', judges, 'penalty_mask_correct is never reached')):
+                             ('masking_warmup_iters', judges, 'penalty_mask_correct is never reached'),
+                             ('block_warmup_iters', True, 'causal_ratio is never reached')):
         late = used and config[name] > steps
         faults.append((late, 'warning', f'{name}={config[name]} is longer than max_iters={steps}: {what}'))
     faults.append((1 / max(1e-9, 1 - decay) > steps, 'warning',
@@ -247,7 +248,7 @@ def first_steps(model, ids, meta, config, num=5):
     """
     device, seed = next(model.parameters()).device, config['seed']
     rng, noise = seeded('cpu', seed), seeded(device, seed + 1)
-    late = max(config['proofreading_warmup_iters'], config['masking_warmup_iters'])   # behind the curricula
+    late = max(config[f'{name}_warmup_iters'] for name in ('proofreading', 'masking', 'block'))    # all done
     price = config['penalty_keep_mask'] if config['allow_abstain'] else None
     optimizers, seconds = optimizers_of(model, config), []
     model.train()

@@ -9,6 +9,7 @@ from test_checkpoint import write_checkpoint
 from test_tasks import quick_bench
 from test_train import arithmetic_rows, default_config, gradients
 
+import train
 from configurator import UserError
 from corruption import Task, ask
 from parts.blocks import (
@@ -19,6 +20,7 @@ from parts.blocks import (
     Kept,
     block_nelbo,
     even_blocks,
+    grown,
     lay_out,
     random_blocks,
 )
@@ -29,7 +31,7 @@ from plumbing.rows import Ends
 from plumbing.text import modelled
 from sample import generate_diffusion
 from suites import blocks
-from train import causal_part, loss
+from train import causal_part, check_settings, curricula, loss, progress_line, training_step
 
 V, T = 5, 12
 PARTS = ['', 'short_conv:2,shortcuts,bigrams:64,level:8']
@@ -275,6 +277,87 @@ def test_own_guesses_of_blocks():
     model.train()
     list(causal_part(model, x0, 8, ARITHMETIC, config, Task(remask_ratio=0.5), seeded(1), None))
     assert model.training
+
+# -----------------------------------------------------------------------------
+# blocks that grow
+
+GROWING = dict(causal_ratio=0.25, block_lengths=(16, 4, 8), block_warmup_iters=10)
+
+
+def test_growth_by_hand():
+    config = default_config(**GROWING)
+    ratios = [grown(step, config)['causal_ratio'] for step in (0, 5, 10, 99)]
+    assert ratios == [1, 0.625, 0.25, 0.25]
+    lengths = [grown(step, config)['block_lengths'] for step in (0, 3, 4, 6, 7, 10, 99)]
+    assert lengths == [(4,), (4,), (4, 8), (4, 8), (4, 8, 16), (4, 8, 16), (4, 8, 16)]
+    for step in (0, 5):
+        assert set(curricula(step, config)) == {
+            'remask_ratio', 'penalty_mask_correct', 'causal_ratio', 'block_lengths'}
+        assert set(curricula(step, dict(config, block_warmup_iters=0))) == {
+            'remask_ratio', 'penalty_mask_correct'}
+    # in the end it is the very number, which decides how a half is rounded
+    assert grown(10, dict(config, causal_ratio=0.15))['causal_ratio'] == 0.15
+    line = progress_line(5, config, {'causal': 1.5}, 10.0)
+    assert 'masking penalty 1%  blocks grown 50%  10.0 it/s' in line
+    assert 'grown' not in progress_line(5, default_config(), {'causal': 1.5}, 10.0)
+
+
+@pytest.mark.parametrize('step, causal, wrong, lengths', [
+    (0, 8, 0, (4,)), (5, 5, 2, (4, 8)), (6, 4, 2, (4, 8)), (10, 2, 3, (4, 8, 16)), (11, 2, 3, (4, 8, 16))])
+def test_rows_that_are_causal_in_blocks_and_whole(monkeypatch, step, causal, wrong, lengths):
+    """Every row is in one of the two; of those that may have wrong tokens the right number are whole."""
+    model, x0, laid, asked = tiny_gpt(18, 64, n_recur=1), arithmetic_rows(8), [], []
+    monkeypatch.setattr(train, 'lay_out', lambda *args: laid.append(args) or lay_out(*args))
+
+    def watch(*args):
+        result = ask(*args)
+        asked.append((args, result[2]))
+        return result
+
+    monkeypatch.setattr(train, 'ask', watch)
+    config = default_config(**GROWING, remask_ratio=0.5, proofreading_warmup_iters=0, corruption='random')
+    parts = training_step(model, x0, ARITHMETIC, config, step, seeded(1))
+    (rows, _, found, _), = laid
+    assert torch.equal(rows, x0[:causal]) and found == lengths
+    assert parts['causal'][1].item() == pytest.approx(causal, rel=1e-5)
+
+    # the blocks, then the whole canvases, if there are any yet
+    (blocks, *_), *whole = asked
+    assert len(whole) == (causal < 8) and blocks[0].size(1) <= lengths[-1] and blocks[3].remask_ratio == 0.5
+    for args, weight in whole:
+        assert torch.equal(args[0], x0[causal:]) and round(args[3].remask_ratio * (8 - causal)) == wrong
+        assert weight.shape == (8 - causal, 64)
+
+
+def test_while_blocks_grow_a_row_weighs_one(monkeypatch):
+    """Of masked tokens alone: the blocks' weights are those of as many rows as are causal."""
+    model, x0 = tiny_gpt(18, 64, n_recur=1), arithmetic_rows(8)
+
+    def all_masked(x0, free, real, *task):
+        return x0.masked_fill(free, 18), x0, free / free.sum(1, keepdim=True).clamp(min=1)
+
+    monkeypatch.setattr(train, 'ask', all_masked)
+    causal = training_step(model, x0, ARITHMETIC, default_config(training_type='causal'), 0, seeded(1))
+    for step in (0, 4, 5, 10):
+        # behind the end of a text a block is free as well: blocks of one token end with it
+        config = default_config(**{**GROWING, 'block_lengths': (1,)})
+        parts = training_step(model, x0, ARITHMETIC, config, step, seeded(1))
+        assert parts['unmask'][1].item() == pytest.approx(8, rel=1e-5)
+        if step == 0:
+            assert torch.allclose(parts['causal'], causal['causal'], rtol=1e-5)
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(block_lengths=()), 'grows blocks, and there are none: set --block_lengths'),
+    (dict(views=2), 'set --views=0'), (dict(fsdp=True), 'leave out --fsdp'),
+    (dict(block_warmup_iters=-1), 'block_warmup_iters must not be negative')])
+def test_what_does_not_go_with_growing(changes, message, monkeypatch):
+    monkeypatch.setattr('plumbing.distributed.several', lambda: True)
+    monkeypatch.setattr('plumbing.distributed.world', lambda: 1)
+    check_settings(default_config(**GROWING))
+    with pytest.raises(UserError, match=message):
+        check_settings(default_config(**{**GROWING, **changes}))
+
 
 # -----------------------------------------------------------------------------
 # sampling

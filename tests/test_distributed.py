@@ -32,6 +32,7 @@ from test_train import (
 )
 
 import corruption
+import train
 from configurator import UserError
 from data import loader
 from plumbing import distributed
@@ -48,21 +49,32 @@ CAUSAL = [*RUN, '--training_type=causal', '--optimizer=adamw', '--gradient_accum
 WHOLE = [*CAUSAL, '--n_layer=2', '--n_recur=2', '--grad_clip=0.1', '--keep_every=3']
 # Muon; of one row with wrong tokens one rank has none
 SHARDED = [*JOINT, '--fsdp', '--remask_ratio=0.2', '--corruption=own']
-# training type, causal ratio and rows; of a single causal row one rank has none
-BATCHES = [('causal', 0.0, 6), ('unmasking', 0.5, 6), ('unmasking', 0.5, 2), ('unmasking', 0.0, 6)]
+# training type, causal ratio and rows; of a single causal row one rank has none. In the last one blocks grow:
+# at step 5 of 12, 5 of 6 rows are causal, in blocks of one token, and one rank has the only whole canvas
+BATCHES = [('causal', 0.0, 6), ('unmasking', 0.5, 6), ('unmasking', 0.5, 2), ('unmasking', 0.0, 6),
+           ('unmasking', 0.5, 6, dict(block_lengths=(1, 8), block_warmup_iters=12, weight_unmask_task=1.0))]
 
 
 # -----------------------------------------------------------------------------
 # what a rank does, and how ranks are started
 
 
-def step_of_a_batch(training_type, causal_ratio, rows):
+def all_masked(x0, free, *rest):
+    """In the place of corruption.ask: every free token is masked, so nothing is drawn."""
+    return x0.masked_fill(free, 18), x0, free / free.sum(1, keepdim=True).clamp(min=1)
+
+
+def step_of_a_batch(training_type, causal_ratio, rows, more=None):
     """A training step whose loss draws nothing, on this rank's part of the first rows: (gradients, parts)."""
     x0 = distributed.rows_of_rank(loader.load_data('arithmetic')[1]['train'][:rows])
     model = tiny_gpt(18, 64, n_recur=1, draft_head=True)
-    config = default_config(training_type=training_type, causal_ratio=causal_ratio, weight_unmask_task=0.0)
+    config = default_config(training_type=training_type, causal_ratio=causal_ratio,
+                            **(more or dict(weight_unmask_task=0.0)))
     parallel = distributed.data_parallel(model, losses)
-    parts = training_step(model, x0, ARITHMETIC, config, 5, seeded(distributed.rank()), None, parallel)
+    with pytest.MonkeyPatch.context() as patch:
+        if more:
+            patch.setattr(train, 'ask', all_masked)
+        parts = training_step(model, x0, ARITHMETIC, config, 5, seeded(distributed.rank()), None, parallel)
     return gradients(model), distributed.sum_parts(parts, PARTS)
 
 
@@ -220,7 +232,7 @@ def test_the_gradients_of_a_batch(runs):
     the parts.
     """
     (whole, shared, *_), (_, other, *_) = [torch.load(runs[0] / f'shared.{rank}') for rank in range(2)]
-    for (training_type, ratio, rows), (expected, parts), (grads, more) in zip(
+    for (training_type, ratio, _, *grows), (expected, parts), (grads, more) in zip(
         BATCHES, whole, shared, strict=True):
         # each rank picks the tokens that it learns from
         head = {name for name in grads if name.startswith('drafter.')}
@@ -233,9 +245,11 @@ def test_the_gradients_of_a_batch(runs):
         for name in head:
             assert grads[name].norm() / expected[name].norm() == pytest.approx(1, abs=0.2)
         for name in PARTS:
-            if name not in ('draft', 'unmask'):
+            if name != 'draft' and (grows or name != 'unmask'):
                 assert torch.allclose(more[name], parts.get(name, torch.zeros(2)), rtol=1e-4), name
         assert more['draft'][1].item() == (2 if head else 0)
+        if grows:
+            assert [more[name][1].item() for name in ('causal', 'unmask')] == pytest.approx([5, 6])
     assert_same([grads for grads, _ in shared], [grads for grads, _ in other])
 
 

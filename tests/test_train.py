@@ -812,6 +812,8 @@ MIXED = [
     '--parts=bigrams:50', '--bigram_decay=0.5']
 PLAIN = ['--training_type=unmasking', '--optimizer=adamw', '--ema_decay=0', '--gradient_accumulation_steps=2',
          '--weight_decay=0.1', '--lr_schedule=cosine', '--eval_samples=0']
+GROWING = ['--causal_ratio=0.25', '--block_lengths=4,8', '--block_warmup_iters=5', '--parts=level:8',
+           '--batch_size=8', '--eval_samples=0']
 ABSTAIN = [
     '--training_type=joint', '--corruption=sticky:1,fragment:1', '--allow_abstain', '--target_mask_prob=0.4',
     '--mask_control_rate=3', '--penalty_keep_mask=0.3', '--mask_logit_bias=-0.5', '--eval_samples=0',
@@ -864,7 +866,8 @@ def assert_same_run(a, b):
         assert_same(a[key], b[key], key)
 
 
-@pytest.mark.parametrize('words', [MIXED, PLAIN, ABSTAIN], ids=['mixed', 'plain', 'abstain'])
+@pytest.mark.parametrize('words', [MIXED, PLAIN, ABSTAIN, GROWING],
+                         ids=['mixed', 'plain', 'abstain', 'growing'])
 def test_resumed_runs_are_bit_identical(tmp_path, words):
     straight, resumed, stopped = [str(tmp_path / name) for name in ('straight', 'resumed', 'stopped')]
     start(straight, *words, '--keep_every=3')
@@ -1381,6 +1384,27 @@ def test_init_from_takes_the_averaged_weights_and_starts_anew(tmp_path):
     assert checkpoint['iter_num'] == 1 and open(source, 'rb').read() == before
 
 
+def test_a_causal_checkpoint_is_adapted_as_its_blocks_grow(tmp_path, capsys):
+    """It loses nothing by being loaded: at first it says of held-out text what it said before."""
+    sizes = ['--n_recur=2', '--seed=3', '--eval_samples=0']
+    start(str(tmp_path / 'a'), *sizes, '--training_type=causal', '--parts=short_conv:2')
+    source = newest(str(tmp_path / 'a'))
+    assert torch.load(source, weights_only=True)['ema']['causal_embd'].abs().max() > 0
+    capsys.readouterr()
+    start(str(tmp_path / 'b'), *sizes, *GROWING, '--parts=short_conv:2,level:8', '--draft_head',
+          f'--init_from={source}')
+    said = capsys.readouterr().out
+    assert f'starting from {source}, step 0; new: draft_head, level\n' in said
+    assert 'step 2/6' in said and 'blocks grown 40%' in said and 'blocks grown 100%' in said
+    before, (first, *lines) = read(str(tmp_path / 'a'))['result'], log_of(tmp_path / 'b')
+    for name in ('causal_nll', 'causal_nll_se'):
+        assert first[name] == before[name]
+    grew = [(line['step'], line['causal_ratio'], line['block_lengths']) for line in lines if 'causal' in line]
+    assert grew == [(2, pytest.approx(0.7), [4]), (4, pytest.approx(0.4), [4, 8]), (6, 0.25, [4, 8])]
+    assert not any(torch.equal(*(read(str(tmp_path / run))['model'][name] for run in 'ab'))
+                   for name in ('wte.weight', 'causal_embd'))
+
+
 def test_a_checkpoint_without_all_that_a_resume_needs_is_refused(tmp_path):
     start(str(tmp_path), *PLAIN, '--max_iters=2')
     path = newest(str(tmp_path))
@@ -1686,7 +1710,7 @@ def test_negative_settings():
     for name in (
         'learning_rate', 'muon_lr', 'weight_decay', 'bigram_decay', 'penalty_mask_correct',
         'weight_unmask_task', 'grad_clip', 'weight_remask_task', 'warmup_iters', 'proofreading_warmup_iters',
-        'masking_warmup_iters', 'eval_samples', 'keep_every', 'seed', 'views', 'mask_control_rate',
-        'mask_bias_limit'):
+        'masking_warmup_iters', 'block_warmup_iters', 'eval_samples', 'keep_every', 'seed', 'views',
+        'mask_control_rate', 'mask_bias_limit'):
         with pytest.raises(UserError, match=f'{name} must not be negative'):
             train.check_settings(default_config(**{name: type(default_config()[name])(-1)}))
