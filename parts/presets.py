@@ -53,6 +53,9 @@ REWRITE = dict(commit='random', remask='wrong', remask_threshold=0.5, rewrite=Tr
 # one that was trained on edits changes the length as well, until the text stays as it is
 EDITS = dict(rounds=4, remask='wrong', remask_threshold=0.7, commit='confidence', choice_temperature=0.0,
              temperature=0.0)
+# with a causal mode only what is sure is edited at once; of the rest it tells which edit is best
+VERIFIED = dict(EDITS, remask_threshold=0.95, verify=48)
+
 GROW = dict(rounds=8, remask='wrong', remask_threshold=0.5, commit='random')
 
 
@@ -88,7 +91,7 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
     if task == 'repair' and saw_noise and free and chosen.get('rewrite', True):
         usual = EDITS if edits else REWRITE
     if usual is EDITS and supports(config).causal:
-        usual = dict(EDITS, verify=24)
+        usual = VERIFIED
     if any_length and task == 'infill':
         usual = GROW
     rules = {**usual, **PRESETS.get(preset, {}), **chosen}
@@ -100,6 +103,8 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
         (not edits and ('rounds' in rules or usual is GROW),
          'only a checkpoint trained on edits changes the length of a text: train with --remask_target=edits '
          '--corruption=own:0.5,noise:0.5'),
+        (rules.get('verify') and not supports(config).causal,
+         'verify needs a trained causal mode: train with --causal_ratio=0.33'),
         ('rounds' in rules and 'best_of' in rules, 'rounds edit one text, best_of chooses among several: '
          'give one of them'),
         (task == 'repair' and remask not in ('wrong', 'random', 'critic'),
@@ -177,7 +182,7 @@ def check_trained(config, lengths_given, commit, remask, ar_prefix, judge):
 # the lowest and highest number (None: no limit) of settings of sample.py
 RANGES = {(1, None): 'num_samples batch_size steps rounds length top_k block_length guide best_of',
           (0, None): 'temperature ar_prefix choice_temperature remask_rate remask_patience remask_threshold '
-                     'commit_threshold',
+                     'commit_threshold verify',
           (0, 1): 'top_p remask_random_ratio correct_share merge_weight'}
 
 
@@ -284,6 +289,8 @@ def idle(config, rules):
         choice_temperature='confidence', commit_threshold='threshold', priority='priority').items()
         if commit in ('random', 'confidence', 'margin', 'entropy', 'threshold', 'priority', 'abstain')
         and commit != wanted]
+    if not rules.get('rounds'):
+        found.append(('no rounds of edits', 'verify'))
     if not rules.get('block_length'):
         found.append(('no block_length', 'revise'))
     if remask != 'remdm':

@@ -273,10 +273,6 @@ def write_prefix(model, x, fixed, ar_prefix, *, ends, generator, trace, **rules)
     width = x.size(1) if drafts else min(x.size(1), int(masked.long().argmax(1).max()) + ar_prefix)
     check_suffix(masked[:, :width])
     filters = {name: rules[name] for name in ('temperature', 'top_k', 'top_p') if name in rules}
-    if drafts:
-        return write(model, x, fixed, filters, ends, generator=generator,
-                     trace=False if trace is None else trace)[:2]
-    closed = left_of(fixed)[:, :width]
 
     def whole(head):
         return close_rows(torch.cat((head, x[:, width:]), 1), masked, mask, ends)
@@ -284,8 +280,12 @@ def write_prefix(model, x, fixed, ar_prefix, *, ends, generator, trace, **rules)
     steps, stays = None, rules.get('remask', 'none') in ('none', 'causal')      # else it may be taken back
     if trace is not None:
         steps = Part(x[:, :width], recorded(x, trace), whole, stays)
-    head, nfe, _ = left_to_right(model, x[:, :width], closed, ar_prefix, filters, ends, generator=generator,
-                                 trace=steps)
+    how = dict(generator=generator, trace=steps)
+    if drafts:
+        head, nfe, _ = write(model, x, fixed, filters, ends, **how)
+    else:
+        closed = left_of(fixed)[:, :width]
+        head, nfe, _ = left_to_right(model, x[:, :width], closed, ar_prefix, filters, ends, **how)
     return whole(head), nfe
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from plumbing.evaluate import causal_nll
 from plumbing.rows import same_length
 
-MARGIN = 3.0                 # nats: a text has to become e^3 times as likely
+MARGIN = 5.0                 # nats: a text has to become e^5 times as likely
 AT_ONCE = 256                # rows of a pass
 
 
@@ -55,13 +55,17 @@ def tried(run, x, fixed, p, keep):
     model, mask, count, V = run.model, run.mask, run.how.verify, p.size(-1)
     special = torch.zeros(V, dtype=torch.bool, device=x.device)
     special[list(run.ends.forbid)] = True
-    p = p.masked_fill(special, -1).masked_fill(special[x][..., None] & (torch.arange(V, device=x.device) != mask), -1)
+    holes = torch.arange(V, device=x.device) == mask
+    p = p.masked_fill(special | special[x][..., None] & ~holes, -1)
     if run.ends.pad is None:
         full = torch.full_like(fixed[:, 0], x.size(1) >= model.config.block_size)        # (B,)
     else:
         full = x[:, -1] != run.ends.pad
     p[full, :, mask] = -1                                           # no hole where there is no room
+    if x.size(1) == 1:
+        p[..., mask + 1] = -1                                       # nothing is no text
     odds = p.clamp(min=0).log() - keep[..., None].log()                                  # (B, T, V+2)
+    count = min(count, odds[0].numel())
     likeliest, flat = odds.flatten(1).topk(count)                                        # (B, K)
     at, answers = flat // V, flat % V
     nothing = 0 if run.ends.pad is None else run.ends.pad

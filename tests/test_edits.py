@@ -1,19 +1,25 @@
 """parts/edits.py: labels that give a text back, and the rounds that do what the network answers."""
 
+import itertools
 import json
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ARITHMETIC, default_config, seeded, tiny_gpt, write_checkpoint
 
 from configurator import UserError
 from corruption import Task, ask
+from parts import verify
 from parts.edits import applied, edits_of, labels
 from parts.noise import NOISE, mixed_noise
 from parts.long import edits_in_windows
-from parts.presets import EDITS, GROW, choose_rules
+from parts.presets import EDITS, GROW, VERIFIED, choose_rules
+from parts.verify import edited
 from plumbing import show
+from plumbing.evaluate import causal_nll
 from plumbing.rows import Ends, same_length
 from sample import fill, generate_diffusion
 
@@ -201,9 +207,63 @@ def test_what_is_edited_is_doubted_and_less_likely_than_the_edit(p, threshold, e
 CHANGES = dict(training_type='joint', corruption='own:0.5,noise:0.5', remask_target='edits')
 
 
+@pytest.mark.parametrize('seed', range(4))
+def test_a_single_edit_is_what_rounds_would_make_of_it(seed):
+    rng = random.Random(seed)
+    x = torch.randint(3, (5, 6), generator=seeded(seed))
+    fixed = torch.rand(5, 6, generator=seeded(seed)) < 0.3
+    at = torch.tensor([[rng.randrange(6) for _ in range(4)] for _ in range(5)])
+    answers = torch.tensor([[rng.choice([0, 1, 2, MASK, WRONG]) for _ in range(4)] for _ in range(5)])
+    ids, stays, more = edited(F.pad(x, (0, 2)), F.pad(fixed, (0, 2)), at, answers, MASK)
+    for row, edit in itertools.product(range(5), range(4)):
+        single = x[row].clone()
+        single[at[row, edit]] = answers[row, edit]
+        new, kept = applied(x[row], fixed[row], single, MASK, WRONG)
+        assert len(new) == 6 + more[row, edit]
+        assert ids[row, edit, :len(new)].tolist() == new and stays[row, edit, :len(new)].tolist() == kept
+
+
+def every_edit(row, fixed):
+    """All rows that one edit makes of a row, a list of ids of which the first ones are fixed."""
+    found = []
+    for at in range(fixed, len(row)):
+        found.append(row[:at] + row[at + 1:])
+        found += [row[:at] + [v] + row[at + more:] for v in range(3) for more in (0, 1)]
+    return [new for new in found if new]
+
+
+@pytest.mark.parametrize('fixed', [0, 2])
+@torch.no_grad()
+def test_verified_edits_end_where_no_edit_makes_the_text_likelier(fixed, monkeypatch):
+    """Every round makes it likelier by MARGIN nats, all edits are tried, and what is fixed stays."""
+    monkeypatch.setattr(verify, 'MARGIN', 0.1)
+    model, T = tiny_gpt(3, 8, seed=3, scale=0.6), 5
+
+    def nats(row):
+        row = torch.tensor([row])
+        return causal_nll(model, row, row >= 0).item()
+    x = torch.randint(3, (15, T), generator=seeded(1))
+    known = torch.arange(T).expand(15, -1) < fixed
+    how = dict(EDITS, remask_threshold=1.0, verify=200)
+    rows, nfe, history = generate_diffusion(model, x, known, trace=True, **how)
+    moved = 0
+    for before, after, steps in zip(x.tolist(), rows, torch.stack(history, 1)):
+        after = after.tolist()
+        assert after[:fixed] == before[:fixed] and steps[-1][:len(after)].tolist() == after
+        assert nats(after) <= nats(before) - verify.MARGIN * (after != before) + 1e-4
+        if len(after) < 8:
+            assert all(nats(new) > nats(after) - verify.MARGIN - 1e-4 for new in every_edit(after, fixed))
+        moved += after != before
+    assert moved > 5 and (nfe > 20).all()
+
+
 def test_rules_of_checkpoints_with_edits():
     config = default_config(**CHANGES)
-    assert choose_rules(config, task='repair')['rounds'] == 4
+    alone, both = dict(config, causal_ratio=0.0), dict(config, causal_ratio=0.3)
+    assert choose_rules(both, task='repair') == dict(VERIFIED, ar_prefix=0)
+    assert choose_rules(alone, task='repair') == dict(EDITS, ar_prefix=0)
+    with pytest.raises(UserError, match='verify needs a trained causal mode'):
+        choose_rules(alone, task='repair', verify=3)
     assert 'rounds' not in choose_rules(config, task='repair', rewrite=False)
     assert choose_rules(config, task='infill', any_length=True)['rounds']
     assert 'rounds' not in choose_rules(config, task='infill')
