@@ -21,6 +21,7 @@ from conftest import ROOT, load_script
 
 import configurator
 from data import loader
+from data.arithmetic import prepare as arithmetic
 from data.sudoku import prepare as sudoku
 from sample import How
 
@@ -146,6 +147,7 @@ def sandbox(tmp_path_factory):
     others = shutil.ignore_patterns('__pycache__', 'shakespeare', 'shakespeare_char', 'sudoku6', 'wikitext2')
     for name in ('config', 'data'):
         shutil.copytree(os.path.join(ROOT, name), box / name, ignore=others)
+    arithmetic.prepare(str(box / 'data' / 'arithmetic'), num_train=2000, num_val=200)
     sudoku.prepare(str(box / 'data' / 'sudoku'), num_train=20, num_val=10)
     sudoku.prepare(str(box / 'data' / 'sudoku6'), size=6, num_train=20, num_val=10)
     letters = ''.join(map(chr, [10, *range(32, 127)])).replace('_', '')
