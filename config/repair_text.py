@@ -1,4 +1,4 @@
-# a network that repairs text, lengths as well: characters of tiny Shakespeare, ten minutes on a core;
+# a network that repairs text, lengths as well: characters of tiny Shakespeare, twenty minutes on a core;
 # python sample.py --init_from=out-repair/ckpt_joint_all_positions.pt --task=repair --text="..."
 remask_target = 'edits'            # keep, replace, take away, or open a hole for what is missing
 corruption = 'noise:0.9,own:0.1'   # typing errors, and a few mistakes that the network would make itself
@@ -19,8 +19,8 @@ n_layer = n_head = 4
 n_embd = 128
 n_recur = 1
 parts = 'level:32,short_conv:2,shortcuts,bigrams:8192'
-max_iters = 2220
+max_iters = 4440
 learning_rate = 1e-2
 decay_share = 0.7
 ema_decay = 0.995
-eval_interval = 555
+eval_interval = 1110

@@ -111,44 +111,61 @@ def mend(run, denoise):
     Edits a text until it stays as it is, or for how.rounds rounds. Masks are filled first.
 
     Each round is a pass, in which all is done that edits_of says, and the loop denoise, which fills what was
-    opened, all else fixed. A text that was there before ends it. With how.verify single edits follow, that
-    the causal mode agrees to. What is fixed stays, though it may move; a
-    text never grows beyond block_size. run: a parts.look.Sampling. Returns what denoise does, but of streams,
-    which have no padding, the canvas is a list of rows of several lengths.
+    opened, all else fixed. A text that was there before ends it. With how.verify a round is an offer that the
+    causal mode may turn down, see parts.verify. What is fixed stays, though it may move; a text never grows
+    beyond block_size. run: a parts.look.Sampling. Returns what denoise does, but of streams, which have no
+    padding, the canvas is a list of rows of several lengths.
     """
-    model, how, mask, ends = run.model, run.how, run.mask, run.ends
-    filling = replace(how, rounds=None, remask='none', remask_threshold=None)
     rows, fixed = [*run.canvas], [*run.fixed]
-    seen, at_work = [set() for _ in rows], [*range(len(rows))]
-    for number in range(how.rounds + 1):
-        for group in same_length(rows, [i for i in at_work if mask in rows[i].tolist()]):
-            x, kept = (torch.stack([some[i] for i in group]) for some in (rows, fixed))
-            x, passes, _ = denoise(Sampling(model, x, x != mask, filling, ends, left_of(kept),
-                                            generator=run.generator))
-            run.nfe[group] += passes
-            for i, ids in zip(group, close_rows(x, ~kept, mask, ends)):
-                rows[i] = ids
-        keep(run, rows)
-        texts = {i: tuple(rows[i].tolist()) for i in at_work}
-        at_work = [i for i in at_work if texts[i] not in seen[i]]
-        if number == how.rounds or not at_work:
+    at_work = [*range(len(rows))]
+    fill_holes(run, rows, fixed, at_work, denoise)
+    keep(run, rows)
+
+    def one_round(rows, fixed, at_work, record=False):
+        edit(run, rows, fixed, at_work)
+        if record:
+            keep(run, rows)
+        fill_holes(run, rows, fixed, at_work, denoise)
+
+    if run.how.verify:
+        verify(run, rows, fixed, one_round, options, keep)
+        at_work = []
+    seen = [{tuple(row.tolist())} for row in rows]
+    for _ in range(run.how.rounds):
+        if not at_work:
             break
-
-        for group in same_length(rows, at_work):
-            x, kept = (torch.stack([some[i] for i in group]) for some in (rows, fixed))
-            answers = edits_of(run, x, kept)
-            run.nfe[group] += 1
-            for i, ids, stays, answer in zip(group, x, kept, answers):
-                seen[i].add(texts[i])
-                rows[i], fixed[i] = moved(ids, stays, answer, run)
+        one_round(rows, fixed, at_work, record=True)
         keep(run, rows)
+        at_work = [i for i in at_work if tuple(rows[i].tolist()) not in seen[i]]
+        for i in at_work:
+            seen[i].add(tuple(rows[i].tolist()))
 
-    if how.verify:
-        verify(run, rows, fixed, options, keep)
     if run.history is not None:                                     # all of them as wide as the widest
         width = max(step.size(1) for step in run.history)
-        run.history[:] = [F.pad(step, (0, width - step.size(1)), value=mask) for step in run.history]
-    return torch.stack(rows) if ends.pad is not None else rows, run.nfe, run.history
+        run.history[:] = [F.pad(step, (0, width - step.size(1)), value=run.mask) for step in run.history]
+    return torch.stack(rows) if run.ends.pad is not None else rows, run.nfe, run.history
+
+
+def edit(run, rows, fixed, at_work):
+    """Makes the edits of edits_of, in one pass, in the rows at_work of rows and fixed, lists of (T,)."""
+    for group in same_length(rows, at_work):
+        x, kept = (torch.stack([some[i] for i in group]) for some in (rows, fixed))
+        answers = edits_of(run, x, kept)
+        run.nfe[group] += 1
+        for i, ids, stays, answer in zip(group, x, kept, answers):
+            rows[i], fixed[i] = moved(ids, stays, answer, run)
+
+
+def fill_holes(run, rows, fixed, at_work, denoise):
+    """Fills the holes in the rows at_work of rows and fixed, lists of (T,), by the loop denoise."""
+    filling = replace(run.how, rounds=None, remask='none', remask_threshold=None)
+    for group in same_length(rows, [i for i in at_work if run.mask in rows[i].tolist()]):
+        x, kept = (torch.stack([some[i] for i in group]) for some in (rows, fixed))
+        x, passes, _ = denoise(Sampling(run.model, x, x != run.mask, filling, run.ends, left_of(kept),
+                                        generator=run.generator))
+        run.nfe[group] += passes
+        for i, ids in zip(group, close_rows(x, ~kept, run.mask, run.ends)):
+            rows[i] = ids
 
 
 def keep(run, rows):

@@ -51,10 +51,10 @@ SURE = dict(TASKS['repair'], remask_threshold=0.95)
 REWRITE = dict(commit='random', remask='wrong', remask_threshold=0.5, rewrite=True, steps=1, temperature=0.0)
 
 # one that was trained on edits changes the length as well, until the text stays as it is
-EDITS = dict(rounds=4, remask='wrong', remask_threshold=0.7, commit='confidence', choice_temperature=0.0,
+EDITS = dict(rounds=4, remask='wrong', remask_threshold=0.9, commit='confidence', choice_temperature=0.0,
              temperature=0.0)
-# with a causal mode only what is sure is edited at once; of the rest it tells which edit is best
-VERIFIED = dict(EDITS, remask_threshold=0.95, verify=48)
+# with a causal mode, which says which edit is best, many more are tried
+VERIFIED = dict(EDITS, verify=48)
 
 GROW = dict(rounds=8, remask='wrong', remask_threshold=0.5, commit='random')
 

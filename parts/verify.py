@@ -17,29 +17,34 @@ AT_ONCE = 256                # rows of a pass
 
 
 @torch.no_grad()
-def verify(run, rows, fixed, propose, keep):
+def verify(run, rows, fixed, one_round, options, keep):
     """
-    Makes single edits of rows, a list of (T,), one a round, as long as one makes a text likelier by MARGIN.
+    Edits rows, a list of (T,), as long as an edit makes a text likelier by MARGIN; changes rows and fixed.
 
-    fixed: where the rows must not change, a list of (T,) bool; propose(run, x, fixed) -> the probabilities of
-    all answers, see parts.edits.options; keep(run, rows) records what became of them. In a round
-    run.how.verify edits of each row are tried. Changes both lists; the passes go to run.nfe.
+    In a round the run.how.verify likeliest single edits of each row are tried, and all edits at once that
+    one_round(rows, fixed, numbers) makes. fixed: where the rows must not change, a list of (T,) bool;
+    options(run, x, fixed): the probabilities of all answers, see parts.edits; keep(run, rows) records.
     """
     model, pad, at_work = run.model, run.ends.pad, [*range(len(rows))]
     while at_work:
-        going = []
+        going, at_once, kept_at_once = [], [*rows], [*fixed]
+        one_round(at_once, kept_at_once, at_work)
+        nats_at_once = dict(likelihoods(model, at_once, at_work, pad))
         for group in same_length(rows, at_work):
             x, kept = (torch.stack([some[i] for i in group]) for some in (rows, fixed))
-            ids, stays, more, holes = tried(run, x, kept, *propose(run, x, kept))
+            ids, stays, more, holes = tried(run, x, kept, *options(run, x, kept))
             end = x.size(1) + (more if pad is None else torch.zeros_like(more))          # (B, K+1)
-            nats = likelihood(model, ids, (ids != pad).cumsum(2).amax(2) if pad is not None else end)
-            run.nfe[group] += 1 + holes + nats.size(1)
+            nats = likelihood(model, ids, end, pad)
+            run.nfe[group] += 2 + holes + nats.size(1)
             best, which = nats.min(1)
             for row, i in enumerate(group):
-                if best[row] < nats[row, 0] - MARGIN:
-                    going.append(i)
-                    cut = slice(int(end[row, which[row]]))
-                    rows[i], fixed[i] = ids[row, which[row], cut], stays[row, which[row], cut]
+                if min(best[row], nats_at_once[i]) > nats[row, 0] - MARGIN:
+                    continue
+                going.append(i)
+                cut = slice(int(end[row, which[row]]))
+                rows[i], fixed[i] = ids[row, which[row], cut], stays[row, which[row], cut]
+                if nats_at_once[i] < best[row]:
+                    rows[i], fixed[i] = at_once[i], kept_at_once[i]
         at_work = going
         keep(run, rows)
 
@@ -111,8 +116,17 @@ def edited(x, fixed, at, answers, mask):
     return ids, stays, (opens.long() - goes.long())[..., 0]
 
 
-def likelihood(model, ids, size):
-    """-log p of the first size (B, K) tokens of ids (B, K, T) in the causal mode: nats (B, K)."""
-    real = torch.arange(ids.size(2), device=ids.device) < size[..., None]
+def likelihood(model, ids, end, pad=None):
+    """-log p of ids (B, K, T) up to their ends (B, K), or their padding, in the causal mode: nats (B, K)."""
+    real = torch.arange(ids.size(2), device=ids.device) < end[..., None]
+    if pad is not None:
+        real = real & (ids != pad)
     rows = zip(ids.flatten(0, 1).split(AT_ONCE), real.flatten(0, 1).split(AT_ONCE))
-    return torch.cat([causal_nll(model, *part) for part in rows]).view(size.shape)
+    return torch.cat([causal_nll(model, *part) for part in rows]).view(end.shape)
+
+
+def likelihoods(model, rows, numbers, pad):
+    """Yields (number, -log p) of the rows of these numbers, of several lengths."""
+    for group in same_length(rows, numbers):
+        x = torch.stack([rows[i] for i in group])[:, None]                               # (B, 1, T)
+        yield from zip(group, likelihood(model, x, torch.full_like(x[..., 0], x.size(2)), pad)[:, 0])
