@@ -54,7 +54,7 @@ REWRITE = dict(commit='random', remask='wrong', remask_threshold=0.5, rewrite=Tr
 EDITS = dict(rounds=4, remask='wrong', remask_threshold=0.9, commit='confidence', choice_temperature=0.0,
              temperature=0.0)
 # with a causal mode, which says which edit is best, many more are tried
-VERIFIED = dict(EDITS, verify=48)
+VERIFIED = dict(EDITS, verify=96)
 
 GROW = dict(rounds=8, remask='wrong', remask_threshold=0.5, commit='random')
 
