@@ -97,7 +97,7 @@ class How:
     remask_schedule: tuple = None      # re-mask a share, from the first to the second number: 0.3,0.05
     rewrite: bool = None       # draw what is doubted anew at once; usual in repair, if trained on noise
     rounds: int = None         # of edits, which change the length as well; repair: 4, if trained on them
-    verify: int = None         # repair by edits: try that many more, one by one; the causal mode decides
+    verify: int = None         # rounds: so many edits are tried, the causal mode decides; usually 96, 0: off
     remdm: str = None          # remask=remdm: cap | rescale; usually cap
     correct_share: float = None        # share of the steps that only re-mask and refill; usually 0.25
     # what the energy head is asked, in a checkpoint that has one (tools/energy.py)

@@ -207,7 +207,7 @@ def test_the_whole_suite(s, trainings, words, tmp_path, monkeypatch):
     s.train_args = '--max_iters=7'
     rows, table = text.run(s)
     found = {row['name']: row for row in rows}
-    assert len(found) == len(rows) == 3 + 1 + 12 * 2 + 1 + 4 + (1 + 3 + 1)
+    assert len(found) == len(rows) == 3 + 1 + 12 * 2 + 4 + 4 + (1 + 3 + 1)
     assert not any(',' in name for name in found)
     causal = [command for command in trainings if '--training_type=causal' in command]
     # the last one counts
@@ -230,7 +230,8 @@ def test_the_whole_suite(s, trainings, words, tmp_path, monkeypatch):
     assert real['entropy'] == token_statistics(val.tolist())['entropy'] and plain['n'] == 6
     assert plain['nfe'] == 2
     sampled = [row for row in rows if row['name'].startswith('samples by')]
-    sampled = [row for row in sampled if 'speculative' not in row['name']]
+    fewest = {'speculative', 'proofread'}                     # these take as many as they take
+    sampled = [row for row in sampled if row['name'].split()[2] not in fewest]
     assert all(0 < row['nfe'] <= 3 for row in sampled)
     assert found['infill: the text itself']['restored'] == 1
     assert 0 <= found['infill by remask=wrong']['restored'] < 1
@@ -240,7 +241,7 @@ def test_the_whole_suite(s, trainings, words, tmp_path, monkeypatch):
     json.dumps(rows)
     parts = table.split('\n\n')
     assert [part.splitlines()[0].split()[1] for part in parts] == list(text.MEASURES)
-    assert [len(part.splitlines()) - 2 for part in parts] == [3, 26, 4, 5]
+    assert [len(part.splitlines()) - 2 for part in parts] == [3, 29, 4, 5]
     assert (tmp_path / 'out/text/table.md').read_text() == table + '\n'
 
     # nothing is measured or trained twice
