@@ -7,6 +7,7 @@ between it and the clean text, a clean character (Levenshtein). damaged: of the 
 the share that is no longer there. touched: of windows that were clean the share that is changed at all.
 
 threshold      the same for several of remask_threshold, and not to choose one by: these windows are held out
+usual text     repair by the recipe of text, which keeps the length
 dictionary     each word becomes the likeliest known one an edit away (needs symspellpy), if it is not known
 arithmetic     strings under mixed noise with insertions; accuracy, exact: see suites/tasks.py; aligned: the
                share of the clean tokens that are there, wherever they stand
@@ -41,6 +42,7 @@ from suites.text import corpus_of, mean_of, stream
 UNIVERSAL = ['train.py', 'config/universal.py']
 RUNS = {
     'text': ['train.py', 'config/repair_text.py'],
+    'usual text': ['train.py', 'config/shakespeare_char_cpu.py'],
     'arithmetic': UNIVERSAL,
     'arithmetic with edits': [*UNIVERSAL, '--remask_target=edits'],
 }
@@ -59,6 +61,8 @@ def rows_of_tables(s):
         name = way + ''.join(f' {how[key]:g}' for key in ('remask_threshold',) if key in how)
         rows += [(f'text, {level:.0%} hit: {name}', 'text', 'text', dict(how, way=way, level=level))
                  for level in LEVELS]
+    rows += [(f'usual text, {level:.0%} hit: --task=repair', 'text', 'usual text',
+              dict(way='--task=repair', level=level)) for level in LEVELS]
     for run in ('arithmetic', 'arithmetic with edits'):
         rows.append((f'{run}: repair', 'arithmetic', run, {}))
         rows += [(f'{run}: one token {what}', 'one token', run, dict(what=what)) for what in ONE]
