@@ -61,7 +61,8 @@ def samplers(m, task):
     for name in PRESETS:
         try:
             rules = choose_rules(m.config, preset=name, task=task, inside=task != 'generate')
-            if task == 'generate' or rules['remask'] != 'causal' and not rules['ar_prefix']:
+            from_the_left = rules['remask'] == 'causal' or rules['ar_prefix'] or rules.get('draft')
+            if task == 'generate' or not from_the_left:
                 found.append(name)
         except UserError:
             pass

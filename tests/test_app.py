@@ -28,7 +28,7 @@ def nets(tmp_path_factory):
         model = tiny_gpt(18, T, n_recur=1, draft_head=True)
         return load(write_checkpoint(folder / f'{name}.pt', model, meta, **config), **CPU)
     joint = dict(training_type='joint', causal_ratio=0.5, draft_head=True)
-    edits = dict(joint, corruption='noise', remask_target='edits')
+    edits = dict(joint, corruption='noise', remask_target='edits', causal_ratio=0.0)
     return dict(sums=opened('sums', dict(ARITHMETIC, block_size=16), 16, **joint),
                 text=opened('text', TEXT, 24, **joint), edits=opened('edits', TEXT, 24, **edits),
                 plain=opened('plain', TEXT, 24, training_type='unmasking'))
