@@ -117,33 +117,36 @@ def mend(run, denoise):
     padding, the canvas is a list of rows of several lengths.
     """
     rows, fixed = [*run.canvas], [*run.fixed]
-    at_work = [*range(len(rows))]
-    fill_holes(run, rows, fixed, at_work, denoise)
+    fill_holes(run, rows, fixed, range(len(rows)), denoise)
     keep(run, rows)
-
-    def one_round(rows, fixed, at_work, record=False):
-        edit(run, rows, fixed, at_work)
-        if record:
-            keep(run, rows)
-        fill_holes(run, rows, fixed, at_work, denoise)
-
     if run.how.verify:
+        def one_round(rows, fixed, at_work):
+            edit(run, rows, fixed, at_work)
+            fill_holes(run, rows, fixed, at_work, denoise)
         verify(run, rows, fixed, one_round, options, keep)
-        at_work = []
-    seen = [{tuple(row.tolist())} for row in rows]
-    for _ in range(run.how.rounds):
-        if not at_work:
-            break
-        one_round(rows, fixed, at_work, record=True)
-        keep(run, rows)
-        at_work = [i for i in at_work if tuple(rows[i].tolist()) not in seen[i]]
-        for i in at_work:
-            seen[i].add(tuple(rows[i].tolist()))
+    else:
+        until_nothing_changes(run, rows, fixed, denoise)
 
     if run.history is not None:                                     # all of them as wide as the widest
         width = max(step.size(1) for step in run.history)
         run.history[:] = [F.pad(step, (0, width - step.size(1)), value=run.mask) for step in run.history]
     return torch.stack(rows) if run.ends.pad is not None else rows, run.nfe, run.history
+
+
+def until_nothing_changes(run, rows, fixed, denoise):
+    """The rounds of rows and fixed, lists of (T,): how.rounds, or fewer if no row has a text that is new."""
+    at_work = [*range(len(rows))]
+    seen = [{tuple(row.tolist())} for row in rows]
+    for _ in range(run.how.rounds):
+        edit(run, rows, fixed, at_work)
+        keep(run, rows)
+        fill_holes(run, rows, fixed, at_work, denoise)
+        keep(run, rows)
+        at_work = [i for i in at_work if tuple(rows[i].tolist()) not in seen[i]]
+        if not at_work:
+            break
+        for i in at_work:
+            seen[i].add(tuple(rows[i].tolist()))
 
 
 def edit(run, rows, fixed, at_work):

@@ -103,8 +103,9 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
         (not edits and ('rounds' in rules or usual is GROW),
          'only a checkpoint trained on edits changes the length of a text: train with --remask_target=edits '
          '--corruption=own:0.5,noise:0.5'),
-        (rules.get('verify') and not supports(config).causal,
-         'verify needs a trained causal mode: train with --causal_ratio=0.33'),
+        *[(rules.get(name) and not supports(config).causal,
+           f'{name} needs a trained causal mode: train with --causal_ratio=0.33')
+          for name in ('draft', 'verify')],
         ('rounds' in rules and 'best_of' in rules, 'rounds edit one text, best_of chooses among several: '
          'give one of them'),
         (task == 'repair' and remask not in ('wrong', 'random', 'critic'),
@@ -113,8 +114,6 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
           for name in ('guide', 'best_of')],
         ('block_length' in rules and not config.get('block_lengths'),
          'this checkpoint was not trained to write in blocks: train with --block_lengths=4,8,16,32'),
-        (rules.get('draft') and not supports(config).causal,
-         'draft needs a trained causal mode: train with --causal_ratio=0.33'),
         (rate > 1 and remask != 'p2',
          f"remask_rate is a probability, in 0..1 (only p2's is not), got {rate}"))
     # causal sampling has no steps, no blocks, and nothing to correct

@@ -17,7 +17,7 @@ from model import GPT
 from plumbing.checkpoint import find_checkpoint, load_merged
 from configurator import UserError
 from corruption import errors_of
-from data.loader import load_data
+from data.loader import data_of, load_data, spread_rows
 from plumbing.device import configure_compute, freeze
 from plumbing.evaluate import evaluate
 from parts.presets import supports
@@ -139,6 +139,12 @@ def worth(model, checkpoint, rows, detects=True, **how):
     can = supports(checkpoint['config'])
     return evaluate(model, rows, checkpoint['meta'], causal=can.causal, bidirectional=can.writes,
                     own_errors=errors_of(checkpoint['config']) if detects else None, **how)
+
+
+def held_out_rows(s, model, checkpoint):
+    """num_samples held-out rows (N, T) of a checkpoint's dataset."""
+    data = data_of(checkpoint['meta'], checkpoint['config'])[1]
+    return spread_rows(data['val'], s.num_samples, model.config.block_size)
 
 
 def mean_nfe(samples):

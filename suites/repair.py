@@ -28,13 +28,13 @@ import torch
 from tqdm import tqdm
 
 from configurator import UserError
-from data.loader import data_of, spread_rows
+from data.loader import spread_rows
 from parts.presets import choose_rules
 from parts.handle import by_length
 from plumbing.evaluate import per_token
 from plumbing.text import ANY, decode, load_task, modelled, task_canvas, until_end
 from sample import fill
-from suites.common import cell, mean_nfe, table_of, wanted, with_errors
+from suites.common import cell, held_out_rows, mean_nfe, table_of, wanted, with_errors
 from suites.runs import check_train_args, folder_name, measure_all, network_of
 from suites.tasks import PROTOCOLS, right_shares, ways_to_repair, with_noise
 from suites.text import corpus_of, mean_of, stream
@@ -144,8 +144,7 @@ def text_rows(s, network, name, run, how):
     model, checkpoint = network(run)
     meta, how = checkpoint['meta'], dict(how)
     way, level = how.pop('way'), how.pop('level')
-    ids = spread_rows(stream(checkpoint)['val'], s.num_samples,
-                      model.config.block_size - MARGIN)
+    ids = spread_rows(stream(checkpoint)['val'], s.num_samples, model.config.block_size - MARGIN)
     clean = [decode(meta, row)[0] for row in ids.tolist()] * (s.num_seeds if level else 1)
     rng = random.Random(f'repair {s.seed} {level}')
     before, spared = zip(*(hit(text, level, meta['itos'], rng) for text in clean))
@@ -175,7 +174,7 @@ def arithmetic_rows(s, network, name, run, how):
     """Two rows: num_samples held-out strings with a fifth of the tokens hit by mixed noise, and mended."""
     model, checkpoint = network(run)
     meta, config = checkpoint['meta'], checkpoint['config']
-    clean = spread_rows(data_of(meta, config)[1]['val'], s.num_samples, model.config.block_size)
+    clean = held_out_rows(s, model, checkpoint)
     level, rng = torch.full((len(clean),), 0.2, dtype=torch.float64), torch.Generator().manual_seed(s.seed)
     noisy = with_noise(model, meta, clean, PROTOCOLS['with insertions'], level, rng)
     real, rows = modelled(clean, meta)[1], []
@@ -196,8 +195,7 @@ def arithmetic_rows(s, network, name, run, how):
 def held_out(s, run_of):
     """(model, checkpoint, task, held-out strings) of a run."""
     model, checkpoint = run_of
-    meta, config = checkpoint['meta'], checkpoint['config']
-    rows = spread_rows(data_of(meta, config)[1]['val'], s.num_samples, model.config.block_size)
+    meta, rows = checkpoint['meta'], held_out_rows(s, model, checkpoint)
     return model, checkpoint, load_task(meta['name']), [decode(meta, row)[0] for row in rows.tolist()]
 
 
@@ -242,15 +240,17 @@ def infill_rows(s, network, name, run, how):
     model, checkpoint, task, clean = held_out(s, network(run))
     how, parts = dict(how), [text.split('=') for text in clean]
     hole = how.pop('hole')
-    texts = [f'{hole * len(left) if hole == "_" else hole}={value}' for left, value in parts]
+    sizes = [1 if hole == ANY else len(left) for left, _ in parts]
+    texts = [f'{hole * size}={value}' for size, (_, value) in zip(sizes, parts)]
     samples, nfe = written(s, model, checkpoint, 'infill', texts, **how)
     return [with_errors(dict(name=name, nfe=nfe, **right_shares(task, samples, clean)), len(clean))]
 
 
-MEASURES = dict(text=text_rows, arithmetic=arithmetic_rows, infill=infill_rows, **{'one token': single_rows})
-METRICS = dict(text=('before', 'after', 'damaged', 'touched', 'nfe'),
-               arithmetic=('aligned', 'accuracy', 'exact', 'nfe'), infill=('valid', 'correct', 'nfe'),
-               **{'one token': ('exact', 'ambiguous', 'correct', 'nfe')})
+MEASURES = {'text': text_rows, 'arithmetic': arithmetic_rows, 'infill': infill_rows, 'one token': single_rows}
+METRICS = {'text': ('before', 'after', 'damaged', 'touched', 'nfe'),
+           'arithmetic': ('aligned', 'accuracy', 'exact', 'nfe'),
+           'infill': ('valid', 'correct', 'nfe'),
+           'one token': ('exact', 'ambiguous', 'correct', 'nfe')}
 
 
 def run(s):

@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from configurator import UserError
-from data.loader import data_of, spread_rows
 from parts.presets import PRESETS, choose_rules, supports
 from parts.speculate import causal_pass
 from plumbing.checkpoint import find_checkpoint
@@ -21,7 +20,7 @@ from plumbing.evaluate import p_wrong, per_token, roc_auc
 from plumbing.rows import random_subset
 from plumbing.text import modelled
 from sample import fill
-from suites.common import asked_for, cells, headings, load, markdown, table_of, wanted
+from suites.common import asked_for, cells, headings, held_out_rows, load, markdown, table_of, wanted
 
 CELLS = (1, 2, 4, 8)             # cells a pass
 WRONG = (1, 3, 5)                # wrong cells to repair
@@ -126,7 +125,7 @@ def run(s):
     meta, config = checkpoint['meta'], checkpoint['config']
     if meta['name'] != 'sudoku':
         raise UserError(f"the suite sudoku needs a checkpoint trained on sudoku, this one saw {meta['name']}")
-    clean = spread_rows(data_of(meta, config)[1]['val'], s.num_samples, model.config.block_size)
+    clean = held_out_rows(s, model, checkpoint)
     free = modelled(clean, meta)[0]
     can = supports(config)
     repairs = [n for n in WRONG if can.writes and can.detects and asked_for(s, f'repair {n} wrong')]

@@ -16,14 +16,13 @@ import torch
 from tqdm import tqdm
 
 from plumbing.text import decode, modelled, scored, task_canvas
-from data.loader import data_of, spread_rows
 from parts.noise import NOISE, mixed_noise
 from configurator import UserError
 from plumbing.checks import parse_mixture
 from plumbing.evaluate import per_token
 from parts.presets import choose_rules, supports
 from sample import fill
-from suites.common import checkpoint_of_rows, mean_nfe, table_of, wanted, with_errors
+from suites.common import checkpoint_of_rows, held_out_rows, mean_nfe, table_of, wanted, with_errors
 
 # an insertion never fired in the experiment that the first protocol is from
 WITHOUT_INSERTIONS = 'mask:0.5,replace:0.2,swap:0.15,delete:0.075,insert:0'
@@ -35,7 +34,7 @@ def run(s):
     model, checkpoint, (task, _) = checkpoint_of_rows(s)
     meta, config, T = checkpoint['meta'], checkpoint['config'], model.config.block_size
     can_unmask = supports(config)[0]
-    clean = spread_rows(data_of(meta, config)[1]['val'], s.num_samples, T)
+    clean = held_out_rows(s, model, checkpoint)
     texts = [decode(meta, ids)[0] for ids in clean.tolist()]
     if 'given' in meta:
         raise UserError(f"the suite tasks opens any token, {meta['name']} has some that are given: take "

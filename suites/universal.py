@@ -19,8 +19,8 @@ from parts.energy import energy, text_of
 from plumbing.rows import Ends
 from parts.presets import PRESETS, choose_rules, supports
 from sample import fill, generate
-from suites.common import (cell, cells, grammar_itself, markdown, mean_nfe, measure_draws, table_of,
-                           training_strings, wanted, with_errors, worth)
+from suites.common import (cell, cells, grammar_itself, held_out_rows, markdown, mean_nfe, measure_draws,
+                           table_of, training_strings, wanted, with_errors, worth)
 from suites.runs import check_train_args, folder_name, measure_all, network_of
 from suites.tasks import (WITHOUT_INSERTIONS, canvas_of, first_operand_open, repair_rows, right_shares,
                           with_noise)
@@ -190,7 +190,7 @@ def detection_rows(s, network, name, run, how):
     model, checkpoint = network(run)
     meta, config = checkpoint['meta'], checkpoint['config']
     task, _ = training_strings(s, meta)
-    clean = spread_rows(data_of(meta, config)[1]['val'], s.num_samples, model.config.block_size)
+    clean = held_out_rows(s, model, checkpoint)
     score = functools.partial(suspicion, model, meta, causal=supports(config)[1], batch_size=s.batch_size)
     good, rows = score(clean), []
     kinds = {'corrupted': corrupted(model, meta, clean, s.seed), **own_mistakes(s, model, meta, task)}

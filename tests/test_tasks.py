@@ -553,7 +553,7 @@ def test_one_of_the_tasks_alone(monkeypatch, made, only, names):
 def test_a_perfect_sampler_gets_every_task_right(monkeypatch, made):
     """Arithmetic decides what is right: first the samples are the held-out strings, then other true ones."""
     s = quick_bench(monkeypatch, f"--init_from={made['plain']}", '--budgets=2,3', '--only=infill,edit')
-    clean = tasks.spread_rows(tasks.data_of({'name': 'arithmetic'}, {})[1]['val'], 4, 64)
+    clean = common.spread_rows(common.data_of({'name': 'arithmetic'}, {})[1]['val'], 4, 64)
     texts = [decode(ARITHMETIC, ids)[0] for ids in clean.tolist()]
     asked = []
 
