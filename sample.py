@@ -79,7 +79,7 @@ class How:
     """The settings of the loop; they are settings of the script as well. None: what the preset says."""
     # which masked tokens are committed
     steps: int = None          # passes; None: one a token; repair: a fourth, or 1 (causal: as it takes)
-    commit: str = None         # random | confidence | margin | entropy | threshold | abstain | priority
+    commit: str = None # random | left | confidence | margin | entropy | threshold | abstain | priority
     schedule: str = None       # linear: equally many tokens a step | cosine: few early, many late
     block_length: int = None   # write in blocks of that many tokens, each after those to its left
     revise: bool = None        # block_length: the block before may change until the next one is written
@@ -251,8 +251,9 @@ def priority(look):
 
 
 COMMIT = dict(random=lambda look: look.noise.log(), threshold=lambda look: look.candidates[1],
+              left=lambda look: (-look.masked.cumsum(1) / (look.x.size(1) + 1)).log1p(),
               confidence=confidence, margin=margin, entropy=entropy, priority=priority, abstain=abstain)
-BLIND = ('random', 'abstain')    # these do not look at candidates, so only what is committed is drawn
+BLIND = ('random', 'left', 'abstain')    # these do not look at candidates, so only what is committed is drawn
 
 
 # -----------------------------------------------------------------------------

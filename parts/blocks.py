@@ -175,7 +175,9 @@ def lay_out(x0, meta, lengths, generator):
     if meta['pad'] is not None:
         x0, free, real, *offset, segment = pack(end, x0, free, real, *offset)
     if lengths:
+        # in any order, because rows were packed by length, and the first ones get the wrong tokens
         blocks = Blocks(position - offset[0], segment)
+        blocks = blocks.of(torch.randperm(len(blocks.at), generator=generator, device=x0.device))
     return x0, free, real, segment, blocks
 
 

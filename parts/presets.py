@@ -286,7 +286,7 @@ def idle(config, rules):
     at_random = share == 'remask_threshold' and (remask == 'random' or rules.get('remask_random_ratio'))
     found = [(f'commit={commit}', name) for name, wanted in dict(
         choice_temperature='confidence', commit_threshold='threshold', priority='priority').items()
-        if commit in ('random', 'confidence', 'margin', 'entropy', 'threshold', 'priority', 'abstain')
+        if commit in ('random', 'left', 'confidence', 'margin', 'entropy', 'threshold', 'priority', 'abstain')
         and commit != wanted]
     if not rules.get('rounds'):
         found.append(('no rounds of edits', 'verify'))

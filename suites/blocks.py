@@ -3,7 +3,7 @@ A checkpoint in blocks of every length that it was trained for: what it is worth
 
 Likelihood: nats a token on eval_rows held-out rows, of the whole canvas, in blocks, and left to right.
 Samples, if the strings end: num_seeds x num_samples at each of the budgets, which are passes for a whole
-canvas and include those that commit a block; nfe is what the texts took.
+canvas and include those that commit a block, or with a token a pass; nfe is what the texts took.
 """
 
 from tqdm import tqdm
@@ -19,13 +19,15 @@ METRICS = ('valid', 'correct', 'length_tv', 'unique', 'nfe')
 
 
 def block_rows(config):
-    """The samplers of a checkpoint of this config: (name, keywords of sample.generate)."""
+    """The samplers of a checkpoint of this config: (name, a token a pass, keywords of sample.generate)."""
     for length in config['block_lengths']:
-        for name, rules in (('remask=none', dict(remask='none')), ('intelligent', PRESETS['intelligent']),
+        for name, rules in (('from left to right', dict(commit='left', remask='none')),
+                            ('remask=none', dict(remask='none')), ('intelligent', PRESETS['intelligent']),
                             ('intelligent, revise', dict(PRESETS['intelligent'], revise=True)),
                             ('proofread, revise', dict(PRESETS['proofread'], revise=True)),
                             ('surprise, revise', dict(remask='surprise', schedule='cosine', revise=True))):
-            yield f'blocks of {length}, {name}', dict(rules, block_length=length)
+            single = rules.get('remask') == 'none'
+            yield f'blocks of {length}, {name}', single, dict(rules, block_length=length)
 
 
 def run(s):
@@ -42,10 +44,11 @@ def run(s):
     tables = [markdown(['', 'nats a token'], [[row['name'], cells(row, ('nats',))] for row in rows])]
     if meta['eos'] is not None:
         strings, lines = training_strings(s, meta), []
-        for name, rules in tqdm(wanted(s, [*block_rows(config)]), desc='rows', leave=False):
+        for name, single, rules in tqdm(wanted(s, [*block_rows(config)]), desc='rows', leave=False):
             drawn = [measure(s, model, meta, strings, name, dict(rules, steps=n), budget=n)
-                     for n in s.budgets]
-            lines.append([name, *[cells(row, METRICS) for row in drawn]])
+                     for n in ((None,) if single else s.budgets)]
+            found = [cells(row, METRICS) for row in drawn]
+            lines.append([name, *found, *[''] * (len(s.budgets) - len(found))])
             rows += drawn
         print(f'{s.num_seeds} seeds x {s.num_samples} samples, ± standard error')
         tables.append(markdown([' · '.join(headings(METRICS)), *[f'{n} passes' for n in s.budgets]], lines))

@@ -72,7 +72,7 @@ REPAIR = '--task=repair --text="(+12))=3"'
 # {b} is the newest in b.
 CASES = {
     'commit': [JOINT, *(f'--remask=none {way}' for way in (
-        *(f'--commit={rule}' for rule in ('random', 'confidence', 'margin', 'entropy', 'threshold',
+        *(f'--commit={rule}' for rule in ('random', 'left', 'confidence', 'margin', 'entropy', 'threshold',
             'priority')),
         '--commit=confidence --choice_temperature=1', '--commit=threshold --commit_threshold=0.2',
         '--ar_prefix=5', '--commit=priority --priority=12+', '--top_p=0.8', '--schedule=cosine',

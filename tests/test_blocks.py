@@ -143,6 +143,7 @@ def test_packed_rows_are_as_if_alone(parts):
     packed, free, real, segment, blocks = lay_out(x0, ARITHMETIC, (4, 8), seeded(5))
     assert len(packed) < 9 and torch.equal(free.sum(), blocks.cut(free).sum())
     network = in_blocks(model, packed, blocks.start, segment)
+    blocks = network.blocks                                         # in the order of the rows
     canvas = packed.masked_fill(free & (torch.rand(packed.shape, generator=seeded(6)) < 0.5), 18)
     found = blocks.lay(network(blocks.cut(canvas)).movedim(-1, 0)[0])
     for number in range(1, 10):
@@ -266,6 +267,18 @@ def test_the_step_is_that_of_rows_that_are_not_packed():
     expected.backward()
     for name, grad in gradients(model).items():
         assert torch.allclose(grads[name], grad, rtol=1e-3, atol=1e-4 * grad.abs().max().item()), name
+
+
+def test_blocks_of_long_texts_are_as_often_the_first_ones():
+    """The first blocks of a batch get the wrong tokens, and rows are packed with the longest texts first."""
+    x0, draws, first, share = arithmetic_rows(16), 400, 0, 0.0
+    length = (x0 != ARITHMETIC['pad']).sum(1)
+    for seed in range(draws):
+        *_, blocks = lay_out(x0, ARITHMETIC, (4,), seeded(seed))
+        owner = torch.cat((blocks.segment.flatten(), blocks.segment.new_zeros(1)))[blocks.at[:, 0]] - 1
+        long = length[owner] > length.float().median()
+        first, share = first + long[:len(long) // 2].sum().item(), share + long.sum().item() / 2
+    assert abs(first - share) < 0.05 * share
 
 
 def test_own_guesses_of_blocks():
@@ -492,12 +505,14 @@ def test_the_suite_of_blocks(monkeypatch, tmp_path):
     nats = {row['name']: row['nats'] for row in rows if 'nats' in row}
     assert list(nats) == ['nelbo', 'causal_nll', 'nelbo_4', 'nelbo_8'] and all(n > 0 for n in nats.values())
     drawn = [row for row in rows if 'budget' in row]
+    assert all((row['budget'] is None) == (row['name'][13:] in ('from left to right', 'remask=none'))
+               for row in drawn)
     assert [row['name'] for row in drawn] == [
         f'blocks of {n}, {how}' for n in (4, 8)
-        for how in ('remask=none', 'intelligent', 'intelligent, revise', 'proofread, revise',
-                    'surprise, revise')]
+        for how in ('from left to right', 'remask=none', 'intelligent', 'intelligent, revise',
+                    'proofread, revise', 'surprise, revise')]
     assert all(row['nfe'] <= 16 + 1 for row in drawn if 'intelligent' in row['name'])
-    assert tables.count('blocks of 8') == 5
+    assert tables.count('blocks of 8') == 6
     bare = write_checkpoint(tmp_path / 'y.pt', model, **default_config(training_type='joint'))
     with pytest.raises(UserError, match='trained with --block_lengths'):
         blocks.run(quick_bench(monkeypatch, f'--init_from={bare}'))

@@ -225,7 +225,7 @@ def test_p2_where_tokens_are_impossible():
     assert (trace[1][:, 6:] == 0).all() and (remasked(trace, 2)[0].sum(1) == 1).all()
 
 
-@pytest.mark.parametrize('commit', ['random', 'entropy', 'threshold', 'margin', 'priority'])
+@pytest.mark.parametrize('commit', ['random', 'left', 'entropy', 'threshold', 'margin', 'priority'])
 def test_p2_keeps_what_is_hardly_doubted(commit):
     """Coin flips do not take the place of tokens that are as good as certain, however a rule scores them."""
     _, _, trace = from_empty(uniform(12, wrong=1e-4), 50, remask='p2', commit=commit, priority=(1,))

@@ -22,15 +22,7 @@ from plumbing.rows import Ends, first_of
 from plumbing.text import encode
 from sample import USUAL, How, generate
 
-LEFT_TO_RIGHT = dict(commit='leftmost')
-
-
-@pytest.fixture(autouse=True)
-def leftmost(monkeypatch):
-    """A commit rule for tests of orders: from the left."""
-    def score(look):
-        return -torch.arange(look.x.size(1)).double().expand(look.x.shape)
-    monkeypatch.setitem(sample.COMMIT, 'leftmost', score)
+LEFT_TO_RIGHT = dict(commit='left')
 SURE = [[0.50, 0.49, 0.01], [0.45, 0.275, 0.275], [0.60, 0.20, 0.20], [0.62, 0.37, 0.01]]
 LAW = random_law(3, 3, seed=1)
 
