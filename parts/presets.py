@@ -56,6 +56,9 @@ EDITS = dict(rounds=4, remask='wrong', remask_threshold=0.9, commit='confidence'
 # with a causal mode, which says which edit is best, many more are tried
 VERIFIED = dict(EDITS, verify=96)
 
+# in blocks from left to right: by measurement the best order there, see docs/log.md
+BLOCKS = dict(commit='left', remask='none')
+
 GROW = dict(rounds=8, remask='wrong', remask_threshold=0.5, commit='random')
 
 
@@ -94,6 +97,9 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
         usual = VERIFIED
     if any_length and task == 'infill':
         usual = GROW
+    corrects = any(name.startswith(('remask', 'draft', 'revise')) for name, value in chosen.items() if value)
+    if free and not usual and 'block_length' in chosen and not corrects:
+        usual = BLOCKS
     rules = {**usual, **PRESETS.get(preset, {}), **chosen}
     if 'remask_schedule' in chosen and 'remask_threshold' not in chosen:
         rules.pop('remask_threshold', None)

@@ -490,7 +490,10 @@ def test_what_does_not_go_with_blocks():
     with pytest.raises(UserError, match='not trained to write in blocks: train with --block_lengths=4,8'):
         choose_rules(joint, block_length=8)
     rules = choose_rules(dict(joint, block_lengths=(4, 8)), block_length=8)
-    assert rules['remask'] == 'wrong' and rules['block_length'] == 8
+    assert rules['commit'] == 'left' and rules['remask'] == 'none' and rules['block_length'] == 8
+    for chosen in (dict(commit='random'), dict(draft=True), dict(revise=True),
+                   dict(task='repair'), dict(remask_threshold=0.5)):
+        assert choose_rules(dict(joint, block_lengths=(4, 8)), block_length=8, **chosen)['remask'] == 'wrong'
     model, canvas = tiny_gpt(), torch.full((1, 4), 3)
     with pytest.raises(UserError, match='block_length goes with rules'):
         generate_diffusion(model, canvas, canvas < 3, block_length=2, remask='critic')
