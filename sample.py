@@ -94,6 +94,7 @@ class How:
     remask_random_ratio: float = None  # 0: re-mask by doubt alone, the usual; 1: at random alone
     remask_patience: float = None      # less doubt while little is visible; usually 1 in text without end
     remask_threshold: float = None     # re-mask what is doubted more than this, each position once
+    remask_full: bool = None   # only in texts without a mask; usual if trained with full_ratio=1
     remask_schedule: tuple = None      # re-mask a share, from the first to the second number: 0.3,0.05
     rewrite: bool = None       # draw what is doubted anew at once; usual in repair, if trained on noise
     rounds: int = None         # of edits, which change the length as well; repair: 4, if trained on them
@@ -133,8 +134,8 @@ class How:
 how = How()      # what the command line says
 SAID = []        # and in which words, told after the samples
 USUAL = dict(commit='random', schedule='linear', choice_temperature=4.5, commit_threshold=0.9, priority=(),
-             remask='none', remask_random_ratio=0.0, remask_patience=0.0, rewrite=False, remdm='cap',
-             correct_share=0.25, temperature=1.0)
+             remask='none', remask_random_ratio=0.0, remask_patience=0.0, remask_full=False, rewrite=False,
+             remdm='cap', correct_share=0.25, temperature=1.0)
 RATES = dict(random=0.3, remdm=0.3)    # remask_rate of the others is 1
 
 

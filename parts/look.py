@@ -74,7 +74,9 @@ class Look:
         self.run, self.how, self.step, self.model = run, how, step, model
         self.x = run.canvas[rows]
         self.masked = self.x == run.mask
-        self.visible = ~self.masked & ~run.fixed[rows]
+        self.visible = ~self.masked & ~run.fixed[rows]               # what may be re-masked
+        if how.remask_full:
+            self.visible &= ~self.masked.any(1, keepdim=True)
         self.last = step == run.steps - 1
         self.judge = None if self.last else run.judge
         self.progress = ((step + 1) / run.fill[rows]).clamp(max=1)   # (R,)

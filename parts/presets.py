@@ -124,13 +124,15 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
          f"remask_rate is a probability, in 0..1 (only p2's is not), got {rate}"))
     # causal sampling has no steps, no blocks, and nothing to correct
     inside = inside or bool({'guide', 'block_length', 'draft'} & set(rules))
-    named = {name: rules.get(name) for name in ('commit', 'remask', 'ar_prefix')}
+    named = {name: rules.get(name) for name in ('commit', 'remask', 'ar_prefix', 'remask_full')}
     return {**rules, **best_rules(config, inside, judge=judge, **named)}
 
 
-def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=None, judge=False):
+def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=None, remask_full=None,
+               judge=False):
     """
-    The rules that were not chosen, by what the checkpoint was trained for: dict(commit, remask, ar_prefix).
+    The rules that were not chosen, by what the checkpoint was trained for: dict(commit, remask, ar_prefix),
+    and remask_full where wrong tokens never stood beside masks in training.
 
     Raises UserError if a chosen rule needs something that the checkpoint was not trained for.
     """
@@ -149,7 +151,11 @@ def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=
         remask = 'causal' if can.causal and not other_rules else 'wrong' if doubts else 'none'
     if ar_prefix is None:
         ar_prefix = config['block_size'] if only_causal else 0
-    return dict(commit=commit or 'random', remask=remask, ar_prefix=ar_prefix)
+    rules = dict(commit=commit or 'random', remask=remask, ar_prefix=ar_prefix)
+    apart = config['training_type'] == 'joint' and config.get('full_ratio') == 1 and not judge
+    if remask_full is None and apart and remask in ('wrong', 'p2'):
+        rules['remask_full'] = True
+    return rules
 
 
 NO_HEAD = ('{} needs a checkpoint with an energy head: give this one a head with '
@@ -276,8 +282,8 @@ def have_no_say(names):
 
 
 LOOP = ('steps commit schedule block_length choice_temperature commit_threshold priority remask_rate '
-        'remask_random_ratio remask_patience remask_threshold remask_schedule rewrite remdm correct_share '
-        'revise draft')
+        'remask_random_ratio remask_patience remask_threshold remask_full remask_schedule rewrite remdm '
+        'correct_share revise draft')
 
 
 def idle(config, rules):
@@ -304,6 +310,8 @@ def idle(config, rules):
         found += [('remask=none', 'remask_rate'), ('remask=none', 'draft')]
     if rules.get('draft'):
         found.append(('draft', 'ar_prefix'))
+    if remask == 'none':
+        found.append(('remask=none', 'remask_full'))
     if remask in ('none', 'remdm', 'p2'):
         found += [(f'remask={remask}', name)
                   for name in ('remask_random_ratio', 'remask_patience', 'correct_share')]

@@ -53,6 +53,19 @@ def test_best_rules(kind, ratio, chosen, expected):
     assert best_rules(config, **chosen) == {**plain, **expected}
 
 
+def test_who_saw_wrong_tokens_in_full_texts_only_doubts_full_texts_only():
+    config = default_config(training_type='joint', causal_ratio=0.5, full_ratio=1.0)
+    assert choose_rules(config, remask='wrong')['remask_full'] is True
+    assert choose_rules(config, preset='proofread')['remask_full'] is True
+    assert choose_rules(config, task='repair')['remask_full'] is True
+    assert choose_rules(config, remask='wrong', remask_full=False)['remask_full'] is False
+    for other in (dict(remask='none'), dict(remask='random'), dict(remask='wrong', judge=True), {}):
+        assert 'remask_full' not in choose_rules(config, **other)
+    assert 'remask_full' not in choose_rules(dict(config, full_ratio=0.5), remask='wrong')
+    with pytest.raises(UserError, match='remask_full with remask=none'):
+        refuse_idle(config, dict(remask_full=True), dict(remask='none', remask_full=True))
+
+
 def test_best_rules_of_other_checkpoints():
     """Whatever the target was, it tells right from wrong; if it saw wrong tokens only, it calls all wrong."""
     for kind, target in (('joint', 'original'), ('denoising', 'original'), ('joint', 'wrong')):

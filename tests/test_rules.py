@@ -111,6 +111,21 @@ def test_a_threshold_doubts_a_position_once(remask):
         assert nfe.view(50, 3).unique(dim=0).tolist() == [[1, 2, 2]]       # to doubt, and to fill in
 
 
+@pytest.mark.parametrize('remask', ['wrong', 'random', 'p2'])
+def test_texts_are_doubted_only_when_they_are_full(remask):
+    """With remask_full a row gives tokens back in the step after it was full, and in no other."""
+    T = 5
+    model = Independent(torch.tensor([0.5, 0.5]).expand(T, 2), wrong=torch.full((T, 2), 0.6))
+    canvas = torch.full((60, T), 2)
+    out, _, trace = traced(model, canvas, canvas < 2, steps=24, remask=remask, remask_full=True)
+    for before, after in zip(trace, trace[1:]):
+        again = ((before != 2) & (after == 2)).any(1)
+        assert not (again & (before == 2).any(1)).any()
+    assert not (out == 2).any() and remasked(trace, 2).any() == (remask != 'p2')    # its masks are counted
+    _, _, trace = traced(model, canvas, canvas < 2, steps=24, remask='wrong')
+    assert any(((a == 2) & (b != 2)).any(1)[(b == 2).any(1)].any() for b, a in zip(trace, trace[1:]))
+
+
 @pytest.mark.parametrize('rule', [*sample.DOUBT, *sample.OTHER_RULES])
 def test_the_last_step_doubts_nothing(rule):
     """And it does not even ask."""
