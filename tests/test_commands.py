@@ -439,7 +439,7 @@ def test_dataset_is_prepared_on_first_use(run, copy):
     ('--length=63', 'a text of 63 tokens does not fit .. room for 62'),
     ('--remask=causal --length=9', 'the causal pass cannot see'),
     ('--ar_prefix=12 --length=9', 'the causal pass cannot see'),
-    ('--commit=best', "commit expects one of random, threshold, confidence, margin .. got 'best'"),
+    ('--commit=best', "commit expects one of random, threshold, left, confidence, margin .. got 'best'"),
     ('--remask=all', "remask expects one of .. 'all'"), ('--steps=0', 'steps must be at least 1'),
     ('--schedule=step --remask=none', 'schedule expects one of'), ('--top_p=0', 'top_p'),
     ('--commit=confidence --temperature=0', 'one sample again and again .. --choice_temperature=4.5'),
