@@ -252,7 +252,7 @@ def priority(look):
 
 
 COMMIT = dict(random=lambda look: look.noise.log(), threshold=lambda look: look.candidates[1],
-              left=lambda look: (-look.masked.cumsum(1) / (look.x.size(1) + 1)).log1p(),
+              left=lambda look: (-look.masked.cumsum(1) / (look.x.size(1) + 1)).log1p(),    # below 0, for p2
               confidence=confidence, margin=margin, entropy=entropy, priority=priority, abstain=abstain)
 BLIND = ('random', 'left', 'abstain')    # these do not look at candidates, so only what is committed is drawn
 

@@ -307,11 +307,9 @@ def idle(config, rules):
     if remask != 'remdm':
         found.append((f'remask={remask}', 'remdm'))
     if remask == 'none':
-        found += [('remask=none', 'remask_rate'), ('remask=none', 'draft')]
+        found += [('remask=none', name) for name in ('remask_rate', 'remask_full', 'draft')]
     if rules.get('draft'):
         found.append(('draft', 'ar_prefix'))
-    if remask == 'none':
-        found.append(('remask=none', 'remask_full'))
     if remask in ('none', 'remdm', 'p2'):
         found += [(f'remask={remask}', name)
                   for name in ('remask_random_ratio', 'remask_patience', 'correct_share')]

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from configurator import UserError
 from data.loader import data_of, spread_rows
 from parts.blocks import block_bounds
-from parts.presets import PRESETS
+from parts.presets import BLOCKS, PRESETS
 from plumbing.checkpoint import find_checkpoint
 from suites.common import cells, headings, load, markdown, measure, training_strings, wanted, worth
 
@@ -21,7 +21,7 @@ METRICS = ('valid', 'correct', 'length_tv', 'unique', 'nfe')
 def block_rows(config):
     """The samplers of a checkpoint of this config: (name, a token a pass, keywords of sample.generate)."""
     for length in config['block_lengths']:
-        for name, rules in (('from left to right', dict(commit='left', remask='none')),
+        for name, rules in (('from left to right', BLOCKS),
                             ('remask=none', dict(remask='none')), ('intelligent', PRESETS['intelligent']),
                             ('intelligent, revise', dict(PRESETS['intelligent'], revise=True)),
                             ('proofread, revise', dict(PRESETS['proofread'], revise=True)),
