@@ -153,7 +153,7 @@ def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=
         ar_prefix = config['block_size'] if only_causal else 0
     rules = dict(commit=commit or 'random', remask=remask, ar_prefix=ar_prefix)
     apart = config['training_type'] == 'joint' and config.get('full_ratio') == 1 and not judge
-    if remask_full is None and apart and remask in ('wrong', 'p2'):
+    if remask_full is None and apart and remask == 'wrong':
         rules['remask_full'] = True
     return rules
 
@@ -307,12 +307,12 @@ def idle(config, rules):
     if remask != 'remdm':
         found.append((f'remask={remask}', 'remdm'))
     if remask == 'none':
-        found += [('remask=none', name) for name in ('remask_rate', 'remask_full', 'draft')]
+        found += [('remask=none', name) for name in ('remask_rate', 'draft')]
     if rules.get('draft'):
         found.append(('draft', 'ar_prefix'))
     if remask in ('none', 'remdm', 'p2'):
         found += [(f'remask={remask}', name)
-                  for name in ('remask_random_ratio', 'remask_patience', 'correct_share')]
+                  for name in ('remask_random_ratio', 'remask_patience', 'correct_share', 'remask_full')]
     elif share:
         found += [(share, 'remask_patience')] + [(share, 'remask_rate')] * (not at_random)
     return {name: why for why, name in found}

@@ -59,11 +59,13 @@ def test_who_saw_wrong_tokens_in_full_texts_only_doubts_full_texts_only():
     assert choose_rules(config, preset='proofread')['remask_full'] is True
     assert choose_rules(config, task='repair')['remask_full'] is True
     assert choose_rules(config, remask='wrong', remask_full=False)['remask_full'] is False
-    for other in (dict(remask='none'), dict(remask='random'), dict(remask='wrong', judge=True), {}):
+    others = [dict(remask=remask) for remask in ('none', 'random', 'p2')]
+    for other in (*others, dict(remask='wrong', judge=True), {}):
         assert 'remask_full' not in choose_rules(config, **other)
     assert 'remask_full' not in choose_rules(dict(config, full_ratio=0.5), remask='wrong')
-    with pytest.raises(UserError, match='remask_full with remask=none'):
-        refuse_idle(config, dict(remask_full=True), dict(remask='none', remask_full=True))
+    for remask in ('none', 'remdm', 'p2'):       # these two take back while masks are left, or nothing
+        with pytest.raises(UserError, match=f'remask_full with remask={remask}'):
+            refuse_idle(config, dict(remask_full=True), dict(remask=remask, remask_full=True))
 
 
 def test_best_rules_of_other_checkpoints():
