@@ -1,5 +1,5 @@
 # the main job: ONE network that unmasks, finds its own mistakes, and has a causal mode that verifies what
-# it drafts; three to five minutes on two CPU cores. These are the defaults of train.py, written out as a
+# it drafts; two to five minutes on two CPU cores. These are the defaults of train.py, written out as a
 # recipe to copy
 training_type = 'joint'
 causal_ratio = 0.5  # half of each batch trains the causal mode, which has the last word when sampling

@@ -112,6 +112,8 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
         *[(rules.get(name) and not supports(config).causal,
            f'{name} needs a trained causal mode: train with --causal_ratio=0.33')
           for name in ('draft', 'verify')],
+        ('rounds' in chosen and rules.get('verify'), 'rounds has no say beside verify, which goes on until no '
+         'edit is better: leave it out, or give --verify=0 as well'),
         ('rounds' in rules and 'best_of' in rules, 'rounds edit one text, best_of chooses among several: '
          'give one of them'),
         (task == 'repair' and remask not in ('wrong', 'random', 'critic'),

@@ -65,10 +65,12 @@ PARSED = (
 NOT_OURS = ('pip', 'torchrun', 'python -m pytest')                     # see also test_distributed.py
 PICTURES = {                                                           # the command that makes each
     'app.png': 'python app.py --out_dir=out-text',
-    'board.png': 'python sample.py --out_dir=out-sudoku --task=infill --preset=redraft --steps=16 '
+    'board.gif': 'python sample.py --out_dir=out-sudoku --task=infill --preset=redraft --steps=16 '
                  '--html=board.html --text=94...651....4',
     'denoising.png': 'python sample.py --out_dir=out-text --remask=wrong --steps=128 --num_samples=5 '
                      '--seed=2 --prompt="ROMEO:" --html=steps.html',
+    'text.gif': 'python sample.py --out_dir=out-text --remask=wrong --steps=128 --num_samples=5 '
+                '--seed=2 --prompt="ROMEO:" --html=steps.html',
     'controller.png': 'python this.py assets/controller.png',
 }
 

@@ -264,6 +264,9 @@ def test_rules_of_checkpoints_with_edits():
     assert choose_rules(alone, task='repair') == dict(EDITS, ar_prefix=0)
     with pytest.raises(UserError, match='verify needs a trained causal mode'):
         choose_rules(alone, task='repair', verify=3)
+    with pytest.raises(UserError, match='rounds has no say beside verify'):
+        choose_rules(both, task='repair', rounds=2)
+    assert choose_rules(both, task='repair', rounds=2, verify=0)['rounds'] == 2
     assert 'rounds' not in choose_rules(config, task='repair', rewrite=False)
     assert choose_rules(config, task='infill', any_length=True)['rounds']
     assert 'rounds' not in choose_rules(config, task='infill')
