@@ -35,7 +35,7 @@ class Task:
     sigma: tuple = (0.1, 0.9)
     noise_mix: tuple = None
     prefix_ratio: float = 0.0
-    prefix_length: int = 16
+    prefix_length: int = 16        # fixed: the most that it gives
     full_ratio: float = 0.0
 
     @property
@@ -64,6 +64,9 @@ def ask(x0, free, real, task, tokens, generator, guess=None):
         joint       in a share remask_ratio of the rows wrong tokens stand at 1..k of the k places, in a share
                     full_ratio of these rows at all k, so that no mask is left
         denoising   joint, with mixed noise for the wrong tokens
+
+    So many and there by the corruptions own and random; fragment and sticky put as many in a run that begins
+    anywhere, noise hits any place and makes the masks as well.
 
     x0 (B, T) clean ids; free (B, T) bool, what may be hidden; real (B, T) bool, what is not padding; tokens:
     the ids of [MASK], [WRONG] and padding (or None); guess(input, where) -> ids, what a network would write

@@ -143,8 +143,8 @@ RATES = dict(random=0.3, remdm=0.3)    # remask_rate of the others is 1
 # the loop
 
 
-def generate_diffusion(model, canvas, fixed, *, ends=Ends(), closed=None, remask_model=None, generator=None,
-                       trace=False, **rules):
+def generate_diffusion(model, canvas, fixed, *, ends=Ends(), remask_model=None, generator=None, trace=False,
+                       **rules):
     """
     Fills a canvas by any sampler; rules are fields of How. For all else, and what is returned, see denoise.
 
@@ -154,8 +154,8 @@ def generate_diffusion(model, canvas, fixed, *, ends=Ends(), closed=None, remask
     how = How(**{**USUAL, **{name: value for name, value in rules.items() if value is not None}})
     check_rules(how, canvas, fixed, model.mask_token_id, remask_model, COMMIT, [*DOUBT, *OTHER_RULES])
     if how.remask == 'causal':
-        return write(model, canvas, fixed, how.filters(), ends, generator=generator, trace=trace)
-    run = Sampling(model, canvas, fixed, how, ends, closed, remask_model, generator, trace)
+        return write(model, canvas, how.filters(), ends, generator=generator, trace=trace)
+    run = Sampling(model, canvas, fixed, how, ends, None, remask_model, generator, trace)
     if how.rounds:
         return mend(run, denoise)
     loop = rewrite if how.rewrite else denoise

@@ -197,25 +197,25 @@ def curricula(step, config):
                 penalty_mask_correct=penalty * ramp(step, config['masking_warmup_iters']))
 
 
-def causal_part(model, x0, all_causal, meta, *settings):
+def causal_part(model, x0, all_causal, meta, config, task, generator, price):
     """
     The causal mode on rows x0 (B, T): yields (sum of weight * CE, parts), then what draft_loss says.
 
     all_causal: how many such rows all processes have together; these tokens share a weight of one a row. With
-    block_lengths the rows are canvases in blocks too, beside what the causal pass has read; meta, settings:
-    the other arguments of diffusion_part, which trains them.
+    block_lengths the rows are canvases in blocks too, beside what the causal pass has read.
     """
     count = distributed.total(modelled(x0, meta)[1].sum())
     if not len(x0):
         return
-    x0, free, real, segment, blocks = lay_out(x0, meta, settings[0]['block_lengths'], settings[2])
+    x0, free, real, segment, blocks = lay_out(x0, meta, config['block_lengths'], generator)
     weight, kept = real * (all_causal / count), Kept() if blocks else None
     hidden, at = model(x0, causal=True, segment=segment, cache=kept), places(weight > 0)
     here = hidden.flatten(0, 1).index_select(0, at)                 # (N, C)
     total, parts = loss(model, x0, x0, weight, causal=True, at=at, hidden=here)
     if blocks:                                                      # one backward pass for both; no padding
         rows = blocks.rows(x0, free, real, all_causal / count)
-        more, others = diffusion_part(InBlocks(model, kept, blocks), rows, {**meta, 'pad': None}, *settings)
+        more, others = diffusion_part(InBlocks(model, kept, blocks), rows, {**meta, 'pad': None}, config,
+                                      task, generator, price)
         total, parts = total + more, {**parts, **others}
     yield total, parts
     if model.drafter is not None:

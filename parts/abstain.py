@@ -33,7 +33,8 @@ def steer(control, p_mask, target_mask_prob, rate, bias_limit):
     constant bias, because the best p(MASK) depends on the price alone. So the price holds the set point in
     the end, and the bias only makes the loop quick. Since the two move together, the bias is bounded by what
     the price needs. With a price of 0 the price cannot move, and the bias has to grow for ever. Where one of
-    the two is at its limit and the error pushes further, both wait (anti-windup).
+    the two is at its limit and the error pushes further, both wait (anti-windup). From beyond the limit,
+    where a run with a lower one may begin, the bias comes back.
     """
     total, count = p_mask.tolist()
     if not count:
@@ -49,7 +50,7 @@ def steer(control, p_mask, target_mask_prob, rate, bias_limit):
     if price:
         odds = price / (1 - price) * math.exp(move)
         price = odds / (1 + odds)
-    if abs(bias) > bias_limit or (price and not 1e-6 < price < 1 - 1e-6):
+    if abs(bias) > max(bias_limit, abs(control['bias'])) or (price and not 1e-6 < price < 1 - 1e-6):
         bias, price = control['bias'], control['price']
     return dict(p_mask=average, bias=bias, price=price)
 

@@ -287,8 +287,8 @@ def write_blocks(run, loop):
     how, model, L, T = run.how, run.model, run.how.block_length, run.canvas.size(1)
     todo = Unfinished(model, run.canvas, run.ends, run.history)
     todo.cache.end = T
-    begin = run.first_hole[todo.rows][:, None]                      # (R, 1)
-    known, width = begin, L                                         # the last slots, not in the cache yet
+    begin = (run.canvas == run.mask).long().argmax(1)[todo.rows][:, None]    # (R, 1) the first hole
+    known, width, logp = begin, L, 0.0                              # the last slots, not in the cache yet
     while len(todo.rows):
         x = todo.canvas[todo.rows]
         todo.cache.make_room(int(begin.max()) + width + 1)
@@ -310,11 +310,12 @@ def write_blocks(run, loop):
             steps = Part(block, run.history, lambda part: todo.closed(x.scatter(1, at, part)[:, :T]))
         part = Sampling(network, block, fixed | outside, how.of_block(T), run.ends, closed, None,
                         run.generator, steps)
+        part.committed_logp[:, :width - L] = logp                   # of the block before, if it is still open
         block, nfe, _ = loop(part)
         done = width - L if how.revise else L                       # so many tokens are committed
         going = todo.put(x.scatter(1, at, block)[:, :T], nfe + passes + bool(done))
         known, begin = (at[going, :done] + 1).clamp(max=T - 1), begin[going] + done
-        width = 2 * L if how.revise else L
+        width, logp = 2 * L if how.revise else L, part.committed_logp[going, done:]
         settled(todo.before(begin), todo.history)
     return todo.canvas, todo.nfe, todo.history
 
@@ -327,5 +328,6 @@ def drafted(run, x, at):
     """
     outside = torch.ones_like(x, dtype=torch.bool).scatter(1, at, False)
     x = torch.where(outside & (x == run.mask), 0, x)                # nothing is written behind a block
-    x, nfe, _ = write(run.model, x, None, run.how.filters(), run.ends, generator=run.generator)
+    x = x[:, :int(at.max()) + 1]                                    # nor drafted, but in rows apart
+    x, nfe, _ = write(run.model, x, run.how.filters(), run.ends, generator=run.generator)
     return x.gather(1, at), nfe

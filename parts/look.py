@@ -37,7 +37,6 @@ class Sampling:
         self.fill = self.start.clamp(min=1, max=max(1, filling))     # (B,) steps to fill a row in
         if how.steps and how.spends():
             self.fill = torch.full_like(self.start, how.steps)
-        self.first_hole = masked.long().argmax(1)
 
         self.committed_logp = torch.zeros(canvas.shape, dtype=fine(canvas.device), device=canvas.device)
         self.previous = torch.full_like(canvas, self.mask) if 'previous' in model.parts else None

@@ -106,8 +106,7 @@ def sticky(batch, where):
 
 def noise(batch, where):
     level = noise_level(len(batch.x0), *batch.task.sigma, batch.rng)
-    real = batch.real & batch.free
-    ids = mixed_noise(batch.x0, real, level, batch.task.noise_mix, batch.mask, batch.pad, batch.rng)
+    ids = mixed_noise(batch.x0, batch.real, level, batch.task.noise_mix, batch.mask, batch.pad, batch.rng)
     return torch.ones_like(where), ids
 
 

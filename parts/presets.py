@@ -112,10 +112,20 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
         *[(rules.get(name) and not supports(config).causal,
            f'{name} needs a trained causal mode: train with --causal_ratio=0.33')
           for name in ('draft', 'verify')],
-        ('rounds' in chosen and rules.get('verify'), 'rounds has no say beside verify, which goes on until no '
-         'edit is better: leave it out, or give --verify=0 as well'),
+        ('rounds' in chosen and rules.get('verify'), 'rounds has no say beside verify, which goes on until '
+         'no edit is better: leave it out, or give --verify=0 as well'),
         ('rounds' in rules and 'best_of' in rules, 'rounds edit one text, best_of chooses among several: '
          'give one of them'),
+        *[(task == 'repair' and rules.get(name),
+           f'{name} writes what is missing from left to right, and in a repair nothing is: leave it out')
+          for name in ('block_length', 'draft', 'ar_prefix')],
+        *[(remask in ('confidence', 'surprise') and rules.get(name),
+           f'remask={remask} asks how likely a token was when the loop drew it, and with {name} some are '
+           'drawn before: use --remask=wrong') for name in ('draft', 'ar_prefix')],
+        ('rounds' in rules and remask != 'wrong',
+         f'rounds of edits go by what the network calls wrong: use --remask=wrong, not {remask}'),
+        (rules.get('block_length', 0) > config['block_size'],
+         f"block_length={rules.get('block_length')} is more than block_size={config['block_size']}"),
         (task == 'repair' and remask not in ('wrong', 'random', 'critic'),
          f'repair finds what to change by re-masking: use --remask=wrong, random or critic, not {remask}'),
         *[(name in rules and not config.get('energy_head'), NO_HEAD.format(name))
@@ -125,7 +135,7 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
         (rate > 1 and remask != 'p2',
          f"remask_rate is a probability, in 0..1 (only p2's is not), got {rate}"))
     # causal sampling has no steps, no blocks, and nothing to correct
-    inside = inside or bool({'guide', 'block_length', 'draft'} & set(rules))
+    inside = inside or any(rules.get(name) for name in ('guide', 'block_length', 'draft'))
     named = {name: rules.get(name) for name in ('commit', 'remask', 'ar_prefix', 'remask_full')}
     return {**rules, **best_rules(config, inside, judge=judge, **named)}
 
@@ -212,7 +222,8 @@ def check_chosen(settings):
         (not 0 <= seed < 2 ** 63, f'seed must be in 0..2^63 - 1, got {seed}'),
         (settings.get('top_p') == 0, 'top_p=0 leaves no token to draw'),
         (settings.get('commit_threshold') == 0, 'commit_threshold must be above 0'),
-        (shares is not None and (len(shares) != 2 or not all(0 <= share <= 1 for share in shares)),
+        (shares is not None and (len(shares) != 2 or not all(type(share) in (int, float) and 0 <= share <= 1
+                                                             for share in shares)),
          f'remask_schedule expects two shares in 0..1, for example 0.3,0.05; got {shares}'),
         (shares is not None and settings.get('remask_threshold') is not None,
          'remask_schedule and remask_threshold both say how much is re-masked: give one of them'))
@@ -285,7 +296,10 @@ def have_no_say(names):
 
 LOOP = ('steps commit schedule block_length choice_temperature commit_threshold priority remask_rate '
         'remask_random_ratio remask_patience remask_threshold remask_full remask_schedule rewrite remdm '
-        'correct_share revise draft')
+        'correct_share revise draft verify')
+# of these, what rounds of edits do not ask
+OF_TEXTS = ('block_length revise correct_share remask_full remask_patience remask_random_ratio remask_rate '
+            'remask_schedule')
 
 
 def idle(config, rules):
@@ -302,19 +316,22 @@ def idle(config, rules):
         choice_temperature='confidence', commit_threshold='threshold', priority='priority').items()
         if commit in ('random', 'left', 'confidence', 'margin', 'entropy', 'threshold', 'priority', 'abstain')
         and commit != wanted]
-    if not rules.get('rounds'):
+    if rules.get('rounds'):
+        found += [('rounds of edits', name) for name in OF_TEXTS.split()]
+    else:
         found.append(('no rounds of edits', 'verify'))
     if not rules.get('block_length'):
         found.append(('no block_length', 'revise'))
     if remask != 'remdm':
         found.append((f'remask={remask}', 'remdm'))
     if remask == 'none':
-        found += [('remask=none', name) for name in ('remask_rate', 'draft')]
+        found.append(('remask=none', 'remask_rate'))
     if rules.get('draft'):
         found.append(('draft', 'ar_prefix'))
+        found += [('draft', name) for name in ('schedule', 'correct_share') if not rules.get('block_length')]
     if remask in ('none', 'remdm', 'p2'):
-        found += [(f'remask={remask}', name)
-                  for name in ('remask_random_ratio', 'remask_patience', 'correct_share', 'remask_full')]
+        names = 'remask_random_ratio remask_patience correct_share remask_full draft'
+        found += [(f'remask={remask}', name) for name in names.split()]
     elif share:
         found += [(share, 'remask_patience')] + [(share, 'remask_rate')] * (not at_random)
     return {name: why for why, name in found}

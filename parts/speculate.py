@@ -62,7 +62,8 @@ def causal_pass(model, x, at, cache=None):
 
 class Unfinished:
     """
-    The rows of a canvas (B, T) that have masks left, which are a suffix of each, and what is known of them.
+    The rows of a canvas (B, T) that have masks left, and what is known of them. All but write_blocks need the
+    masks to be a suffix of each row.
 
     rows (R,): their numbers; a row without masks leaves, also the cache (None if the network cannot use one).
     """
@@ -120,7 +121,7 @@ class Unfinished:
 
 
 @torch.no_grad()
-def write(model, canvas, fixed, filters, ends, *, generator=None, trace=False):
+def write(model, canvas, filters, ends, *, generator=None, trace=False):
     """
     Fills canvas (B, T), whose masks are a suffix of each row, by speculative sampling.
 
@@ -282,7 +283,7 @@ def write_prefix(model, x, fixed, ar_prefix, *, ends, generator, trace, **rules)
         steps = Part(x[:, :width], recorded(x, trace), whole, stays)
     how = dict(generator=generator, trace=steps)
     if drafts:
-        head, nfe, _ = write(model, x, fixed, filters, ends, **how)
+        head, nfe, _ = write(model, x, filters, ends, **how)
     else:
         closed = left_of(fixed)[:, :width]
         head, nfe, _ = left_to_right(model, x[:, :width], closed, ar_prefix, filters, ends, **how)

@@ -95,14 +95,17 @@ def conflicts_of_tasks(config):
          'set --causal_ratio=0.3 and --training_type=joint'),
         (config['block_lengths'] and 'graph' in config['parts'],
          'the part graph compares whole rows, and has no blocks: leave out block_lengths, or graph'),
+        (config['block_lengths'] and 'places' in config['parts'],
+         'the part places says where in its row a token stands, which a block does not know: leave out '
+         'block_lengths, or places'),
         *[(config['block_warmup_iters'] and wrong, f'block_warmup_iters {why}') for wrong, why in (
             (not config['block_lengths'], 'grows blocks, and there are none: set --block_lengths=4,8,16,32'),
             (config['views'], 'makes rows whole canvases bit by bit, with views all of them are from the '
                               'first step: set --views=0'),
             (config['fsdp'], 'begins with fewer whole canvases than there are processes, and with fsdp each '
                              'needs one: leave out --fsdp'))],
-        (any(length < 1 for length in config['block_lengths']),
-         f"block_lengths expects lengths of at least 1, got {config['block_lengths']}"),
+        (any(type(length) is not int or length < 1 for length in config['block_lengths']),
+         f"block_lengths expects whole numbers of at least 1, got {config['block_lengths']}"),
         (config['bigram_decay'] and 'bigrams' not in config['parts'],
          'bigram_decay is of the tables of pairs, and there are none: set --parts=bigrams:8192'),
         (bias and not config['allow_abstain'],
@@ -116,13 +119,15 @@ def idle(config, defaults):
     wrong = ('remask_target corruption remask_ratio full_ratio remasking_loss_type weight_remask_task '
              'penalty_mask_correct proofreading_warmup_iters masking_warmup_iters')
     hidden = 'weight_unmask_task mask_weighting reward_correct_unmask'
+    only_noise = config['corruption'].partition(':')[0].strip() == 'noise' and ',' not in config['corruption']
     no_say = []
     for holds, names, why in (
             (kind in ('unmasking', 'causal'), wrong, f'training_type={kind} has no wrong tokens'),
             (kind in ('remasking', 'causal'), hidden, f'training_type={kind} has no masks'),
             (kind == 'remasking', 'remask_ratio full_ratio proofreading_warmup_iters',
              'all rows of training_type=remasking have wrong tokens'),
-            (kind == 'causal', 'views', 'all rows are causal'),
+            (kind == 'causal', 'views prefix_ratio', 'all rows are causal'),
+            (kind == 'denoising' or only_noise, 'full_ratio', 'mixed noise says how many masks are left'),
             (kind == 'denoising', 'corruption', 'training_type=denoising has mixed noise, see noise_mix'),
             (kind != 'denoising' and not (noisy and kind in ('joint', 'remasking')),
              'sigma_min sigma_max noise_mix', 'nothing is corrupted by noise'),
@@ -130,6 +135,9 @@ def idle(config, defaults):
              'remasking_loss_type=corrupted_only never looks at clean tokens'),
             (not config['allow_abstain'], 'penalty_keep_mask', 'allow_abstain is off'),
             (not config['target_mask_prob'], 'mask_control_rate', 'target_mask_prob is 0'),
+            (config['init_from'] != 'scratch', 'mask_logit_bias', 'it is that of the checkpoint'),
+            (config['init_from'] == 'resume' and config['target_mask_prob'], 'penalty_keep_mask',
+             'it goes on from that of the checkpoint'),
             (config['optimizer'] == 'adamw', 'muon_lr', 'optimizer=adamw'),
             (config['lr_schedule'] == 'cosine', 'decay_share', 'lr_schedule=cosine'),
             (not config['wandb_log'], 'wandb_project wandb_run_name', 'wandb_log is off')):

@@ -174,11 +174,12 @@ def given_prefix(free, ratio, most, generator=None):
     """
     Where a prefix is given (B, T): in a share ratio of the rows, and what is not free with it.
 
-    It has 1..most of the free (B, T) positions, at most half of the row.
+    It has 1..most of the free (B, T) positions, at most half of them, rounded up, and never all.
     """
+    n = free.sum(1, keepdim=True)                                   # (B, 1)
     given = torch.rand(2, len(free), 1, generator=generator, device=free.device)
     length = (1 + given[1] * most).long() * (given[0] < ratio)      # (B, 1)
-    return free.cumsum(1) <= length.clamp(max=free.size(1) // 2)
+    return free.cumsum(1) <= length.minimum((n + 1) // 2).minimum((n - 1).clamp(min=0))
 
 
 def split(mixture, rows, generator=None):

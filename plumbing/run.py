@@ -281,7 +281,7 @@ class Run:
             self.wandb.log(record)
 
     def finish(self, val):
-        """Says what is left of the run and how to go on; val: rows (N, T), or a stream of held-out tokens."""
+        """Says what is left of the run and how to go on; val (N, T): held-out rows."""
         if self.asked and self.step < self.config['max_iters']:
             command = f'python train.py {shlex.join(sys.argv[1:])}'
             if distributed.world() > 1:
@@ -294,7 +294,7 @@ class Run:
             then = f'sample from it: python sample.py --init_from={name}'
             if self.config['training_type'] == 'remasking':
                 name = shlex.quote(self.newest)
-                ids = val[0] if val.ndim == 2 else val[:24]
+                ids = val[0] if self.meta['eos'] is not None else val[0, :24]
                 text = shlex.quote(decode(self.meta, ids.tolist())[0].replace('\n', '\\n'))
                 then = (f'it judges what another one writes, with --remask_from={name}, and texts: '
                         f'python sample.py --task=score --init_from={name} --text={text}')
@@ -356,7 +356,8 @@ def check_there(path):
 
 def other_settings(config, before):
     """The settings of a run that resumes which are not those of its checkpoint, a line."""
-    free = ('init_from', 'out_dir', 'overwrite', 'eval_only', 'device', 'compile', 'log_interval')
+    free = ['init_from', 'out_dir', 'overwrite', 'eval_only', 'device', 'compile', 'log_interval',
+            'mask_logit_bias'] + ['penalty_keep_mask'] * bool(config['target_mask_prob'])    # see checks.idle
     return ', '.join(f'{name} {before[name]!r} -> {config[name]!r}' for name in config
                      if name in before and name not in free and before[name] != config[name])
 

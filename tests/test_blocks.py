@@ -470,6 +470,28 @@ def test_blocks_that_are_only_drafted_have_the_law_of_left_to_right(revise, leng
     assert (nfe >= 3 * -(-T // length) - revise).all()
 
 
+@pytest.mark.parametrize('revise', [False, True])
+def test_a_draft_ends_with_its_block(revise):
+    """Of L tokens each pass writes one at least: the draft, one pass that doubts, one that commits."""
+    model, canvas, L = tiny_gpt(3, 32, draft_head=True), torch.full((20, 32), 3), 4
+    rules = dict(block_length=L, revise=revise, draft=True, remask='wrong', remask_threshold=1.0)
+    x, nfe, _ = generate_diffusion(model, canvas, canvas < 3, generator=seeded(1), **rules)
+    assert (x < 3).all() and (nfe <= 8 * (L + 2)).all()
+
+
+@torch.no_grad()
+def test_a_block_that_is_revised_keeps_what_its_tokens_were_drawn_with():
+    """By confidence a token of the block before goes back as often as it was improbable."""
+    model, canvas = tiny_gpt(2, 4, seed=6), torch.full((400, 4), 2)
+    rules = dict(block_length=2, revise=True, remask='confidence', steps=16, trace=True)
+    _, _, trace = generate_diffusion(model, canvas, canvas < 2, generator=seeded(3), **rules)
+    trace = torch.stack(trace)                                             # (S, B, 4)
+    begun = (trace[..., 2] != 2).long().argmax(0)                          # (B,) the second block has a token
+    again = ((trace[1:] == 2) & (trace[:-1] != 2))[..., :2].any(2)         # (S - 1, B)
+    late = again & (torch.arange(len(again))[:, None] >= begun)
+    assert 0.05 < late.any(0).double().mean() < 0.95
+
+
 @torch.no_grad()
 def test_a_text_ends_at_its_end_token():
     model = tiny_gpt(18, 64, seed=5)
@@ -492,8 +514,12 @@ def test_what_does_not_go_with_blocks():
     rules = choose_rules(dict(joint, block_lengths=(4, 8)), block_length=8)
     assert rules['commit'] == 'left' and rules['remask'] == 'none' and rules['block_length'] == 8
     for chosen in (dict(commit='random'), dict(draft=True), dict(revise=True),
-                   dict(task='repair'), dict(remask_threshold=0.5)):
+                   dict(remask_threshold=0.5)):
         assert choose_rules(dict(joint, block_lengths=(4, 8)), block_length=8, **chosen)['remask'] == 'wrong'
+    for chosen, message in ((dict(task='repair'), 'block_length writes what is missing'),
+                            (dict(block_length=65), 'block_length=65 is more than block_size=64')):
+        with pytest.raises(UserError, match=message):
+            choose_rules(dict(joint, block_lengths=(4, 8)), **{'block_length': 8, **chosen})
     model, canvas = tiny_gpt(), torch.full((1, 4), 3)
     with pytest.raises(UserError, match='block_length goes with rules'):
         generate_diffusion(model, canvas, canvas < 3, block_length=2, remask='critic')

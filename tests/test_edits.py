@@ -16,7 +16,7 @@ from parts import verify
 from parts.edits import applied, edits_of, labels
 from parts.noise import NOISE, mixed_noise
 from parts.long import edits_in_windows
-from parts.presets import EDITS, GROW, VERIFIED, choose_rules
+from parts.presets import EDITS, GROW, VERIFIED, choose_rules, refuse_idle
 from parts.verify import edited
 from plumbing import show
 from plumbing.evaluate import causal_nll
@@ -267,6 +267,11 @@ def test_rules_of_checkpoints_with_edits():
     with pytest.raises(UserError, match='rounds has no say beside verify'):
         choose_rules(both, task='repair', rounds=2)
     assert choose_rules(both, task='repair', rounds=2, verify=0)['rounds'] == 2
+    for chosen in (dict(remask_schedule=(0.3, 0.1)), dict(correct_share=0.5), dict(remask_full=True)):
+        with pytest.raises(UserError, match='with rounds of edits'):
+            refuse_idle(alone, chosen, choose_rules(alone, task='repair', **chosen))
+    with pytest.raises(UserError, match='rounds of edits go by what the network calls wrong'):
+        choose_rules(alone, task='repair', rounds=4, remask='random')
     assert 'rounds' not in choose_rules(config, task='repair', rewrite=False)
     assert choose_rules(config, task='infill', any_length=True)['rounds']
     assert 'rounds' not in choose_rules(config, task='infill')

@@ -598,6 +598,8 @@ def test_at_its_limits_the_controller_waits_and_comes_back_at_once(control, limi
     assert sign * control['bias'] > 1.8
     after = step(control, free)
     assert sign * (control['bias'] - after['bias']) > 0.1
+    beyond = dict(CONTROL, bias=sign * (limit + 1))                        # of a run with a higher limit
+    assert abs(step(beyond, free)['bias']) < limit + 1 and step(beyond, stuck)['bias'] == beyond['bias']
     if control['price']:
         assert sign * (math.log(control['price'] / after['price'])
                        - math.log((1 - control['price']) / (1 - after['price']))) > 0.1
@@ -1676,6 +1678,8 @@ def test_check_settings_table():
         (dict(target_mask_prob=0.3), 'set --allow_abstain=True'),
         (dict(abstaining, training_type='causal'), 'training_type=causal has none'),
         (dict(abstaining, **remasking, corruption='random'), 'training_type=remasking has none'),
+        (dict(block_lengths=(4.5, 8), causal_ratio=0.5), 'block_lengths expects whole numbers of at least 1'),
+        (dict(block_lengths=(4, 8), causal_ratio=0.5, parts='places'), 'the part places says where in its row'),
         (dict(bigram_decay=0.1), 'of the tables of pairs, and there are none: set --parts=bigrams'),
         (dict(mask_logit_bias=0.5), 'set --allow_abstain=True'),
         (dict(abstaining, mask_logit_bias=20.5), 'mask_logit_bias=20.5 is beyond mask_bias_limit=20.0'),
