@@ -120,8 +120,9 @@ CASES = {
                '--temperature=0.7 --top_k=4 --prompt="(1"'],
     'noise': ['train --corruption=noise --sigma_max=0.6 --remask_target=original', *LINES,
               f'{REPAIR} --rewrite=False', '--remask=random --rewrite=True --steps=9'],
-    'blocks': [f'{JOINT} --block_lengths=4,8', '--score=True', *(f'--steps=None --block_length={way}' for way in (
-        '4', '8 --commit=random --remask=none', '4 --remask=wrong --revise=True --steps=40'))],
+    'blocks': [f'{JOINT} --block_lengths=4,8', '--score=True', *(
+        f'--steps=None --block_length={way}' for way in (
+            '4', '8 --commit=random --remask=none', '4 --remask=wrong --revise=True --steps=40'))],
     'universal': [UNIVERSAL, '--score=True', *LINES, '--preset=universal --steps=None'],
     'prefix': ['train --prefix_ratio=0.5 --causal_ratio=0.25', '--preset=hybrid'],
     'abstain': [ABSTAIN, '--commit=abstain', '--commit=abstain --remask=random --score=True',
