@@ -1679,7 +1679,7 @@ def test_check_settings_table():
         (dict(abstaining, training_type='causal'), 'training_type=causal has none'),
         (dict(abstaining, **remasking, corruption='random'), 'training_type=remasking has none'),
         (dict(block_lengths=(4.5, 8), causal_ratio=0.5), 'block_lengths expects whole numbers of at least 1'),
-        (dict(block_lengths=(4, 8), causal_ratio=0.5, parts='places'), 'the part places says where in its row'),
+        (dict(block_lengths=(4, 8), causal_ratio=0.5, parts='places'), 'the part places says where'),
         (dict(bigram_decay=0.1), 'of the tables of pairs, and there are none: set --parts=bigrams'),
         (dict(mask_logit_bias=0.5), 'set --allow_abstain=True'),
         (dict(abstaining, mask_logit_bias=20.5), 'mask_logit_bias=20.5 is beyond mask_bias_limit=20.0'),
