@@ -65,13 +65,11 @@ def ask(x0, free, real, task, tokens, generator, guess=None):
                     full_ratio of these rows at all k, so that no mask is left
         denoising   joint, with mixed noise for the wrong tokens
 
-    So many and there by the corruptions own and random; fragment and sticky put as many in a run that begins
-    anywhere, noise hits any place and makes the masks as well.
-
     x0 (B, T) clean ids; free (B, T) bool, what may be hidden; real (B, T) bool, what is not padding; tokens:
     the ids of [MASK], [WRONG] and padding (or None); guess(input, where) -> ids, what a network would write
     there. A wrong token's target is [WRONG] or the clean token, see remask_target; one that equals the
-    original is no error. With 'edits' noise has those of parts/edits.py.
+    original is no error. fragment and sticky put as many in a run anywhere; noise hits any place, makes the
+    masks as well, and with 'edits' has the targets of parts/edits.py.
     """
     mask, wrong_id, pad = tokens
     B, mixture = len(x0), task.corruption

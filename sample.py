@@ -155,7 +155,7 @@ def generate_diffusion(model, canvas, fixed, *, ends=Ends(), remask_model=None, 
     check_rules(how, canvas, fixed, model.mask_token_id, remask_model, COMMIT, [*DOUBT, *OTHER_RULES])
     if how.remask == 'causal':
         return write(model, canvas, how.filters(), ends, generator=generator, trace=trace)
-    run = Sampling(model, canvas, fixed, how, ends, None, remask_model, generator, trace)
+    run = Sampling(model, canvas, fixed, how, ends, judge=remask_model, generator=generator, trace=trace)
     if how.rounds:
         return mend(run, denoise)
     loop = rewrite if how.rewrite else denoise
