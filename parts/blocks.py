@@ -292,8 +292,9 @@ def write_blocks(run, loop):
     while len(todo.rows):
         x = todo.canvas[todo.rows]
         todo.cache.make_room(int(begin.max()) + width + 1)
+        state = None                                                # of the causal mode at begin
         if known.size(1):
-            causal_pass(model, x, known, todo.cache)
+            state = causal_pass(model, x, known, todo.cache)[:, -1]            # (R, C)
 
         # the block is a canvas like any other; where it stands out of the row it is fixed, and is not seen
         at = begin + torch.arange(width, device=x.device)           # (R, L), or with revise (R, 2L)
@@ -303,7 +304,7 @@ def write_blocks(run, loop):
         x = torch.cat((x, x.new_zeros(len(x), width)), 1)           # (R, T + L)
         passes = 0
         if how.draft:
-            text, passes = drafted(run, x.scatter(1, at, block)[:, :T], place)
+            text, passes = drafted(run, x.scatter(1, at, block)[:, :T], place, None if how.revise else state)
             block = torch.where(outside, block, text)
         network, steps = AfterPrefix(model, todo.cache, at, x), None
         if run.history is not None:
@@ -320,14 +321,15 @@ def write_blocks(run, loop):
     return todo.canvas, todo.nfe, todo.history
 
 
-def drafted(run, x, at):
+def drafted(run, x, at, state):
     """
     What the causal mode writes into the masks of blocks at (R, L) of rows x (R, T): ids (R, L), passes (R,).
 
-    It reads what is left of a block anew, in the first of its passes.
+    state (R, C): its state at the first of them, or None. It reads what is left of a block anew, in the first
+    of its passes.
     """
     outside = torch.ones_like(x, dtype=torch.bool).scatter(1, at, False)
     x = torch.where(outside & (x == run.mask), 0, x)                # nothing is written behind a block
     x = x[:, :int(at.max()) + 1]                                    # nor drafted, but in rows apart
-    x, nfe, _ = write(run.model, x, run.how.filters(), run.ends, generator=run.generator)
+    x, nfe, _ = write(run.model, x, run.how.filters(), run.ends, state=state, generator=run.generator)
     return x.gather(1, at), nfe

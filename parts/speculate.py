@@ -121,11 +121,12 @@ class Unfinished:
 
 
 @torch.no_grad()
-def write(model, canvas, filters, ends, *, generator=None, trace=False):
+def write(model, canvas, filters, ends, *, state=None, generator=None, trace=False):
     """
     Fills canvas (B, T), whose masks are a suffix of each row, by speculative sampling.
 
-    filters: temperature, top_k, top_p; ends: see plumbing.rows.Ends. Returns what sample.denoise returns.
+    filters: temperature, top_k, top_p; ends: see plumbing.rows.Ends; state (B, C): of the causal mode at the
+    first mask of each row, if it is known. Returns what sample.denoise returns.
     """
     run = Unfinished(model, canvas, ends, trace)
     window = min(WINDOW, canvas.size(1))
@@ -134,6 +135,8 @@ def write(model, canvas, filters, ends, *, generator=None, trace=False):
     size = (len(run.rows), window if model.drafter is None else 0)
     drafted = torch.zeros(size, dtype=torch.long, device=canvas.device)
     q = torch.zeros(*size, run.mask + 2, device=canvas.device)
+    if state is not None and model.drafter is not None:
+        drafted, q = first_draft(model, state[run.rows], window, filters, generator)
     while len(run.rows):
         x, hole = run.look(drafted.size(1) + 1)
         passes = torch.ones_like(run.rows)
@@ -148,6 +151,17 @@ def write(model, canvas, filters, ends, *, generator=None, trace=False):
         settled(run.canvas, run.history)
         drafted, q = drafted[going], q[going]
     return run.canvas, run.nfe, run.history
+
+
+def first_draft(model, state, window, filters, generator):
+    """A draft of window tokens from a hole on, where the causal mode has the state (R, C), see one_round."""
+    law = filtered(model.logits(state, real_only=True), **filters)[:, None]                  # (R, 1, V+2)
+    first = draw(law, generator)                                                             # (R, 1)
+    if window == 1:
+        return first, law
+    count = torch.zeros_like(first)
+    behind, q = next_draft(model, state[:, None], law, count, first[:, 0], window - 1, filters, generator)
+    return torch.cat((first, behind), 1), torch.cat((law, q), 1)
 
 
 def draft_by_both_sides(model, x, hole, window, filters, generator):

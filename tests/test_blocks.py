@@ -453,11 +453,13 @@ def test_a_block_can_be_revised_until_the_next_one_is_written():
         assert (nfe == 4 * 3 + (3 if revise else 4)).all()
 
 
-@pytest.mark.parametrize('revise, length', [(False, 2), (True, 3), (True, 1)])
+@pytest.mark.parametrize('revise, length, head', [
+    (False, 2, False), (True, 3, False), (True, 1, False), (False, 2, True), (False, 1, True),
+    (True, 3, True)])
 @torch.no_grad()
-def test_blocks_that_are_only_drafted_have_the_law_of_left_to_right(revise, length):
+def test_blocks_that_are_only_drafted_have_the_law_of_left_to_right(revise, length, head):
     """And each block costs the passes of its draft, one that doubts nothing, and one that commits it."""
-    model, B, T = tiny_gpt(3, 4, seed=2), 20000, 4
+    model, B, T = tiny_gpt(3, 4, seed=2, draft_head=head), 20000, 4
     canvas = torch.full((B, T), 3)
     rules = dict(block_length=length, revise=revise, draft=True, remask='wrong', remask_threshold=1.0)
     x, nfe, _ = generate_diffusion(model, canvas, canvas < 3, generator=seeded(1), **rules)
