@@ -35,6 +35,8 @@ PRESETS = dict(
     redraft=dict(commit='random', remask='wrong', remask_schedule=(1.0, 0.0), correct_share=1.0),
     # written from left to right, then read once more: what is doubted is taken back and written anew
     proofread=dict(draft=True, commit='threshold', remask='wrong', remask_threshold=0.8),
+    # so written, then a share taken back and written anew, 40 times: sharper, for text
+    polish=dict(draft=True, commit='random', remask='wrong', remask_schedule=(0.1, 0.0), steps=40),
     hybrid=dict(ar_prefix=16, commit='random', schedule='cosine', remask='wrong'),
     speculative=dict(remask='causal'),                                         # Leviathan et al. 2023
     universal=dict(ar_prefix=3, commit='confidence', schedule='cosine', steps=20, remask='none'),

@@ -60,7 +60,7 @@ FROM_THE_LEFT = {                # these take as many passes as they take
     'speculative': dict(preset='speculative'),
     'speculative at temperature 0.9': dict(preset='speculative', temperature=0.9),
     'proofread': dict(preset='proofread'),
-    'proofread by shares': dict(draft=True, remask='wrong', remask_schedule=(0.1, 0.0), steps=40),
+    'polish': dict(preset='polish'),
 }
 INFILL = {'remask=none': dict(commit='random', remask='none'),
           'remask=wrong': dict(commit='random', remask='wrong'),
