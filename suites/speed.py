@@ -76,7 +76,7 @@ VARIANTS = {                 # what is changed in config/remask_all.py
 BATCHES = (1, 16, 256)  # sampling: samples at a time, fewer if all their logits are more than MOST_LOGITS
 MOST_LOGITS = 2 ** 26
 LENGTH, LONG_BATCHES = 2000, (1, 16)         # sampling: long texts
-PATIENCE = 100              # sampling: who would take more seconds, by the batch before, is left out
+PATIENCE = 30               # sampling: who would take more seconds, by the batch before, is left out
 
 
 def recipe(**changes):
