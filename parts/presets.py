@@ -108,38 +108,45 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
 
     remask, rate = rules.get('remask'), rules.get('remask_rate', 0)
     refuse(
+        *conflicts_from_the_left(config, task, rules),
         (not edits and ('rounds' in rules or usual is GROW),
          'only a checkpoint trained on edits changes the length of a text: train with --remask_target=edits '
          '--corruption=own:0.5,noise:0.5'),
-        *[(rules.get(name) and not supports(config).causal,
-           f'{name} needs a trained causal mode: train with --causal_ratio=0.33')
-          for name in ('draft', 'verify')],
         ('rounds' in chosen and rules.get('verify'), 'rounds has no say beside verify, which goes on until '
          'no edit is better: leave it out, or give --verify=0 as well'),
         ('rounds' in rules and 'best_of' in rules, 'rounds edit one text, best_of chooses among several: '
          'give one of them'),
-        *[(task == 'repair' and rules.get(name),
-           f'{name} writes what is missing from left to right, and in a repair nothing is: leave it out')
-          for name in ('block_length', 'draft', 'ar_prefix')],
-        *[(remask in ('confidence', 'surprise') and rules.get(name),
-           f'remask={remask} asks how likely a token was when the loop drew it, and with {name} some are '
-           'drawn before: use --remask=wrong') for name in ('draft', 'ar_prefix')],
         ('rounds' in rules and remask != 'wrong',
          f'rounds of edits go by what the network calls wrong: use --remask=wrong, not {remask}'),
-        (rules.get('block_length', 0) > config['block_size'],
-         f"block_length={rules.get('block_length')} is more than block_size={config['block_size']}"),
         (task == 'repair' and remask not in ('wrong', 'random', 'critic'),
          f'repair finds what to change by re-masking: use --remask=wrong, random or critic, not {remask}'),
         *[(name in rules and not config.get('energy_head'), NO_HEAD.format(name))
           for name in ('guide', 'best_of')],
-        ('block_length' in rules and not config.get('block_lengths'),
-         'this checkpoint was not trained to write in blocks: train with --block_lengths=4,8,16,32'),
         (rate > 1 and remask != 'p2',
          f"remask_rate is a probability, in 0..1 (only p2's is not), got {rate}"))
     # causal sampling has no steps, no blocks, and nothing to correct
     inside = inside or any(rules.get(name) for name in ('guide', 'block_length', 'draft'))
     named = {name: rules.get(name) for name in ('commit', 'remask', 'ar_prefix', 'remask_full')}
     return {**rules, **best_rules(config, inside, judge=judge, **named)}
+
+
+def conflicts_from_the_left(config, task, rules):
+    """[(whether it is wrong, message)] of rules that write from the left: blocks, drafts, prefixes."""
+    remask = rules.get('remask')
+    return [
+        *[(rules.get(name) and not supports(config).causal,
+           f'{name} needs a trained causal mode: train with --causal_ratio=0.33')
+          for name in ('draft', 'verify')],
+        *[(task == 'repair' and rules.get(name),
+           f'{name} writes what is missing from left to right, and in a repair nothing is: leave it out')
+          for name in ('block_length', 'draft', 'ar_prefix')],
+        *[(remask in ('confidence', 'surprise') and rules.get(name),
+           f'remask={remask} asks how likely a token was when the loop drew it, and with {name} some are '
+           'drawn before: use --remask=wrong') for name in ('draft', 'ar_prefix')],
+        (rules.get('block_length', 0) > config['block_size'],
+         f"block_length={rules.get('block_length')} is more than block_size={config['block_size']}"),
+        ('block_length' in rules and not config.get('block_lengths'),
+         'this checkpoint was not trained to write in blocks: train with --block_lengths=4,8,16,32')]
 
 
 def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=None, remask_full=None,
