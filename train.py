@@ -260,8 +260,7 @@ def losses(model, x0, meta, config, step, generator, price=None):
     all_causal = batch if config['training_type'] == 'causal' else round(batch * config['causal_ratio'])
     num_causal = distributed.share(all_causal)
     task = task_of(config)
-    settings = meta, config, task, generator, price
-    for total, parts in causal_part(model, x0[:num_causal], all_causal, *settings):
+    for total, parts in causal_part(model, x0[:num_causal], all_causal, meta, config, task, generator, price):
         if 'draft' in parts:                                        # a mean already
             part = num_causal * distributed.world() / all_causal
             yield total * part / accumulate, dict(draft=parts['draft'] * part)

@@ -330,6 +330,6 @@ def drafted(run, x, at, state):
     """
     outside = torch.ones_like(x, dtype=torch.bool).scatter(1, at, False)
     x = torch.where(outside & (x == run.mask), 0, x)                # nothing is written behind a block
-    x = x[:, :int(at.max()) + 1]                                    # nor drafted, but in rows apart
+    x = x[:, :int(at.max()) + 1]                                    # nor drafted, if all blocks end here
     x, nfe, _ = write(run.model, x, run.how.filters(), run.ends, state=state, generator=run.generator)
     return x.gather(1, at), nfe

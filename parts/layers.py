@@ -238,8 +238,9 @@ class Places(Part):
         if p.segment is not None:                                    # each text of a row from its first token
             begins = beside(p.segment, 1, -1, None) != p.segment
             at = at - at.masked_fill(~begins, 0).cummax(1).values
-        at = at if p.at is None else at.gather(1, p.at)               # a draft may reach beyond the row
-        return self.weight[at.clamp(max=len(self.weight) - 1)]       # (B, T, C), or (B, W, C)
+        at = at if p.at is None else at.gather(1, p.at)
+        at = at.clamp(max=len(self.weight) - 1)                      # a draft may reach beyond the row
+        return self.weight[at]                                       # (B, T, C), or (B, W, C)
 
 
 # name -> class, in the order in which the parts act, and in which an optimiser knows their parameters

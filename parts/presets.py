@@ -35,7 +35,7 @@ PRESETS = dict(
     redraft=dict(commit='random', remask='wrong', remask_schedule=(1.0, 0.0), correct_share=1.0),
     # written from left to right, then read once more: what is doubted is taken back and written anew
     proofread=dict(draft=True, commit='threshold', remask='wrong', remask_threshold=0.8),
-    # so written, then a share taken back and written anew, 40 times: sharper, for text
+    # written so, then a share is taken back and written anew, 40 times: sharper text
     polish=dict(draft=True, commit='random', remask='wrong', remask_schedule=(0.1, 0.0), steps=40),
     hybrid=dict(ar_prefix=16, commit='random', schedule='cosine', remask='wrong'),
     speculative=dict(remask='causal'),                                         # Leviathan et al. 2023
@@ -131,7 +131,7 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
 
 
 def conflicts_from_the_left(config, task, rules):
-    """[(whether it is wrong, message)] of rules that write from the left: blocks, drafts, prefixes."""
+    """[(whether it is wrong, message)] of rules that write from the left or ask the causal mode."""
     remask = rules.get('remask')
     return [
         *[(rules.get(name) and not supports(config).causal,

@@ -115,11 +115,11 @@ def conflicts_of_tasks(config):
 
 def idle(config, defaults):
     """Lines that name the settings which are not at their defaults, and have no say beside the others."""
-    kind, noisy = config['training_type'], 'noise' in config['corruption']
+    kind = config['training_type']
+    mixed = {part.partition(':')[0].strip() for part in config['corruption'].split(',')}
     wrong = ('remask_target corruption remask_ratio full_ratio remasking_loss_type weight_remask_task '
              'penalty_mask_correct proofreading_warmup_iters masking_warmup_iters')
     hidden = 'weight_unmask_task mask_weighting reward_correct_unmask'
-    only_noise = config['corruption'].partition(':')[0].strip() == 'noise' and ',' not in config['corruption']
     no_say = []
     for holds, names, why in (
             (kind in ('unmasking', 'causal'), wrong, f'training_type={kind} has no wrong tokens'),
@@ -127,9 +127,10 @@ def idle(config, defaults):
             (kind == 'remasking', 'remask_ratio full_ratio proofreading_warmup_iters',
              'all rows of training_type=remasking have wrong tokens'),
             (kind == 'causal', 'views prefix_ratio', 'all rows are causal'),
-            (kind == 'denoising' or only_noise, 'full_ratio', 'mixed noise says how many masks are left'),
+            (kind == 'denoising' or mixed == {'noise'}, 'full_ratio',
+             'mixed noise says how many masks are left'),
             (kind == 'denoising', 'corruption', 'training_type=denoising has mixed noise, see noise_mix'),
-            (kind != 'denoising' and not (noisy and kind in ('joint', 'remasking')),
+            (kind != 'denoising' and not ('noise' in mixed and kind in ('joint', 'remasking')),
              'sigma_min sigma_max noise_mix', 'nothing is corrupted by noise'),
             (config['remasking_loss_type'] == 'corrupted_only', 'penalty_mask_correct masking_warmup_iters',
              'remasking_loss_type=corrupted_only never looks at clean tokens'),

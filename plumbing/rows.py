@@ -179,7 +179,7 @@ def given_prefix(free, ratio, most, generator=None):
     n = free.sum(1, keepdim=True)                                   # (B, 1)
     given = torch.rand(2, len(free), 1, generator=generator, device=free.device)
     length = (1 + given[1] * most).long() * (given[0] < ratio)      # (B, 1)
-    return free.cumsum(1) <= length.minimum((n + 1) // 2).minimum((n - 1).clamp(min=0))
+    return free.cumsum(1) <= length.minimum((n + 1) // 2 * (n > 1))
 
 
 def split(mixture, rows, generator=None):

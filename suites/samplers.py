@@ -19,7 +19,7 @@ def budget_rows(config, block_size):
     rows = [(causal, 'AR: causal pass, one token a pass', False, dict(ar_prefix=block_size)),
             (both, 'remask=causal (preset speculative)', False, PRESETS['speculative']),
             (both and finds, 'written, then read once more (preset proofread)', False, PRESETS['proofread']),
-            (both and finds, 'and a share taken back 40 times (preset polish)', False, PRESETS['polish']),
+            (both and finds, 'a draft, a tenth again 40 times (preset polish)', False, PRESETS['polish']),
             (can_unmask, 'remask=none (preset ancestral)', True, PRESETS['ancestral']),
             (can_unmask, 'remask=random', True, dict(remask='random')),
             (can_unmask, 'remask=remdm (preset remdm)', True, PRESETS['remdm']),
