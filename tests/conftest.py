@@ -178,7 +178,7 @@ def run(monkeypatch, capsys):
     """run('train', '--max_iters=3', ...) as from the command line: (exit status, stdout, stderr)."""
 
     def run(script, *words, root=ROOT):
-        folder = os.path.join(root, 'tools' if script in ('energy', 'distill') else '')
+        folder = os.path.join(root, 'tools' if script in ('energy', 'distill', 'film') else '')
         path = script if script.endswith('.py') else os.path.join(folder, f'{script}.py')
         monkeypatch.setattr(sys, 'argv', [path, *map(str, words)])
         capsys.readouterr()

@@ -59,18 +59,17 @@ PARSED = (
     ('bench.py --suite=diagnose', 'test_diagnose.py'),
     ('train.py config/arithmetic_best.py', 'test_commands.py'),        # draws 500,000 strings first
     ('app.py', 'test_app.py'),
+    ('tools/film.py', 'test_show.py'),
     ('data/text/prepare.py .*--tokenizer=gpt2', 'test_data.py'),
     ('sample.py --export=', 'test_files.py'),
 )
 NOT_OURS = ('pip', 'torchrun', 'python -m pytest')                     # see also test_distributed.py
 PICTURES = {                                                           # the command that makes each
     'app.png': 'python app.py --out_dir=out-text',
-    'board.gif': 'python sample.py --out_dir=out-sudoku --task=infill --preset=redraft --steps=16 '
-                 '--html=board.html --text=94...651....4',
-    'denoising.png': 'python sample.py --out_dir=out-text --remask=wrong --steps=128 --num_samples=5 '
-                     '--seed=2 --prompt="ROMEO:" --html=steps.html',
-    'text.gif': 'python sample.py --out_dir=out-text --remask=wrong --steps=128 --num_samples=5 '
-                '--seed=2 --prompt="ROMEO:" --html=steps.html',
+    'board.gif': 'python tools/film.py --page=board.html --width=440 --pause=700 --out=board.gif',
+    'denoising.png': 'python tools/film.py --page=steps.html --sample=4 --first=64 --width=1000 '
+                     '--out=denoising.png',
+    'text.gif': 'python tools/film.py --page=steps.html --sample=4 --every=2 --out=text.gif',
     'controller.png': 'python this.py assets/controller.png',
 }
 

@@ -1,15 +1,17 @@
 """What is shown of a denoising: frames are true to the trace, and no token's text breaks out of the page."""
 
+import io
 import json
 import math
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ARITHMETIC, seeded, tiny_gpt
+from conftest import ARITHMETIC, load_script, seeded, tiny_gpt
 
 from configurator import UserError
 from plumbing import show
@@ -448,3 +450,64 @@ def test_a_draft_behind_an_end_becomes_padding_whatever_its_id(pad):
     frames = show.story(meta, trace, torch.zeros(3).bool(), torch.full((3, 3), float('nan')), '')['frames']
     assert frames[1]['states'][:2] == ['draft'] * 2
     assert frames[2]['states'] == ['new', 'changed', 'new']
+
+
+# -----------------------------------------------------------------------------
+# tools/film.py
+
+
+@pytest.fixture
+def page(tmp_path):
+    """The path of a page with two samples, of three steps and one."""
+    path = tmp_path / 'steps.html'
+    stories = [told([BOS, MASK, 3], [BOS, 7, MASK], [BOS, 7, EOS]), told([BOS, 7, EOS])]
+    show.write_page(str(path), 'title', [], stories, dict(kind='boxes'))
+    return path
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--page=nowhere.html'], 'there is no nowhere.html: python sample.py --html=nowhere.html writes one'),
+    (['--out=film.mp4'], '--out ends with .gif for a film, with .png for a picture, got film.mp4'),
+    (['--every=0'], '--every is at least 1, got 0'),
+    (['--out=nowhere/film.gif'], 'nowhere')])
+def test_what_cannot_be_filmed_is_said_first(run, page, words, message):
+    status, _, err = run('film', f'--page={page}', *words)
+    assert status and message in err
+
+
+def test_film_without_a_browser_says_what_to_install(run, page, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'playwright.sync_api', None)
+    status, _, err = run('film', f'--page={page}', f'--out={tmp_path}/film.gif')
+    assert status and 'pip install playwright pillow' in err
+
+
+def test_a_film_plays_its_pictures_and_holds_the_last_one(tmp_path):
+    image = pytest.importorskip('PIL.Image')
+    film, shots = load_script('tools/film'), []
+    for colour, height in (('red', 20), ('green', 30), ('blue', 25)):
+        file = io.BytesIO()
+        image.new('RGB', (560, height), colour).save(file, 'PNG')
+        shots.append(file.getvalue())
+    film.out = str(tmp_path / 'film.gif')
+    film.write_gif(shots)
+    with image.open(film.out) as made:
+        assert made.size == (560, 30) and made.n_frames == 3 and made.info['loop'] == 0
+        lasts = [made.seek(n) or made.info['duration'] for n in range(3)]
+    assert lasts == [film.pause, film.pause, film.hold]
+
+
+def test_a_browser_films_every_step(run, page, tmp_path):
+    image = pytest.importorskip('PIL.Image')
+    pytest.importorskip('playwright')
+    chromium = shutil.which('chromium') or shutil.which('google-chrome') or pytest.skip('no browser')
+    where = [f'--page={page}', f'--browser={chromium}']
+    for words, frames in (([], 3), (['--every=2'], 2), (['--sample=2'], 1), (['--first=2'], 1)):
+        assert run('film', *where, *words, f'--out={tmp_path}/film.gif')[0] == 0
+        with image.open(tmp_path / 'film.gif') as made:
+            assert made.n_frames == frames
+    assert run('film', *where, f'--out={tmp_path}/step.png', '--width=300')[0] == 0
+    with image.open(tmp_path / 'step.png') as made:
+        assert made.size == (300, 706)
+    for words in (['--sample=3'], ['--first=3']):
+        status, _, err = run('film', *where, *words, f'--out={tmp_path}/film.gif')
+        assert status and '2 samples and the steps 0 to' in err
