@@ -2,7 +2,7 @@
 Measure samplers, checkpoints and recipes. Each suite is a file in suites/.
 
     python bench.py --suite=arithmetic --init_from=ckpt   the samplers of one checkpoint
-    python bench.py --suite=samplers --json=table.json    every rule and preset, at several numbers of passes
+    python bench.py --suite=samplers --json=table.json    the rules and presets at several numbers of passes
     python bench.py --suite=blocks --budgets=32,64        in blocks of every length: likelihood, samples
     python bench.py --suite=tasks --num_samples=200       infill, repair and edit held-out strings
     python bench.py --suite=sudoku --num_samples=200      held-out puzzles to solve, boards to repair

@@ -314,10 +314,11 @@ OF_TEXTS = ('block_length revise correct_share remask_full remask_patience remas
 def idle(config, rules):
     """Which rules have no say beside the others, and why: a dict of names."""
     commit, remask = rules.get('commit'), rules.get('remask')
+    drawn = dict.fromkeys(('top_k', 'top_p') if rules.get('temperature') == 0 else (), 'temperature=0')
     if remask == 'causal':
-        return dict.fromkeys(LOOP.split(), 'remask=causal')
+        return {**drawn, **dict.fromkeys(LOOP.split(), 'remask=causal')}
     if (rules.get('ar_prefix') or 0) >= config['block_size']:
-        return dict.fromkeys(LOOP.split(), 'a text that is written from left to right')
+        return {**drawn, **dict.fromkeys(LOOP.split(), 'a text that is written from left to right')}
     shares = [name for name in ('remask_schedule', 'remask_threshold') if rules.get(name) is not None]
     share = shares[0] if shares else None
     at_random = share == 'remask_threshold' and (remask == 'random' or rules.get('remask_random_ratio'))
@@ -335,6 +336,10 @@ def idle(config, rules):
         found.append((f'remask={remask}', 'remdm'))
     if remask == 'none':
         found.append(('remask=none', 'remask_rate'))
+    if remask == 'random':
+        found += [('remask=random', name) for name in ('remask_random_ratio', 'remask_patience')]
+    if commit == 'threshold' and remask not in ('remdm', 'p2'):
+        found += [('commit=threshold', name) for name in ('schedule', 'correct_share')]
     if rules.get('draft'):
         found.append(('draft', 'ar_prefix'))
         found += [('draft', name) for name in ('schedule', 'correct_share') if not rules.get('block_length')]
@@ -343,7 +348,7 @@ def idle(config, rules):
         found += [(f'remask={remask}', name) for name in names.split()]
     elif share:
         found += [(share, 'remask_patience')] + [(share, 'remask_rate')] * (not at_random)
-    return {name: why for why, name in found}
+    return {**drawn, **{name: why for why, name in found}}
 
 
 def refuse_idle(config, chosen, rules):
@@ -415,10 +420,12 @@ def check_suffix(masked):
 def check_not_greedy(how, masked):
     """Raises UserError if the surest token comes first and nothing is given: all samples would be one."""
     by_sureness = how.commit not in ('random', 'priority')
-    no_noise = how.commit == 'confidence' and how.choice_temperature == 0
-    greedy = how.temperature == 0 or how.top_k == 1 or no_noise
+    greedy = how.temperature == 0 or how.top_k == 1
+    if how.commit == 'confidence':  # whose order may have noise of its own
+        greedy = greedy and how.choice_temperature == 0
     empty = masked.sum(1) >= masked.size(1) - 1  # nothing is given but the start symbol
     if by_sureness and greedy and empty.sum() > 1:
-        noise = '--temperature=1' + (' and --choice_temperature=4.5' if how.commit == 'confidence' else '')
+        noise = '--temperature=1' if how.temperature == 0 else 'a higher --top_k'
+        noise += ' or --choice_temperature=4.5' * (how.commit == 'confidence')
         raise UserError(f'commit={how.commit} without noise writes one sample again and again from an empty '
                         f'canvas: use {noise}, or another commit rule')

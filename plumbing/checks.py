@@ -136,6 +136,8 @@ def idle(config, defaults):
              'remasking_loss_type=corrupted_only never looks at clean tokens'),
             (not config['allow_abstain'], 'penalty_keep_mask', 'allow_abstain is off'),
             (not config['target_mask_prob'], 'mask_control_rate', 'target_mask_prob is 0'),
+            (not config['target_mask_prob'] and not config['mask_logit_bias'], 'mask_bias_limit',
+             'there is no mask_logit_bias'),
             (config['init_from'] != 'scratch', 'mask_logit_bias', 'it is that of the checkpoint'),
             (config['init_from'] == 'resume' and config['target_mask_prob'], 'penalty_keep_mask',
              'it goes on from that of the checkpoint'),

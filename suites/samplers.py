@@ -1,5 +1,5 @@
 """
-Every rule and preset on the same checkpoint at every budget of passes, num_seeds x num_samples each.
+The rules and presets on the same checkpoint at every budget of passes, num_seeds x num_samples each.
 
 The temperature is 1, the length is the model's own decision.
 """

@@ -283,6 +283,13 @@ def test_settings_that_make_no_sense(changes, message):
     (dict(remask='wrong', remask_threshold=0.5, remask_rate=0.5), 'remask_rate with remask_threshold'),
     (dict(remask='wrong', remask_threshold=0.5, remask_rate=0.5, remask_random_ratio=0.5), ''),
     (dict(remask='random', remask_threshold=0.5, remask_rate=0.2), ''),
+    (dict(remask='random', remask_random_ratio=0.5), 'remask_random_ratio with remask=random'),
+    (dict(remask='random', remask_patience=1.0), 'remask_patience with remask=random'),
+    (dict(remask='wrong', commit='threshold', schedule='cosine'), 'schedule with commit=threshold'),
+    (dict(remask='wrong', commit='threshold', correct_share=0.5), 'correct_share with commit=threshold'),
+    (dict(remask='p2', commit='threshold', schedule='cosine'), ''),
+    (dict(temperature=0.0, top_k=5), 'top_k with temperature=0'),
+    (dict(remask='wrong', temperature=0.0, top_p=0.5), 'top_p with temperature=0'),
     (dict(remask='wrong', remask_rate=0.5, steps=5, schedule='cosine', block_length=3), '')], ids=str)
 def test_rules_without_a_say(chosen, idle):
     """What was chosen and does nothing is refused, what is told are the others."""
@@ -339,12 +346,11 @@ def test_rewriting_needs_rules_that_do_not_look_at_candidates():
 def test_greedy_rules_need_something_to_go_by(commit):
     """Without noise an empty canvas gives one sample again and again: refused where several are asked for."""
     model = Independent([[0.50, 0.49, 0.01], [0.45, 0.275, 0.275], [0.60, 0.20, 0.20], [0.62, 0.37, 0.01]])
-    noiseless = [dict(temperature=0.0), dict(top_k=1)]
-    if commit == 'confidence':  # whose order alone has this noise
-        noiseless.append(dict(choice_temperature=0.0))
-    else:
-        traced(model, empty(model, 2)[0], commit=commit, choice_temperature=0.0)
-    for greedy in noiseless:
+    if commit == 'confidence':  # noise of the tokens or of the order is enough
+        out, _, _ = traced(model, empty(model, 40)[0], commit=commit, choice_temperature=0.0)
+        assert len({tuple(row) for row in out.tolist()}) > 1
+        traced(model, empty(model, 2)[0], commit=commit, temperature=0.0, choice_temperature=4.5)
+    for greedy in (dict(temperature=0.0, choice_temperature=0.0), dict(top_k=1, choice_temperature=0.0)):
         for prompt in ([], [1]):  # one given token is no more than the start symbol
             canvas = empty(model, 2, prompt)[0]
             if commit in ('random', 'priority'):  # their order is not the network's
@@ -355,5 +361,4 @@ def test_greedy_rules_need_something_to_go_by(commit):
                     traced(model, canvas, commit=commit, **greedy)
         out, _, _ = traced(model, empty(model, 3, [1, 1])[0], commit=commit, **greedy)
         alone, _, _ = traced(model, empty(model, 1)[0], commit=commit, **greedy)
-        if 'choice_temperature' not in greedy:
-            assert out.tolist() == [[1, 1, 0, 0]] * 3 and alone.tolist() == [[0, 0, 0, 0]]
+        assert out.tolist() == [[1, 1, 0, 0]] * 3 and alone.tolist() == [[0, 0, 0, 0]]
