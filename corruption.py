@@ -22,7 +22,7 @@ from plumbing.rows import given_prefix, of_rows, places, random_subset, some_row
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked: settings of train.py, explained there. A mixture is ((name, share), ...)."""
+    """What is asked: settings of train.py, with other defaults. Mixtures: ((name, share), ...)."""
     training_type: str = 'joint'
     remask_ratio: float = 0.5
     corruption: tuple = (('own', 1.0),)
@@ -169,12 +169,12 @@ def errors_of(config):
     return partial(own_errors, task=task) if can.detects else None
 
 
-def own_errors(model, x0, free, real, generator, full=False, task=None):
+def own_errors(model, x0, free, real, generator, full=False, task=None, pad=None):
     """
     Rows x0 (B, T) with some own guesses of the network in them and some [MASK], full: none: ids (B, T). task:
-    what else is in them.
+    what else is in them. pad: the id of padding, None if there is none.
     """
-    tokens = model.mask_token_id, model.wrong_token_id, None
+    tokens = model.mask_token_id, model.wrong_token_id, pad
     guess = own_guesses(model, generator)
     task = task or Task(remask_ratio=1.0, full_ratio=float(full))
     input, _, _ = ask(x0, free, real, task, tokens, generator, guess)

@@ -100,7 +100,7 @@ class How:
     rounds: int = None         # of edits, which change the length as well; repair: 4, if trained on them
     verify: int = None         # rounds: so many edits are tried, the causal mode decides; usually 96, 0: off
     remdm: str = None          # remask=remdm: cap | rescale; usually cap
-    correct_share: float = None        # share of the steps that only re-mask and refill; usually 0.25
+    correct_share: float = None        # least share of the steps that only re-mask and refill; usually 0.25
     # what the energy head is asked, in a checkpoint that has one (tools/energy.py)
     guide: int = None          # draw that many completions a step; the lower its energy, the likelier one
     best_of: int = None        # draw that many times the samples, and keep those of the lowest energy

@@ -219,7 +219,8 @@ def causal_part(model, x0, all_causal, meta, config, task, generator, price):
         total, parts = total + more, {**parts, **others}
     yield total, parts
     if model.drafter is not None:
-        yield draft_loss(model, hidden, x0, weight)                 # each process picks tokens for itself
+        # each process picks tokens for itself
+        yield draft_loss(model, hidden, x0, weight, segment=segment)
 
 
 def diffusion_part(model, rows, meta, config, task, generator, price):
@@ -234,9 +235,8 @@ def diffusion_part(model, rows, meta, config, task, generator, price):
     input, target, weight = ask(x0, free, real, task, tokens, generator, guess)
     weight = weight * scale
 
-    # the level is that of the whole row; only a denoiser is told of wrong tokens, others have to find them
-    noisy = input != x0 if task.training_type == 'denoising' else input == model.mask_token_id
-    segment, level = None, noisy.float().mean(1, keepdim=True).expand(x0.shape)        # (B, T)
+    # the level (B, T) is the share of masks in the whole row; of wrong tokens, which are to be found, it is mute
+    segment, level = None, (input == model.mask_token_id).float().mean(1, keepdim=True).expand(x0.shape)
     if meta['pad'] is not None:
         length = extent(input, weight, meta['pad'], generator)
         input, target, weight, level, segment = pack(length, input, target, weight, level)
@@ -362,7 +362,7 @@ def examine(run, val, usual):
 def report(run):
     """Logs and prints what the last steps were like."""
     config = run.config
-    more = curricula(run.step + 1, config) if supports(config)[2] else grown(run.step + 1, config)
+    more = curricula(run.step + 1, config) if supports(config).detects else grown(run.step + 1, config)
     if config['allow_abstain']:
         more.update(mask_logit_bias=run.control['bias'], penalty_keep_mask=run.control['price'])
     record = run.record(run.scale * config['learning_rate'], **more)

@@ -91,9 +91,9 @@ def align(noisy, words, size, goal, mask):
 
 
 def applied(ids, fixed, answers, mask, wrong):
-    """A row ids, fixed (T,) with the edits answers (T,) made: two lists, a mask for every hole opened."""
+    """A row ids, fixed with the edits answers made, lists of T: two lists, a mask for every hole opened."""
     out = []
-    for id, keep, answer in zip(ids.tolist(), fixed.tolist(), answers.tolist()):
+    for id, keep, answer in zip(ids, fixed, answers):
         if answer == mask:
             out += [(mask, False), (id, keep)] if id != mask else []
         elif answer != wrong:
@@ -155,14 +155,18 @@ def edit(run, rows, fixed, at_work):
         x, kept = (torch.stack([some[i] for i in group]) for some in (rows, fixed))
         answers = edits_of(run, x, kept)
         run.nfe[group] += 1
-        for i, ids, stays, answer in zip(group, x, kept, answers):
-            rows[i], fixed[i] = moved(ids, stays, answer, run)
+        for i, *row in zip(group, *(of.tolist() for of in (x, kept, answers))):     # waits for a GPU once
+            rows[i], fixed[i] = moved(*row, run)
 
 
 def fill_holes(run, rows, fixed, at_work, denoise):
     """Fills the holes in the rows at_work of rows and fixed, lists of (T,), by the loop denoise."""
     filling = replace(run.how, rounds=None, remask='none', remask_threshold=None)
-    for group in same_length(rows, [i for i in at_work if run.mask in rows[i].tolist()]):
+    for group in same_length(rows, at_work):
+        holes = (torch.stack([rows[i] for i in group]) == run.mask).any(1).tolist()
+        group = [i for i, some in zip(group, holes) if some]
+        if not group:
+            continue
         x, kept = (torch.stack([some[i] for i in group]) for some in (rows, fixed))
         x, passes, _ = denoise(Sampling(run.model, x, x != run.mask, filling, run.ends, left_of(kept),
                                         generator=run.generator))
@@ -221,11 +225,14 @@ def options(run, x, fixed):
 
 
 def moved(ids, fixed, answers, run):
-    """A row ids, fixed (T,) with the edits made; one with padding keeps its length. Nothing is no text."""
+    """
+    A row ids, fixed, lists of T, with the edits made, (T,) each; one with padding keeps its length. Nothing
+    is no text.
+    """
     new, kept = applied(ids, fixed, answers, run.mask, run.mask + 1)
     if not new:
-        return ids, fixed
+        new, kept = ids, fixed
     if run.ends.pad is not None:
         T, end = run.canvas.size(1), run.ends.pad
         new, kept = (new + [end] * T)[:T], (kept + [False] * T)[:T]
-    return torch.tensor(new, device=ids.device), torch.tensor(kept, device=ids.device)
+    return torch.tensor(new, device=run.canvas.device), torch.tensor(kept, device=run.canvas.device)

@@ -105,13 +105,16 @@ class Look:
     def propose(self, where):
         """
         Tokens for the True positions of where (R, T): their ids and log-probabilities (R, T) each, and the
-        log-probabilities (N, V+2) of all tokens there, before temperature, top_k and top_p.
+        log-probabilities (N, V+2) of all tokens there, before temperature, top_k and top_p. If no rule asks
+        for log-probabilities, they are 0 and None: with a large vocabulary they take longer than the rest.
         """
         run = self.run
         at = places(where)                                           # (N,)
         logits = run.model.logits(self.hidden.flatten(0, 1)[at], real_only=True)    # (N, V+2)
         logits = forbid(logits, run.ends.forbid, run.closed[run.rows].flatten()[at, None])
         ids = draw(filtered(logits, **self.how.filters()), run.generator)           # (N,)
+        if not (self.how.guide or self.how.needs_candidates() or self.how.remask == 'confidence'):
+            return spread(where, ids), torch.zeros(where.shape, device=ids.device), None
         logp = logits.to(fine(logits.device)).log_softmax(-1)
         return spread(where, ids), spread(where, logp.gather(1, ids[:, None])[:, 0]), logp
 

@@ -304,22 +304,23 @@ def write_prefix(model, x, fixed, ar_prefix, *, ends, generator, trace, **rules)
     return whole(head), nfe
 
 
-def draft_loss(model, hidden, x0, weight, depth=6, most=256):
+def draft_loss(model, hidden, x0, weight, depth=6, most=256, segment=None):
     """
     What teaches the draft head: (the mean CE, {'draft': (sum of weight * CE, sum of weight)}).
 
     x0 (B, T) ids, hidden (B, T, C) of the causal pass over them, weight (B, T), > 0 where a token is
-    modelled. From the states of these positions (of more than most, most spread evenly) the head is fed the
-    true tokens one by one and asked for the next one, up to depth tokens ahead. State and embeddings are
-    detached: the head learns from the network, and the network nothing from the head. The shapes never
-    change, because a CPU prepares its matrix products anew for every new shape.
+    modelled, segment (B, T): of packed texts their numbers. From the states of these positions (of more than
+    most, most spread evenly) the head is fed the true tokens of the same text one by one and asked for the
+    next one, up to depth tokens ahead. State and embeddings are detached: the head learns from the network,
+    and the network nothing from the head. The shapes never change, because a CPU prepares its matrix products
+    anew for every new shape.
     """
     row, at = (weight > 0).nonzero(as_tuple=True)                              # (N,) each
     pick = torch.arange(most, device=row.device)
     inside = pick < len(row)                                                   # (most,)
     pick = (pick * max(1, len(row) / most)).long().clamp(max=len(row) - 1)
     row, at = row[pick], at[pick]
-    state = hidden.detach()[row, at]
+    state, text = hidden.detach()[row, at], None if segment is None else segment[row, at]
     words = model.wte.weight.detach()                                          # (rows, C)
 
     def of(hidden, words, at):
@@ -334,6 +335,8 @@ def draft_loss(model, hidden, x0, weight, depth=6, most=256):
         inside = inside & (at + 1 < x0.size(1))
         at = (at + 1).clamp(max=x0.size(1) - 1)
         inside = inside & (weight[row, at] > 0)
+        if segment is not None:
+            inside = inside & (segment[row, at] == text)
         target = x0[row, at]                                                   # (most,)
         total = total + in_pieces(of, norm(state), words, model.most_logits)[0]
         count = count + inside.sum()

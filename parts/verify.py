@@ -36,14 +36,15 @@ def verify(run, rows, fixed, one_round, options, keep):
             end = x.size(1) + (more if pad is None else torch.zeros_like(more))          # (B, K+1)
             nats = likelihood(model, ids, end, pad)
             run.nfe[group] += 2 + holes + nats.size(1)
-            best, which = nats.min(1)
-            for row, i in enumerate(group):
-                if min(best[row], nats_at_once[i]) > nats[row, 0] - MARGIN:
+            least, which = nats.min(1)
+            ends = end.gather(1, which[:, None])[:, 0]
+            told = (of.tolist() for of in (nats[:, 0], least, which, ends))     # waits for a GPU once
+            for row, (i, now, best, edit, T) in enumerate(zip(group, *told)):
+                if min(best, nats_at_once[i]) > now - MARGIN:
                     continue
                 going.append(i)
-                cut = slice(int(end[row, which[row]]))
-                rows[i], fixed[i] = ids[row, which[row], cut], stays[row, which[row], cut]
-                if nats_at_once[i] < best[row]:
+                rows[i], fixed[i] = ids[row, edit, :T], stays[row, edit, :T]
+                if nats_at_once[i] < best:
                     rows[i], fixed[i] = at_once[i], kept_at_once[i]
         at_work = going
         keep(run, rows)
@@ -129,4 +130,4 @@ def likelihoods(model, rows, numbers, pad):
     """Yields (number, -log p) of the rows of these numbers, of several lengths."""
     for group in same_length(rows, numbers):
         x = torch.stack([rows[i] for i in group])[:, None]                               # (B, 1, T)
-        yield from zip(group, likelihood(model, x, torch.full_like(x[..., 0], x.size(2)), pad)[:, 0])
+        yield from zip(group, likelihood(model, x, torch.full_like(x[..., 0], x.size(2)), pad)[:, 0].tolist())

@@ -189,7 +189,7 @@ def load_merged(load, supports, path, other_path, weight):
         kind = 'joint' if detects else 'unmasking'
     else:
         kind = 'remasking' if detects else 'causal'
-    judge = config if supports(config)[2] else other_config
+    judge = config if supports(config).detects else other_config
     checkpoint['config'] = {**config, 'training_type': kind, 'causal_ratio': float(causal),
                             'remasking_loss_type': judge['remasking_loss_type'],
                             'allow_abstain': all(c.get('allow_abstain') for c in (config, other_config))}

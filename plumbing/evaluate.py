@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from plumbing.pieces import at_once
 from plumbing.rows import places, random_subset, stratified_k
 from plumbing.text import modelled
 
@@ -50,7 +51,10 @@ def p_wrong(model, hidden, ids):
     the right token to [WRONG] (the two differ by 0.01 on average); one that learned the original gives it to
     other tokens.
     """
-    return 1 - model.logits(hidden).softmax(-1).gather(-1, ids[..., None])[..., 0]
+    few = at_once(model.wte.weight, model.most_logits)              # positions at a time
+    pieces = zip(hidden.flatten(0, -2).split(few), ids.flatten().split(few))
+    kept = [model.logits(states).softmax(-1).gather(1, some[:, None])[:, 0] for states, some in pieces]
+    return 1 - torch.cat(kept).view(ids.shape)
 
 
 def roc_auc(score, label):
@@ -133,7 +137,7 @@ def evaluate(model, x0, meta, *, causal, bidirectional, own_errors=None, draws=1
     nelbo, nelbo_se: the bound of the diffusion mode and its standard error, from this many draws of masks for
     each row; padding is paid for, but does not count as tokens. causal_nll, causal_nll_se: -log p of the
     causal mode. bounds: other bounds by name, functions (model, rows, free, real, generator) -> nats (B,).
-    With own_errors(model, rows, free, real, generator, full) -> input, which puts own guesses into rows --
+    With own_errors(model, rows, free, real, generator, full, pad) -> input, own guesses put into rows --
     auc: how well p(WRONG) tells them from correct visible tokens; fixed, refilled: the shares put right, see
     detection; calibration, calibration_full: how far p(WRONG) is from the share of tokens that are wrong,
     beside masks and in rows without a mask. If there is no mask in what own_errors makes, only auc and
@@ -158,10 +162,10 @@ def evaluate(model, x0, meta, *, causal, bidirectional, own_errors=None, draws=1
         for name, nats in others.items():
             nats.append(bounds[name](model, rows, free, real, generator))
         if own_errors:
-            input = own_errors(model, rows, free, real, generator)
+            input = own_errors(model, rows, free, real, generator, pad=meta['pad'])
             masks = masks or bool((input == model.mask_token_id).any())
             found.append(detection(model, rows, free, real, input, meta['pad']))
-            input = own_errors(model, rows, free, real, full_rng, full=True)
+            input = own_errors(model, rows, free, real, full_rng, full=True, pad=meta['pad'])
             doubt = p_wrong(model, model(input), input)
             found_full.append(of_text(doubt, rows, free, input, model.mask_token_id, meta['pad']))
 

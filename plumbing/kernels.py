@@ -27,6 +27,7 @@ def squared_relu(h):
 
 def beside(idx, d, nothing, segment=None):
     """ids (B, T) -> the ids d places to their left; nothing past the end of the row or segment."""
+    d = max(-idx.size(1), min(d, idx.size(1)))
     there = F.pad(idx, (d, -d), value=nothing)
     if segment is None:
         return there

@@ -121,6 +121,8 @@ def show_repairs(repair, rows, meta, seed):
     wrong, free = rows.clone(), modelled(rows, meta)[0]
     text = free & ~torch.isin(rows, torch.tensor([id for id in (meta['eos'], meta['pad']) if id is not None]))
     for ids, places in zip(wrong, text):
+        if not places.any():                                        # an empty text
+            continue
         shuffled = ids[places][torch.randperm(int(places.sum()), generator=generator)]
         at = places.nonzero()[:, 0][torch.randint(len(shuffled), (), generator=generator)]
         ids[at] = shuffled[(shuffled != ids[at]).long().argmax()]   # the first other one

@@ -35,10 +35,7 @@ def stratified_k(n, generator=None):
 def random_subset(candidates, k, generator=None):
     """Of the True positions of candidates (B, T), k (B,) in each row at random: bool (B, T)."""
     noise = torch.rand(candidates.shape, generator=generator, device=candidates.device)
-    order = noise.masked_fill(~candidates, 2.0).argsort(dim=1)
-    chosen = torch.zeros_like(candidates)
-    rank = torch.arange(candidates.size(1), device=candidates.device).expand_as(order)
-    return chosen.scatter(1, order, rank < k[:, None]) & candidates
+    return first_of(-noise, candidates, k)
 
 
 def of_rows(model, rows):
@@ -159,8 +156,9 @@ def first_of(score, where, count):
     bool (R, T).
     """
     score = score.clamp(min=-1e30).masked_fill(~where, float('-inf'))
-    rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return where & (rank < count[:, None])
+    order = score.argsort(dim=1, descending=True, stable=True)
+    rank = torch.arange(score.size(1), device=score.device).expand_as(order)
+    return torch.zeros_like(where).scatter(1, order, rank < count[:, None]) & where
 
 
 def some_rows(rows, share, generator=None):

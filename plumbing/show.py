@@ -194,7 +194,7 @@ def judge_steps(model, trace, writer=None):
     never shown a mask, the network whose likeliest tokens it is shown there.
     """
     doubts = []
-    for x in trace.masked_fill(trace < 0, model.mask_token_id)[:, None]:        # (1, T)
+    for x in trace.masked_fill(trace < 0, model.mask_token_id).split(32):       # (n, T)
         whole, masked = x, x == model.mask_token_id
         if writer is not None:
             whole = torch.where(masked, writer.logits(read(writer, x), real_only=True).argmax(-1), x)

@@ -170,7 +170,7 @@ def check_rates(config):
         faults += [(not config[name], 'problem', f'{name} is 0: what it trains stays as it is'),
                    (strange, 'warning', f'{name} is usually in {low}..{high}')]
     mixed = config['training_type'] in ('joint', 'denoising')
-    judges = supports(config)[2] and config['remasking_loss_type'] == 'all_positions'
+    judges = supports(config).detects and config['remasking_loss_type'] == 'all_positions'
     for name, used, what in (('warmup_iters', True, 'the learning rate never reaches its peak'),
                              ('proofreading_warmup_iters', mixed, 'remask_ratio is never reached'),
                              ('masking_warmup_iters', judges, 'penalty_mask_correct is never reached'),
@@ -276,7 +276,7 @@ def optimizers_of(model, config):
 
 def trained_tensors(model, config):
     """(name, tensor) of what a run trains: not the energy head, no part whose mode it never uses."""
-    causal = supports(config)[1]
+    causal = supports(config).causal
     both_ways = config['training_type'] != 'causal' and (config['causal_ratio'] < 1 or config['views'] > 0)
     idle = ['critic.'] + ['causal_embd', 'drafter.'] * (not causal)
     idle += ['parts.level.', 'parts.previous.', 'parts.bigrams.around'] * (not both_ways)
@@ -479,7 +479,7 @@ def silent_units(model, x0, meta, config):
              for seen, block in zip(active, model.blocks)]
     if config['training_type'] != 'causal':
         model(x0.masked_fill(half_of(modelled(x0, meta)[0], seeded(x0.device)), model.mask_token_id))
-    if supports(config)[1]:
+    if supports(config).causal:
         model(x0, causal=True)
     for hook in hooks:
         hook.remove()

@@ -33,7 +33,7 @@ def run(s):
     """The suite with bench's settings s: (rows, two tables)."""
     model, checkpoint, (task, _) = checkpoint_of_rows(s)
     meta, config, T = checkpoint['meta'], checkpoint['config'], model.config.block_size
-    can_unmask = supports(config)[0]
+    can_unmask = supports(config).writes
     clean = held_out_rows(s, model, checkpoint)
     texts = [decode(meta, ids)[0] for ids in clean.tolist()]
     if 'given' in meta:
@@ -153,7 +153,7 @@ def ways_to_repair(s, model, meta, config, clean, noisy):
     unmasked = torch.where(noisy == model.mask_token_id, clean, noisy)
     ways = {'nothing': (noisy, 0.0), 'nothing, masks filled perfectly': (unmasked, 0.0),
             'the likeliest token everywhere': (torch.where(free, likeliest, clean), 1.0)}
-    if supports(config)[2]:
+    if supports(config).detects:
         rules = choose_rules(config, task='repair', inside=True)
         samples = fill(model, meta, noisy, ~free, batch_size=s.batch_size, seed=s.seed, trace=True, **rules)
         ids = torch.stack([sample['trace'][-1].cpu() for sample in samples])

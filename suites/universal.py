@@ -5,7 +5,6 @@ It is about arithmetic. RUNS says what is trained, GENERATION and ROWS what is m
 kept in out_dir/universal.
 """
 
-import copy
 import functools
 import re
 
@@ -46,7 +45,7 @@ DENOISERS = [name for name, (script, *_) in RUNS.items() if script == 'train.py'
 
 MASKGIT = dict(commit='confidence', schedule='cosine')
 TWENTY = dict(MASKGIT, steps=20)
-# (row, run, keywords of sample.fill), and beside these, see draw_samples: anchor, level, then, shown_as
+# (row, run, keywords of sample.fill), and beside these, see draw_samples: anchor, then, shown_as
 GENERATION = [
     *[(f'{run}: ancestral 64', run, dict(steps=64)) for run in DENOISERS],
     *[(f'{run}: maskgit 20', run, TWENTY) for run in DENOISERS],
@@ -55,8 +54,6 @@ GENERATION = [
       for n in (5, 12, 20, 30)],
     ('base: anchor seeding then maskgit 20', 'base', dict(TWENTY, anchor='=')),
     ('base: priority unmasking 20', 'base', dict(commit='priority', priority='()=+*', steps=20)),
-    *[(f'noise conditioning: single shot at {level}', 'noise conditioning', dict(steps=1, level=level))
-      for level in (1.0, 0.9, 0.8, 0.5)],
     *[(f'{run}: AR warm start of {n} then maskgit 20', run, dict(TWENTY, ar_prefix=n))
       for run in ('base', 'hybrid-aware') for n in (3, 5, 8, 16)],
     *[(f'energy: best of {n} by maskgit 20', 'energy', dict(TWENTY, best_of=n)) for n in (5, 10)],
@@ -94,19 +91,14 @@ def draw_samples(s, network, run, how, number):
 
     how has keywords of fill, and
       anchor    this character is put where it stands in a training string, and stays there
-      level     the network is told that this share of its canvas is noise, whatever it sees
       then      (run, keywords of fill): the digits are written anew by that run, all else staying
       shown_as  digits count as this one: all digits of a skeleton are 0, and no number but 0 starts with it
     """
     (model, checkpoint), how = network(run), dict(how)
     meta = checkpoint['meta']
-    anchor, level, then, shown_as = (how.pop(name, None) for name in ('anchor', 'level', 'then', 'shown_as'))
+    anchor, then, shown_as = (how.pop(name, None) for name in ('anchor', 'then', 'shown_as'))
     if 'priority' in how:
         how['priority'] = encode(meta, how['priority'])
-    if level is not None:
-        model = copy.copy(model)                 # the other rows' network is told nothing
-        told = torch.full((1, 1), level, device=next(model.parameters()).device)
-        model.forward = functools.partial(model.forward, level=told)
     how = choose_rules(checkpoint['config'], **{**dict(commit='random', remask='none', ar_prefix=0), **how})
     more = dict(batch_size=s.batch_size, seed=s.seed + number)
 
@@ -191,7 +183,7 @@ def detection_rows(s, network, name, run, how):
     meta, config = checkpoint['meta'], checkpoint['config']
     task, _ = training_strings(s, meta)
     clean = held_out_rows(s, model, checkpoint)
-    score = functools.partial(suspicion, model, meta, causal=supports(config)[1], batch_size=s.batch_size)
+    score = functools.partial(suspicion, model, meta, causal=supports(config).causal, batch_size=s.batch_size)
     good, rows = score(clean), []
     kinds = {'corrupted': corrupted(model, meta, clean, s.seed), **own_mistakes(s, model, meta, task)}
     for against, ids in kinds.items():

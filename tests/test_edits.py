@@ -75,7 +75,7 @@ def test_labels_give_the_clean_text_back(pad, sigma):
         for i, answer in [*labelled(at_work)]:
             if torch.equal(rows[i], answer):
                 at_work.remove(i)
-            ids, _ = applied(rows[i], rows[i] < 0, answer, MASK, WRONG)
+            ids, _ = applied(rows[i].tolist(), (rows[i] < 0).tolist(), answer.tolist(), MASK, WRONG)
             assert len([token for token in ids if token != PAD]) <= 12          # never longer than the clean
             rows[i] = torch.tensor((ids + [PAD] * 12)[:12] if pad else ids, dtype=torch.long)
         for i, answer in [*labelled([i for i in at_work if MASK in rows[i]])]:
@@ -218,7 +218,7 @@ def test_a_single_edit_is_what_rounds_would_make_of_it(seed):
     for row, edit in itertools.product(range(5), range(4)):
         single = x[row].clone()
         single[at[row, edit]] = answers[row, edit]
-        new, kept = applied(x[row], fixed[row], single, MASK, WRONG)
+        new, kept = applied(x[row].tolist(), fixed[row].tolist(), single.tolist(), MASK, WRONG)
         assert len(new) == 6 + more[row, edit]
         assert ids[row, edit, :len(new)].tolist() == new and stays[row, edit, :len(new)].tolist() == kept
 

@@ -239,6 +239,14 @@ def test_evaluate_judges_real_tokens_only():
     assert (model.seen[1] == 5)[real].any()
 
 
+def test_what_a_judge_is_shown_looks_like_its_training():
+    """What noise has deleted leaves padding behind the text, not masks, which this network never saw."""
+    config = default_config(training_type='remasking', corruption='noise', noise_mix='delete:1')
+    model, rows = tiny_gpt(18, 64, n_recur=1), arithmetic_rows(20)
+    found = evaluate(model, rows, ARITHMETIC, causal=False, bidirectional=False, own_errors=errors_of(config))
+    assert found['auc'] is not None and not {'calibration', 'fixed'} & set(found)
+
+
 @pytest.mark.parametrize('bias', [0.0, 1.0])
 def test_evaluate_says_how_far_the_doubt_can_be_believed(bias):
     """

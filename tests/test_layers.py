@@ -8,6 +8,7 @@ from conftest import fresh_gpt, seeded, tiny_gpt
 from configurator import UserError
 from model import GPT, GPTConfig, Pass, norm
 from parts.layers import IN_A_BLOCK, IN_THE_NETWORK, Part, ShortConv, Shortcuts, build, parse_parts
+from plumbing.kernels import beside
 from plumbing.checkpoint import NUMBERS, check_same_model, comparable
 
 # every part with numbers that are not its own, and its parameters at 16 channels, 5 tokens and 8 places
@@ -273,3 +274,13 @@ def test_parts_make_no_network_of_another_kind():
              'level.mlp.2')
     assert [name for name, _ in model.named_parameters() if 'parts.' in name] == [
         *(f'blocks.0.parts.{part}' for part in block), *(f'parts.{part}.weight' for part in whole)]
+
+
+@pytest.mark.parametrize('d', [-9, -3, -1, 1, 2, 3, 9])
+def test_beside_a_row_there_is_nothing(d):
+    """Also where the neighbour would be further away than the row is long."""
+    idx, segment = torch.tensor([[4, 5, 6]]), torch.tensor([[0, 0, 1]])
+    there = [idx[0, i - d].item() if 0 <= i - d < 3 else 7 for i in range(3)]
+    assert beside(idx, d, 7).tolist() == [there]
+    same = [there[i] if 0 <= i - d < 3 and segment[0, i] == segment[0, i - d] else 7 for i in range(3)]
+    assert beside(idx, d, 7, segment).tolist() == [same]

@@ -165,3 +165,10 @@ def test_a_mistake_is_put_in_and_repaired(capsys):
         assert (changed.sum(1) == 1).all() and (changed.long().argmax(1) < end).all()
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == 40 and all('repaired: (+12)=3  (was: ' in line for line in lines)
+
+
+def test_an_empty_text_has_no_mistake(capsys):
+    rows = torch.full((2, 64), ARITHMETIC['pad'])
+    rows[:, 0], rows[:, 1] = ARITHMETIC['bos'], ARITHMETIC['eos']
+    show_repairs(lambda ids, fixed: [dict(text='')] * len(ids), rows, ARITHMETIC, 0)
+    assert capsys.readouterr().out.count('one token wrong:   repaired:   (as it was)') == 2

@@ -4,6 +4,7 @@ holds whatever the network says.
 """
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -191,9 +192,13 @@ def test_priority_takes_its_tokens_first():
 def test_proposals_come_with_the_unfiltered_probability():
     oracle = Oracle(3, 2, random_law(3, 2, seed=1))
     canvas = torch.tensor([[3, 3], [1, 3]]).repeat(50, 1)
-    where, how = canvas == 3, How(**{**USUAL, 'temperature': 0.3, 'top_k': 2})
+    where, how = canvas == 3, How(**{**USUAL, 'temperature': 0.3, 'top_k': 2, 'remask': 'confidence'})
     look = Look(Sampling(oracle, canvas, ~where, how, generator=seeded()), 0)
     ids, confidence, every = look.propose(where)
+    for rule in ('none', 'random', 'wrong', 'remdm', 'p2'):                      # these ask for tokens alone
+        other = Look(Sampling(oracle, canvas, ~where, replace(how, remask=rule), generator=seeded()), 0)
+        alone, nothing, none = other.propose(where)
+        assert torch.equal(alone, ids) and not nothing.any() and none is None
     assert confidence.dtype == torch.float64 and (ids[~where] == 0).all() and (confidence[~where] == 0).all()
     law = look.hidden[..., :3].log_softmax(-1)
     assert torch.allclose(every[:, :3], law[where])
@@ -295,7 +300,8 @@ def test_p_wrong_is_what_the_token_that_stands_there_lacks():
         logits = F.linear(model(ids), model.wte.weight)[..., :5]
         logits[..., 3] += bias
         p = logits.softmax(-1).gather(2, ids[..., None])[..., 0]
-        assert torch.allclose(p_wrong(model, model(ids), ids), 1 - p, atol=1e-6)
+        for model.most_logits in (1, 3 * len(model.wte.weight), 2 ** 23):        # positions at a time
+            assert torch.allclose(p_wrong(model, model(ids), ids), 1 - p, atol=1e-6)
 
 
 def test_remask_rules_have_the_probabilities_they_say():

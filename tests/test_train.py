@@ -445,11 +445,10 @@ def test_what_a_conditioned_network_is_shown_in_training(level):
 
 
 @pytest.mark.parametrize('kind', ['joint', 'denoising'])
-def test_the_level_is_the_share_of_the_row_that_is_noise(monkeypatch, kind):
+def test_the_level_is_the_share_of_the_row_that_is_masked(monkeypatch, kind):
     """
-    Of the whole row, as it is when the network samples, whatever else shares the row with it. A denoiser is
-    told of all that is noise; who has to find wrong tokens is told of the masks only, or the level would say
-    that there are some.
+    Of the whole row, as it is when the network samples, whatever else shares the row with it. Of wrong tokens
+    the level says nothing: they are to be found, and nobody tells of them when the network repairs.
     """
     asked, clean = [], arithmetic_rows(8)
     monkeypatch.setattr(train, 'told', lambda model, *args: asked.append(args) or {})
@@ -462,7 +461,7 @@ def test_the_level_is_the_share_of_the_row_that_is_noise(monkeypatch, kind):
         training_step(tiny_gpt(18, 64, n_recur=1, parts='level:8'), clean, meta, config, 5, seeded(1))
         (input, target, _), (_, segment, level) = asked
         wrong = (input != clean) & (input != 18)
-        share = ((input == 18) | (wrong & (kind == 'denoising'))).sum(1) / 64
+        share = (input == 18).sum(1) / 64
         assert (wrong.any(1) & (input == 18).any(1)).any()
         if segment is None:
             assert torch.equal(level, share[:, None].expand(8, 64))
@@ -1029,6 +1028,13 @@ def test_the_loss_of_the_draft_head_by_hand():
             assert set(parts) == {'draft'} and parts['draft'].tolist() == pytest.approx([mean.item(), 1.0])
         assert len({draft_loss(model, hidden, x0, weight, depth)[0].item() for depth in (1, 2, 4)}) == 3
         assert draft_loss(model, hidden, x0, weight)[0] == draft_loss(model, hidden, x0, weight, 6)[0]
+        # packed texts are separate ones
+        packed, two = (torch.cat((some[:1], some[1:2]), 1) for some in (x0, torch.ones(3, 6)))
+        segment = torch.tensor([[0] * 6 + [1] * 6])
+        states = torch.cat((hidden[:1], hidden[1:2]), 1)
+        alone, _ = draft_loss(model, hidden[:2], x0[:2], two.view(2, 6))
+        apart, one = (draft_loss(model, states, packed, two, segment=s)[0].item() for s in (segment, None))
+        assert apart == pytest.approx(alone.item()) and one != pytest.approx(alone.item())
         # one token a row: nothing comes after it
         nothing, _ = draft_loss(model, hidden, x0, torch.eye(6)[:3])
         assert nothing == 0

@@ -10,7 +10,6 @@ from test_commands import bench_settings
 
 from configurator import UserError
 from data import loader
-from model import GPT
 from parts.presets import choose_rules
 from plumbing.text import encode, load_task, start_canvas
 from suites import runs, universal
@@ -166,15 +165,15 @@ def test_the_tables_can_be_measured(s):
     for name, table, run, how in rows:
         assert table in universal.MEASURES
         assert run in universal.RUNS and how.get('then', ['base'])[0] in universal.RUNS, name
-        how = {key: value for key, value in how.items() if key not in ('anchor', 'level', 'then', 'shown_as')}
+        how = {key: value for key, value in how.items() if key not in ('anchor', 'then', 'shown_as')}
         config = default_config(training_type='denoising', remask_target='original', causal_ratio=0.3)
         choose_rules({**config, 'energy_head': True}, **how)
     assert {run for _, _, run, _ in rows} >= set(universal.RUNS) - {'skeleton'}
 
 
 def test_every_kind_of_row(s, trainings):
-    s.only = ('single shot at 0.5,skeleton,energy: guided,energy: best of 5,critic,energy: detection,'
-              'base: repair,base: anchor,'
+    s.only = ('noise conditioning: maskgit,skeleton,energy: guided,energy: best of 5,critic,'
+              'energy: detection,base: repair,base: anchor,'
               'priority,hybrid-aware: AR warm start of 5,corrector,ours: AR,self-conditioning: maskgit')
     rows, text = universal.run(s)
     assert [row['table'] for row in rows] == ['generation'] * (len(rows) - 4) + ['repair'] + ['detection'] * 3
@@ -183,7 +182,6 @@ def test_every_kind_of_row(s, trainings):
     for row in rows[:-4]:
         assert row['n'] == 3 and 0 < row['nfe'] <= 200 and 0 <= row['valid'] <= 1, row['name']
     found = {row['name']: row for row in rows}
-    assert found['noise conditioning: single shot at 0.5']['nfe'] == 1
     repair = found['base: repair and edit']
     assert repair['edit']['anchors'] == 1 and len(repair['repair']) == 8
     assert all(repair[name] is not None for name in ('nelbo', 'causal_nll', 'auc'))
@@ -221,23 +219,12 @@ def test_anchors_are_where_the_training_strings_have_them():
     assert torch.equal(fixed, (canvas == equals) | (canvas == BOS)) and (canvas[~fixed] == MASK).all()
 
 
-def test_what_the_network_is_told_of_the_noise_is_no_secret_kept_in_it(s, trainings):
-    """Another level, other samples; and the row after it is told nothing."""
-    found = GPT.load(runs.trained(s, universal.RUNS, 'noise conditioning'))
-
-    def texts_of(**how):
-        samples = universal.draw_samples(s, lambda name: found, 'x', dict(steps=1, **how), 0)
-        return [sample['text'] for sample in samples]
-    texts = {level: texts_of(level=level) for level in (None, 0.1, 1.0)}
-    assert texts[0.1] != texts[1.0]
-    assert texts[None] == texts_of()
-
-
 class Knows:
     """A network that is sure of one row, whatever is on the canvas; its energy counts the differences."""
 
     def __init__(self, row):
         self.row, self.mask_token_id, self.critic = row, MASK, True
+        self.most_logits, self.wte = 100, torch.nn.Embedding(1, 1)
 
     def parameters(self):
         return iter([self.row])

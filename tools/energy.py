@@ -89,7 +89,7 @@ def draw_samples(model, meta, config, num):
     hows = [dict(remask='none', steps=steps) for steps in (16, 32, 64)]
     if choose_rules(config, inside=True)['remask'] == 'wrong':
         hows.append(dict(remask='wrong', steps=32))
-    if supports(config)[1]:
+    if supports(config).causal:
         hows.append(dict(remask='causal'))
     samples = []
     for i, how in enumerate(hows):
