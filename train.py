@@ -235,7 +235,7 @@ def diffusion_part(model, rows, meta, config, task, generator, price):
     input, target, weight = ask(x0, free, real, task, tokens, generator, guess)
     weight = weight * scale
 
-    # the level (B, T) is the share of masks in the whole row; wrong tokens, which are to be found, do not count
+    # level (B, T): the share of masks in the whole row; wrong tokens are to be found, so they do not count
     segment, level = None, (input == model.mask_token_id).float().mean(1, keepdim=True).expand(x0.shape)
     if meta['pad'] is not None:
         length = extent(input, weight, meta['pad'], generator)
