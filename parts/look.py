@@ -6,6 +6,7 @@ import torch
 
 from parts.energy import guided
 from plumbing.draw import draw, filtered, fine, forbid
+from plumbing.pieces import at_once
 from plumbing.rows import Ends, left_of, of_rows, places, recorded, spread
 
 
@@ -105,18 +106,26 @@ class Look:
     def propose(self, where):
         """
         Tokens for the True positions of where (R, T): their ids and log-probabilities (R, T) each, and the
-        log-probabilities (N, V+2) of all tokens there, before temperature, top_k and top_p. If no rule asks
-        for log-probabilities, they are 0 and None: with a large vocabulary they take longer than the rest.
+        log-probabilities (N, V+2) of all tokens there, before temperature, top_k and top_p.
+
+        What no rule asks for is 0 and None. Of a large vocabulary only some positions at a time are drawn.
         """
-        run = self.run
-        at = places(where)                                           # (N,)
-        logits = run.model.logits(self.hidden.flatten(0, 1)[at], real_only=True)    # (N, V+2)
-        logits = forbid(logits, run.ends.forbid, run.closed[run.rows].flatten()[at, None])
-        ids = draw(filtered(logits, **self.how.filters()), run.generator)           # (N,)
-        if not (self.how.guide or self.how.needs_candidates() or self.how.remask == 'confidence'):
-            return spread(where, ids), torch.zeros(where.shape, device=ids.device), None
-        logp = logits.to(fine(logits.device)).log_softmax(-1)
-        return spread(where, ids), spread(where, logp.gather(1, ids[:, None])[:, 0]), logp
+        run, how, hidden = self.run, self.how, self.hidden.flatten(0, 1)
+        asked = how.guide or how.needs_candidates() or how.remask == 'confidence'
+        every = asked and how.commit not in ('confidence', 'threshold', 'priority')
+        closed, at = run.closed[run.rows].flatten(), places(where)   # (R * T,), (N,)
+        ids, logp, words = [], [], []
+        for some in at.split(at_once(run.model.wte.weight, run.model.most_logits)):
+            logits = run.model.logits(hidden[some], real_only=True)  # (n, V+2)
+            logits = forbid(logits, run.ends.forbid, closed[some, None])
+            ids.append(draw(filtered(logits, **how.filters()), run.generator))                   # (n,)
+            if asked:
+                law = logits.to(fine(logits.device)).log_softmax(-1)
+                logp.append(law.gather(1, ids[-1][:, None])[:, 0])
+                words += [law] if every else []
+        ids = spread(where, torch.cat(ids))
+        logp = spread(where, torch.cat(logp)) if asked else torch.zeros_like(ids, dtype=torch.float32)
+        return ids, logp, torch.cat(words) if every else None
 
     def completed(self):
         """The canvas (R, T) with the candidates in its holes."""
