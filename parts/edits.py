@@ -163,11 +163,11 @@ def fill_holes(run, rows, fixed, at_work, denoise):
     """Fills the holes in the rows at_work of rows and fixed, lists of (T,), by the loop denoise."""
     filling = replace(run.how, rounds=None, remask='none', remask_threshold=None)
     for group in same_length(rows, at_work):
-        holes = (torch.stack([rows[i] for i in group]) == run.mask).any(1).tolist()
-        group = [i for i, some in zip(group, holes) if some]
-        if not group:
-            continue
         x, kept = (torch.stack([some[i] for i in group]) for some in (rows, fixed))
+        holes = (x == run.mask).any(1).nonzero()[:, 0].tolist()
+        if not holes:
+            continue
+        group, x, kept = [group[row] for row in holes], x[holes], kept[holes]
         x, passes, _ = denoise(Sampling(run.model, x, x != run.mask, filling, run.ends, left_of(kept),
                                         generator=run.generator))
         run.nfe[group] += passes

@@ -112,6 +112,7 @@ class Look:
         """
         run, how, hidden = self.run, self.how, self.hidden.flatten(0, 1)
         asked = how.guide or how.needs_candidates() or how.remask == 'confidence'
+        # of the commit rules, these three look at the candidates alone, not at the other words
         every = asked and how.commit not in ('confidence', 'threshold', 'priority')
         closed, at = run.closed[run.rows].flatten(), places(where)   # (R * T,), (N,)
         ids, logp, words = [], [], []
@@ -122,7 +123,8 @@ class Look:
             if asked:
                 law = logits.to(fine(logits.device)).log_softmax(-1)
                 logp.append(law.gather(1, ids[-1][:, None])[:, 0])
-                words += [law] if every else []
+                if every:
+                    words.append(law)
         ids = spread(where, torch.cat(ids))
         logp = spread(where, torch.cat(logp)) if asked else torch.zeros_like(ids, dtype=torch.float32)
         return ids, logp, torch.cat(words) if every else None

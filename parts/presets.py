@@ -315,10 +315,10 @@ def idle(config, rules):
     """Which rules have no say beside the others, and why: a dict of names."""
     commit, remask = rules.get('commit'), rules.get('remask')
     drawn = dict.fromkeys(('top_k', 'top_p') if rules.get('temperature') == 0 else (), 'temperature=0')
-    if remask == 'causal':
-        return {**drawn, **dict.fromkeys(LOOP.split(), 'remask=causal')}
-    if (rules.get('ar_prefix') or 0) >= config['block_size']:
-        return {**drawn, **dict.fromkeys(LOOP.split(), 'a text that is written from left to right')}
+    from_the_left = (rules.get('ar_prefix') or 0) >= config['block_size']
+    if remask == 'causal' or from_the_left:
+        why = 'remask=causal' if remask == 'causal' else 'a text that is written from left to right'
+        return {**drawn, **dict.fromkeys(LOOP.split(), why)}
     shares = [name for name in ('remask_schedule', 'remask_threshold') if rules.get(name) is not None]
     share = shares[0] if shares else None
     at_random = share == 'remask_threshold' and (remask == 'random' or rules.get('remask_random_ratio'))
