@@ -40,6 +40,11 @@ def at_once(words, most):
     return max(1, most // len(words))
 
 
+def pieces(model, x):
+    """x (N, ...) in pieces of as many positions as the model may compute all logits of at a time."""
+    return x.split(at_once(model.wte.weight, model.most_logits))
+
+
 def in_pieces(of, hidden, words, most):
     """
     of(hidden, words, places), a sum over positions and vectors (n,) of what else it tells about them: (sum,

@@ -117,7 +117,7 @@ class Oracle:
     p(x_i | x_<i), the same law by default. wrong (T,): what it answers for p(WRONG) at each position.
     """
 
-    most_logits, wte = 3, torch.nn.Embedding(1, 1)                  # three positions at a time
+    most_logits, wte = 3000, torch.nn.Embedding(1, 1)               # of three thousand positions at a time
 
     def __init__(self, V, T, law, causal_law=None, wrong=None):
         self.V, self.T, self.x = V, T, all_sequences(V, T)
