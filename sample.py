@@ -101,9 +101,9 @@ class How:
     verify: int = None         # rounds: so many edits are tried, the causal mode decides; usually 96, 0: off
     remdm: str = None          # remask=remdm: cap | rescale; usually cap
     correct_share: float = None        # least share of the steps that only re-mask and refill; usually 0.25
-    # what the energy head is asked, in a checkpoint that has one (tools/energy.py)
-    guide: int = None          # draw that many completions a step; the lower its energy, the likelier one
-    best_of: int = None        # draw that many times the samples, and keep those of the lowest energy
+    # what whole texts are asked: how much they are doubted (with a head of tools/energy.py: their energy)
+    best_of: int = None        # draw that many times the samples, and keep those that are doubted least
+    guide: int = None          # with such a head: choose among that many completions at every step
     # drawing
     temperature: float = None  # 0: the likeliest token, 1: the model's own distribution; usually 1
     top_k: int = None          # draw among the k most probable tokens only
@@ -400,7 +400,7 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
             steps = trace.begin(kept)
         x, nfe = windows(written, x, kept, model.config.block_size, steps, progress)
         if best_of:
-            nfe = nfe + model.config.energy_head
+            nfe = nfe + max(1, model.config.energy_head)
             energies = energy(model, *text_of(x, rules['ends'])).tolist()
         for row, (ids, passes) in enumerate(zip(x, nfe.tolist())):
             text, finished = decode(meta, ids := ids.tolist())

@@ -1,5 +1,5 @@
-# characters of tiny Shakespeare at the size of nanoGPT's baby GPT: six minutes on an H100, NELBO 1.617,
-# causal NLL 1.468
+# characters of tiny Shakespeare at the size of nanoGPT's baby GPT: seven minutes on a shared H200, NELBO
+# 1.628, causal NLL 1.448
 mask_weighting = 'token'     # all masks weigh alike: on characters that gives a lower bound
 remask_ratio = 0.25          # a quarter of the other rows carries the network's own mistakes
 causal_ratio = 0.2  # a fifth of the batch trains the causal mode, which has the last word when sampling

@@ -120,8 +120,9 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
          f'rounds of edits go by what the network calls wrong: use --remask=wrong, not {remask}'),
         (task == 'repair' and remask not in ('wrong', 'random', 'critic'),
          f'repair finds what to change by re-masking: use --remask=wrong, random or critic, not {remask}'),
-        *[(name in rules and not config.get('energy_head'), NO_HEAD.format(name))
-          for name in ('guide', 'best_of')],
+        ('guide' in rules and not config.get('energy_head'), NO_HEAD.format('guide', 'an energy head')),
+        ('best_of' in rules and not (config.get('energy_head') or supports(config).detects),
+         NO_HEAD.format('best_of', 'doubts (training_type=joint or denoising) or an energy head')),
         (rate > 1 and remask != 'p2',
          f"remask_rate is a probability, in 0..1 (only p2's is not), got {rate}"))
     # causal sampling has no steps, no blocks, and nothing to correct
@@ -179,7 +180,7 @@ def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=
     return rules
 
 
-NO_HEAD = ('{} needs a checkpoint with an energy head: give this one a head with '
+NO_HEAD = ('{} needs a checkpoint with {}: give this one a head with '
            'python tools/energy.py --init_from=CHECKPOINT and sample from what that writes')
 
 
@@ -203,7 +204,8 @@ def check_trained(config, lengths_given, commit, remask, ar_prefix, judge):
          'or sample with --ar_prefix=0 and --remask=none, random or wrong'),
         (commit == 'abstain' and not config.get('allow_abstain'),
          'commit=abstain needs a checkpoint trained with --allow_abstain=True'),
-        (remask == 'critic' and not config.get('energy_head'), NO_HEAD.format('remask=critic')),
+        (remask == 'critic' and not config.get('energy_head'),
+         NO_HEAD.format('remask=critic', 'an energy head')),
         (remask in ('wrong', 'p2') and not (can.detects or judge),
          f'this checkpoint was not trained to find wrong tokens: train with training_type joint{hint}'))
 
