@@ -20,6 +20,8 @@ os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+torch.backends.mps.is_available = lambda: False
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
