@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from configurator import UserError
 from parts.abstain import abstain
+from parts.again import until_believed
 from parts.blocks import write_blocks
 from parts.edits import mend
 from parts.energy import best_samples, critic, energy, text_of
@@ -101,9 +102,10 @@ class How:
     verify: int = None         # rounds: so many edits are tried, the causal mode decides; usually 96, 0: off
     remdm: str = None          # remask=remdm: cap | rescale; usually cap
     correct_share: float = None        # least share of the steps that only re-mask and refill; usually 0.25
-    # what whole texts are asked: how much they are doubted (with a head of tools/energy.py: their energy)
-    best_of: int = None        # draw that many times the samples, and keep those that are doubted least
-    guide: int = None          # with such a head: choose among that many completions at every step
+    # what whole texts are asked: whether a token is doubted; and their energy, with a head (tools/energy.py)
+    redrafts: int = None       # what is doubted when it is finished is written again, at most so often
+    guide: int = None          # draw that many completions a step; the lower its energy, the likelier one
+    best_of: int = None        # draw that many times the samples, and keep those of the lowest energy
     # drawing
     temperature: float = None  # 0: the likeliest token, 1: the model's own distribution; usually 1
     top_k: int = None          # draw among the k most probable tokens only
@@ -158,6 +160,8 @@ def generate_diffusion(model, canvas, fixed, *, ends=Ends(), remask_model=None, 
     run = Sampling(model, canvas, fixed, how, ends, judge=remask_model, generator=generator, trace=trace)
     if how.rounds:
         return mend(run, denoise)
+    if how.redrafts:
+        return until_believed(run, denoise)
     loop = rewrite if how.rewrite else denoise
     return write_blocks(run, loop) if how.block_length else loop(run)
 
@@ -400,7 +404,7 @@ def fill(model, meta, canvas, fixed, *, ar_prefix=0, best_of=None, batch_size=25
             steps = trace.begin(kept)
         x, nfe = windows(written, x, kept, model.config.block_size, steps, progress)
         if best_of:
-            nfe = nfe + max(1, model.config.energy_head)
+            nfe = nfe + model.config.energy_head
             energies = energy(model, *text_of(x, rules['ends'])).tolist()
         for row, (ids, passes) in enumerate(zip(x, nfe.tolist())):
             text, finished = decode(meta, ids := ids.tolist())

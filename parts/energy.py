@@ -1,19 +1,19 @@
 """
 The energy of a text: a number that says how little it looks like the data, and what a sampler does with it.
 
-A network that doubts its tokens says it by p(WRONG). A head says it better: the network is frozen, and a
-small head on its passes learns to tell texts from the network's own samples (tools/energy.py). exp(-energy)
-is then, up to a factor, how much likelier a text is in the data than among those samples (noise contrastive
-estimation; Xu et al. 2024), so weighing samples by it makes up for what the sampler got wrong.
+The network is frozen; a small head on its passes learns to tell texts from the network's own samples
+(tools/energy.py). exp(-energy) is, up to a factor, how much likelier a text is in the data than among those
+samples (noise contrastive estimation; Xu et al. 2024), so weighing samples by it makes up for what the
+sampler got wrong.
 """
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from configurator import UserError
 from model import Linear
 from plumbing.draw import draw
-from plumbing.evaluate import p_wrong
 
 
 class Critic(nn.Module):
@@ -37,10 +37,11 @@ def token_energy(model, ids, real):
 
     ids (B, T) without masks; real (B, T) bool: which positions are text. Of each pass the critic is shown the
     hidden state and the log-probability of the token that stands there. The critic learns from it, the
-    network does not. Without an energy head it is the logit of p(WRONG).
+    network does not. Raises UserError if the network has no energy head.
     """
     if model.critic is None:
-        return torch.logit(p_wrong(model, model(ids), ids), eps=1e-7).masked_fill(~real, float('-inf'))
+        raise UserError('this network has no energy head: '
+                        'give it one with python tools/energy.py --init_from=CHECKPOINT')
     features = []
     with torch.no_grad():
         for causal in (False, True)[:model.config.energy_head]:

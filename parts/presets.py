@@ -33,6 +33,8 @@ PRESETS = dict(
     intelligent=dict(commit='random', schedule='cosine', remask='wrong'),
     # all at once, then a share is taken back and written anew, less each time, the most doubted first
     redraft=dict(commit='random', remask='wrong', remask_schedule=(1.0, 0.0), correct_share=1.0),
+    # the surest token first; what is doubted in the end is written again by redraft until it is believed
+    solve=dict(commit='confidence', choice_temperature=0.0, remask='none', redrafts=16),
     # written from left to right, then read once more: what is doubted is taken back and written anew
     proofread=dict(draft=True, commit='threshold', remask='wrong', remask_threshold=0.8),
     # written so, then a share is taken back and written anew, 40 times: sharper text
@@ -120,9 +122,11 @@ def choose_rules(config, *, preset=None, task='generate', inside=False, judge=Fa
          f'rounds of edits go by what the network calls wrong: use --remask=wrong, not {remask}'),
         (task == 'repair' and remask not in ('wrong', 'random', 'critic'),
          f'repair finds what to change by re-masking: use --remask=wrong, random or critic, not {remask}'),
-        ('guide' in rules and not config.get('energy_head'), NO_HEAD.format('guide', 'an energy head')),
-        ('best_of' in rules and not (config.get('energy_head') or supports(config).detects),
-         NO_HEAD.format('best_of', 'doubts (training_type=joint or denoising) or an energy head')),
+        *[(name in rules and not config.get('energy_head'), NO_HEAD.format(name))
+          for name in ('guide', 'best_of')],
+        ('redrafts' in rules and not (judge or supports(config).detects),
+         'redrafts needs a checkpoint that doubts: train with training_type joint, or give a remasking one '
+         'as --remask_from=PATH'),
         (rate > 1 and remask != 'p2',
          f"remask_rate is a probability, in 0..1 (only p2's is not), got {rate}"))
     # causal sampling has no steps, no blocks, and nothing to correct
@@ -180,7 +184,7 @@ def best_rules(config, lengths_given=False, commit=None, remask=None, ar_prefix=
     return rules
 
 
-NO_HEAD = ('{} needs a checkpoint with {}: give this one a head with '
+NO_HEAD = ('{} needs a checkpoint with an energy head: give this one a head with '
            'python tools/energy.py --init_from=CHECKPOINT and sample from what that writes')
 
 
@@ -205,7 +209,7 @@ def check_trained(config, lengths_given, commit, remask, ar_prefix, judge):
         (commit == 'abstain' and not config.get('allow_abstain'),
          'commit=abstain needs a checkpoint trained with --allow_abstain=True'),
         (remask == 'critic' and not config.get('energy_head'),
-         NO_HEAD.format('remask=critic', 'an energy head')),
+         NO_HEAD.format('remask=critic')),
         (remask in ('wrong', 'p2') and not (can.detects or judge),
          f'this checkpoint was not trained to find wrong tokens: train with training_type joint{hint}'))
 
@@ -214,7 +218,8 @@ def check_trained(config, lengths_given, commit, remask, ar_prefix, judge):
 # what is checked before anything is loaded, and before the loop begins
 
 # the lowest and highest number (None: no limit) of settings of sample.py
-RANGES = {(1, None): 'num_samples batch_size steps rounds length top_k block_length guide best_of',
+RANGES = {(1, None): 'num_samples batch_size steps rounds length top_k block_length guide best_of '
+                     'redrafts',
           (0, None): 'temperature ar_prefix choice_temperature remask_rate remask_patience remask_threshold '
                      'commit_threshold verify',
           (0, 1): 'top_p remask_random_ratio correct_share merge_weight'}
@@ -307,7 +312,7 @@ def have_no_say(names):
 
 LOOP = ('steps commit schedule block_length choice_temperature commit_threshold priority remask_rate '
         'remask_random_ratio remask_patience remask_threshold remask_full remask_schedule rewrite remdm '
-        'correct_share revise draft verify')
+        'correct_share revise draft verify redrafts')
 # of these, what rounds of edits do not ask
 OF_TEXTS = ('block_length revise correct_share remask_full remask_patience remask_random_ratio remask_rate '
             'remask_schedule')
@@ -408,7 +413,9 @@ def check_rules(how, canvas, fixed, mask, judge, commits, remasks):
          'rewrite goes with --commit=random and --remask=wrong, random or confidence, '
          'without a second network or guide'),
         (how.rounds and (how.rewrite or judge or how.guide),
-         'rounds of edits go without rewrite, a second network and guide'))
+         'rounds of edits go without rewrite, a second network and guide'),
+        (how.redrafts and (how.rounds or how.rewrite or how.block_length or how.draft),
+         'redrafts go without rounds, rewrite, block_length and draft'))
     check_not_greedy(how, masked)
 
 

@@ -212,7 +212,7 @@ def did(s, samples, nfe, seconds):
     words = [f'{nfe:.1f} passes (NFE)']
     if rules.get('remask') == 'causal':
         words += [f'{drafted} tokens drafted ahead', f'{refused} of them taken back']
-    elif rules.get('remask', 'none') != 'none' and not rules.get('rounds'):
+    elif (rules.get('remask', 'none') != 'none' or rules.get('redrafts')) and not rules.get('rounds'):
         words.append(f'{again} tokens taken back')
     speed = f'; {num / seconds:.1f} samples/s' if seconds else ''
     if seconds > num:

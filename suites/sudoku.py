@@ -41,8 +41,7 @@ def sampler_rows(config):
             (can_unmask and detects, 'random order, remask=p2', PRESETS['p2']),
             (can_unmask and detects, 'random order, remask=wrong', dict(remask='wrong')),
             (can_unmask and detects, 'random order, redraft', PRESETS['redraft']),
-            (can_unmask and detects, 'random order, redraft, the least doubted of 4',
-             dict(PRESETS['redraft'], best_of=4)),
+            (can_unmask and detects, 'redraft while doubted (preset solve)', PRESETS['solve']),
             (can_unmask and detects, 'commit=margin, remask=wrong', dict(commit='margin', remask='wrong'))]
     rows += [(known, f'{name}, temperature 0.1', dict(rules, temperature=0.1)) for known, name, rules in rows
              if name in ('random order, remask=none', 'commit=margin', 'random order, redraft')]

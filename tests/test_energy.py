@@ -198,20 +198,6 @@ def test_best_of_keeps_every_row_its_own_canvas_and_trace(monkeypatch):
         assert sample['nfe'] == 8 * ((row == 3).sum().item() + 2)
 
 
-@torch.no_grad()
-def test_without_a_head_a_text_is_judged_by_the_doubt_of_its_tokens():
-    model, ids = tiny_gpt(3, 6), torch.randint(3, (40, 6), generator=seeded(1))
-    real = ids.cumsum(1) < 12
-    p = model.logits(model(ids)).softmax(-1).gather(2, ids[..., None])[..., 0]         # (40, 6)
-    odds = ((1 - p) / p).where(real, torch.zeros(()))
-    assert torch.allclose(energy(model, ids, real), odds.sum(1).log(), atol=1e-4)
-    samples = fill(model, LETTERS, torch.full((3, 6), 3), torch.zeros(3, 6).bool(), best_of=5, steps=2)
-    assert all(sample['nfe'] == 5 * 3 for sample in samples)
-    found = torch.tensor([sample['tokens'] for sample in samples])
-    energies = torch.tensor([sample['energy'] for sample in samples])
-    assert torch.allclose(energies, energy(model, found, found >= 0), atol=1e-4)
-
-
 def test_choosing_by_energy():
     energy = torch.tensor([[0.0, 1.0, 3.0], [500.0, 501.0, 503.0]])
     assert choose_by_energy(energy.flip(1), seeded(), greedy=True).tolist() == [2, 2]
@@ -268,9 +254,8 @@ def test_who_has_no_head_is_told_how_to_get_one():
     config = default_config(training_type='joint', causal_ratio=0.3)
     rules = {'remask=critic': dict(remask='critic'), 'guide': dict(guide=2), 'best_of': dict(best_of=2)}
     for name, how in rules.items():
-        doubts = {**config, 'training_type': 'unmasking'} if name == 'best_of' else config
         with pytest.raises(UserError, match=f'{name} needs .* energy head.* python tools/energy.py --init'):
-            choose_rules(doubts, **how)
+            choose_rules(config, **how)
         chosen = choose_rules({**config, 'energy_head': 2}, **how)
         assert how.items() <= chosen.items() and (chosen['remask'] == 'causal') == (name == 'best_of')
     with pytest.raises(UserError, match='energy head'):
@@ -279,6 +264,9 @@ def test_who_has_no_head_is_told_how_to_get_one():
         choose_rules({**config, 'energy_head': 2}, judge=True, remask='critic')
     repair = choose_rules({**config, 'energy_head': 2}, task='repair', remask='critic')
     assert repair['remask_threshold'] == 0.8
+    model = tiny_gpt(5, 6)
+    with pytest.raises(UserError, match='python tools/energy.py'):
+        generate_diffusion(model, torch.full((1, 6), 5), torch.zeros(1, 6).bool(), remask='critic')
     with pytest.raises(UserError, match='guide chooses among whole completions'):
         generate_diffusion(headed(), torch.full((1, 6), 5), torch.zeros(1, 6).bool(), guide=2,
                            remask='causal')
