@@ -158,10 +158,8 @@ def generate_diffusion(model, canvas, fixed, *, ends=Ends(), remask_model=None, 
     if how.remask == 'causal':
         return write(model, canvas, how.filters(), ends, generator=generator, trace=trace)
     run = Sampling(model, canvas, fixed, how, ends, judge=remask_model, generator=generator, trace=trace)
-    if how.rounds:
-        return mend(run, denoise)
-    if how.redrafts:
-        return until_believed(run, denoise)
+    if how.rounds or how.redrafts:
+        return (mend if how.rounds else until_believed)(run, denoise)
     loop = rewrite if how.rewrite else denoise
     return write_blocks(run, loop) if how.block_length else loop(run)
 

@@ -36,6 +36,7 @@ from plumbing.text import (ANY, can_have, decode, encode, load_task, pieces, sta
                            task_canvas, until_end, usual_hole)
 
 HOLE = '▒'                  # a token that is not there yet
+COSTS = 'steps', 'temperature', 'top_k', 'top_p'         # these leave it to us which rules are used
 
 
 class Sample(dict):
@@ -384,6 +385,9 @@ class Handle:
             hint = nearest(odd[0], self.fields) or f"there are {', '.join(self.fields)}"
             raise UserError(f"unknown rule '{odd[0]}'; {hint}")
         check_chosen(rules)
+        free = preset is None and not self.judge and self.can.detects and task != 'repair'
+        if free and {name for name in rules if rules[name] is not None} <= {*COSTS}:
+            preset = getattr(self.task, 'PRESET', None)             # what the dataset says is best
         masked = [row == self.model.mask_token_id for row in canvas]
         # whether there is text right of a hole
         inside = task == 'repair' or any((row.cummax(0).values & ~row).any() for row in masked)

@@ -445,7 +445,9 @@ def test_infill_keeps_the_givens_and_samples_start_from_held_out_puzzles(tmp_pat
     with open(save, encoding='utf-8') as file:
         assert task.parse(json.loads(file.read())['text'])[1] == task.parse(SOLVED)[1]
 
-    # without a text they are the held-out ones
+    # without a text they are the held-out ones, and without a rule those of the dataset are used
+    assert 'redrafts=16' in run_main('sample', *words, '--num_samples=2', '--steps=2')
+    assert 'redrafts' not in run_main('sample', *words, '--num_samples=2', '--steps=2', '--remask=wrong')
     run_main('sample', *words, '--num_samples=10')
     with open(save, encoding='utf-8') as file:
         texts = [json.loads(line)['text'] for line in file]
