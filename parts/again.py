@@ -10,7 +10,7 @@ from parts.presets import PRESETS
 from plumbing.evaluate import p_wrong
 from plumbing.rows import Part, places
 
-BELIEVED = 0.1   # in right boards of sudoku no cell is doubted by more than 0.0002, in wrong ones some by 0.3
+BELIEVED = 0.1   # no cell of a right board of sudoku is doubted by more than 0.01, some of a wrong one by 0.3
 
 
 def until_believed(run, loop):
