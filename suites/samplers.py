@@ -20,7 +20,6 @@ def budget_rows(config, block_size):
             (both, 'remask=causal (preset speculative)', False, PRESETS['speculative']),
             (both and finds, 'written, then read once more (preset proofread)', False, PRESETS['proofread']),
             (both and finds, 'a draft, a tenth again 40 times (preset polish)', False, PRESETS['polish']),
-            (finds, 'the surest first, redraft while doubted (preset solve)', False, PRESETS['solve']),
             (can_unmask, 'remask=none (preset ancestral)', True, PRESETS['ancestral']),
             (can_unmask, 'remask=random', True, dict(remask='random')),
             (can_unmask, 'remask=remdm (preset remdm)', True, PRESETS['remdm']),
