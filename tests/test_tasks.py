@@ -512,7 +512,7 @@ def test_the_suite_of_samplers_has_every_rule_and_preset(monkeypatch, made):
         for name, _, rules in asked
         if 'preset ' in name
     }
-    assert set(named) >= set(PRESETS) - {'hybrid', 'solve'}          # solve is for boards, see suites/sudoku.py
+    assert set(named) >= set(PRESETS) - {'hybrid', 'solve'}   # solve: boards, see suites/sudoku.py
     assert all(rules == {**plain, **PRESETS[name]} for name, rules in named.items())
     kinds = {
         kind: [rules for _, _, rules in samplers.budget_rows(default_config(training_type=kind), 64)]
