@@ -208,8 +208,7 @@ def check_trained(config, lengths_given, commit, remask, ar_prefix, judge):
          'or sample with --ar_prefix=0 and --remask=none, random or wrong'),
         (commit == 'abstain' and not config.get('allow_abstain'),
          'commit=abstain needs a checkpoint trained with --allow_abstain=True'),
-        (remask == 'critic' and not config.get('energy_head'),
-         NO_HEAD.format('remask=critic')),
+        (remask == 'critic' and not config.get('energy_head'), NO_HEAD.format('remask=critic')),
         (remask in ('wrong', 'p2') and not (can.detects or judge),
          f'this checkpoint was not trained to find wrong tokens: train with training_type joint{hint}'))
 
@@ -218,8 +217,8 @@ def check_trained(config, lengths_given, commit, remask, ar_prefix, judge):
 # what is checked before anything is loaded, and before the loop begins
 
 # the lowest and highest number (None: no limit) of settings of sample.py
-RANGES = {(1, None): 'num_samples batch_size steps rounds length top_k block_length guide best_of '
-                     'redrafts',
+RANGES = {(1, None): 'num_samples batch_size steps rounds length top_k block_length '
+                     'redrafts guide best_of',
           (0, None): 'temperature ar_prefix choice_temperature remask_rate remask_patience remask_threshold '
                      'commit_threshold verify',
           (0, 1): 'top_p remask_random_ratio correct_share merge_weight'}

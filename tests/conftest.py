@@ -20,7 +20,7 @@ os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.backends.mps.is_available = lambda: False
+torch.backends.mps.is_available = functools.lru_cache(lambda: False)    # as PyTorch has it
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
