@@ -385,9 +385,10 @@ class Handle:
             hint = nearest(odd[0], self.fields) or f"there are {', '.join(self.fields)}"
             raise UserError(f"unknown rule '{odd[0]}'; {hint}")
         check_chosen(rules)
-        free = preset is None and not self.judge and self.can.detects and task != 'repair'
+        free = preset is None and not self.judge and self.can.writes and task != 'repair'
         if free and {name for name in rules if rules[name] is not None} <= {*COSTS}:
-            preset = getattr(self.task, 'PRESET', None)             # what the dataset says is best
+            best = getattr(self.task, 'PRESETS', (None, None))      # what the dataset says
+            preset = best[0] if self.can.detects else best[1]
         masked = [row == self.model.mask_token_id for row in canvas]
         # whether there is text right of a hole
         inside = task == 'repair' or any((row.cummax(0).values & ~row).any() for row in masked)

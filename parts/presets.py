@@ -33,7 +33,8 @@ PRESETS = dict(
     intelligent=dict(commit='random', schedule='cosine', remask='wrong'),
     # all at once, then a share is taken back and written anew, less each time, the most doubted first
     redraft=dict(commit='random', remask='wrong', remask_schedule=(1.0, 0.0), correct_share=1.0),
-    # the surest token first; what is doubted in the end is written again by redraft until it is believed
+    surest=dict(commit='confidence', choice_temperature=0.0, remask='none'),   # Nie et al. 2025 (LLaDA)
+    # so; what is doubted in the end is written again by redraft until it is believed
     solve=dict(commit='confidence', choice_temperature=0.0, remask='none', redrafts=16),
     # written from left to right, then read once more: what is doubted is taken back and written anew
     proofread=dict(draft=True, commit='threshold', remask='wrong', remask_threshold=0.8),

@@ -30,6 +30,7 @@ def budget_rows(config, block_size):
             (finds, 'all at once, then a share of it again (preset redraft)', True, PRESETS['redraft']),
             (finds and causal, 'half of the passes by ar_prefix, then remask=wrong', True, halves),
             (can_unmask, 'commit=confidence, schedule=cosine (preset maskgit)', True, PRESETS['maskgit']),
+            (can_unmask, 'commit=confidence without noise (preset surest)', True, PRESETS['surest']),
             (can_unmask, 'commit=left', True, dict(commit='left')),
             (can_unmask, 'commit=margin', True, dict(commit='margin')),
             (can_unmask, 'commit=entropy', True, dict(commit='entropy')),

@@ -30,10 +30,9 @@ METRICS = ('correct', 'cells', 'nfe')
 def sampler_rows(config):
     """The samplers of a checkpoint of this config: (name, keywords of sample.fill; None: left to right)."""
     can_unmask, causal, detects = supports(config)
-    surest = dict(commit='confidence', choice_temperature=0.0)
     rows = [(causal, 'causal: left to right', None),
             (can_unmask, 'random order, remask=none', PRESETS['ancestral']),
-            (can_unmask, 'most probable first', dict(surest, remask='none')),
+            (can_unmask, 'most probable first', PRESETS['surest']),
             (can_unmask, 'commit=margin', dict(commit='margin', remask='none')),
             (can_unmask, 'random order, remask=random', dict(remask='random')),
             (can_unmask, 'random order, remask=remdm', PRESETS['remdm']),

@@ -9,13 +9,11 @@ from configurator import UserError
 from parts import again
 from parts.again import BELIEVED, most_doubted
 from parts.look import Sampling
-from parts.presets import choose_rules
+from parts.presets import PRESETS, choose_rules
 from plumbing.evaluate import p_wrong
 from plumbing.rows import Ends
 from plumbing.text import start_canvas
 from sample import USUAL, How, fill, generate_diffusion
-
-SOLVE = dict(commit='confidence', choice_temperature=0.0, remask='none')
 
 
 def doubts(monkeypatch, of):
@@ -47,14 +45,14 @@ def test_what_is_believed_is_left_alone_and_the_least_doubted_stays(monkeypatch)
     scores = [[0.05, 0.9, 0.9, 0.5], [0.8, 0.95, BELIEVED], [0.3, 0.2], [0.7, 0.01]]
     asked = doubts(monkeypatch, lambda x: torch.tensor(scores[len(asked) - 1]))
     oracle = Oracle(3, 4, random_law(3, 4, seed=1))
-    out, nfe, trace = traced(oracle, empty(oracle, 4, prompt=[1])[0], redrafts=3, **SOLVE)
+    out, nfe, trace = traced(oracle, empty(oracle, 4, prompt=[1])[0], redrafts=3, **PRESETS['surest'])
     first, second, third, fourth = asked
     assert torch.equal(out, torch.stack((first[0], third[0], fourth[1], second[2])))
     assert torch.equal(trace[-1], out) and (trace[:, :, 0] == 1).all()
     assert nfe[0] == 3 + 1 and (nfe[1:3] > nfe[3]).all()
 
 
-@pytest.mark.parametrize('rules', [{}, SOLVE, dict(remask='wrong', steps=3),
+@pytest.mark.parametrize('rules', [{}, PRESETS['surest'], dict(remask='wrong', steps=3),
                                    dict(temperature=0.5, top_k=2)], ids=str)
 def test_every_pass_is_counted_and_the_seed_decides(rules):
     model, passes = tiny_gpt(18, 12, n_recur=1), []

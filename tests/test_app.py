@@ -84,7 +84,8 @@ def test_a_click_makes_holes_of_a_word(nets, name, text, place, expected):
 
 def test_only_samplers_that_the_checkpoint_can_use_are_offered(nets):
     assert {'intelligent', 'speculative'} < {*app.samplers(nets['text'], 'generate')}
-    assert app.samplers(nets['plain'], 'generate')[1:] == ['ancestral', 'maskgit', 'threshold', 'remdm']
+    plain = ['ancestral', 'maskgit', 'threshold', 'remdm', 'surest']
+    assert app.samplers(nets['plain'], 'generate')[1:] == plain
     for task, text in (('infill', 'a b_d cab'), ('repair', 'a bad cab')):
         found = app.samplers(nets['text'], task)
         assert 'speculative' not in found and 'intelligent' in found

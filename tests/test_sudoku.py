@@ -16,11 +16,12 @@ from corruption import CORRUPTIONS, Task, ask
 from data import loader
 from data.sudoku import prepare, task
 from parts.noise import NOISE
+from parts.presets import PRESETS
 from plumbing.evaluate import evaluate
 from plumbing.rows import Ends
 from plumbing.show import report
 from plumbing.text import decode, modelled, pictured, task_canvas
-from sample import generate_diffusion
+from sample import generate_diffusion, load
 from suites import sudoku as suite
 
 SIZES = [6, 9]
@@ -448,6 +449,12 @@ def test_infill_keeps_the_givens_and_samples_start_from_held_out_puzzles(tmp_pat
     # without a text they are the held-out ones, and without a rule those of the dataset are used
     assert 'redrafts=16' in run_main('sample', *words, '--num_samples=2', '--steps=2')
     assert 'redrafts' not in run_main('sample', *words, '--num_samples=2', '--steps=2', '--remask=wrong')
+    m = load(str(tmp_path))
+    canvas, _ = m.start(1)
+    assert m.choose('generate', [], canvas, steps=4).items() >= PRESETS['solve'].items()
+    m.can = m.can._replace(detects=False)                           # as one that learned unmasking alone
+    assert 'redrafts' not in m.choose('generate', [], canvas, steps=4)
+    assert m.choose('generate', [], canvas, steps=4).items() >= PRESETS['surest'].items()
     run_main('sample', *words, '--num_samples=10')
     with open(save, encoding='utf-8') as file:
         texts = [json.loads(line)['text'] for line in file]

@@ -22,7 +22,7 @@ BOLD = str.maketrans({str(d): chr(0x1D7CE + d) for d in range(1, 10)})
 PLAIN = {ord(bold): chr(plain) for plain, bold in BOLD.items()}
 EMPTY = '.0_'                            # how people write an empty cell
 FRAME = ' \t\r|+-│┼─'                      # and what they draw around cells
-PRESET = 'solve'                         # what a checkpoint that doubts samples by, if no rule is chosen
+PRESETS = 'solve', 'surest'              # of checkpoints that doubt, and of others, if no rule is chosen
 LINE = '{correct:.0%} of {n} puzzles are solved, {cells:.0%} of the cells to fill are right'
 
 
