@@ -16,7 +16,7 @@ from parts.presets import supports
 from plumbing import distributed
 from plumbing.checks import parse_mixture
 from plumbing.draw import NotFinite, draw, filtered
-from plumbing.pieces import pieces
+from plumbing.pieces import portions
 from plumbing.rows import given_prefix, of_rows, places, random_subset, some_rows, split, stratified_k
 
 
@@ -155,7 +155,7 @@ def own_guesses(model, generator):
             model.train(training)
             with suppress(NotFinite):                               # the loss will not be finite either
                 drawn = [draw(filtered(model.logits(piece, real_only=True)), generator)
-                         for piece in pieces(model, hidden)]
+                         for piece in portions(model, hidden)]
                 ids[rows[at // ids.size(1)], at % ids.size(1)] = torch.cat(drawn)
         return ids
     return guess

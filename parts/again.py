@@ -8,7 +8,7 @@ from parts.energy import text_of
 from parts.look import Sampling
 from parts.presets import PRESETS
 from plumbing.evaluate import p_wrong
-from plumbing.rows import Part, places
+from plumbing.rows import Part, places, recorded
 
 BELIEVED = 0.1   # no cell of a right board of sudoku is doubted by more than 0.01, some of a wrong one by 0.3
 
@@ -38,10 +38,8 @@ def until_believed(run, loop):
         nfe[rows] += passes + 1
         found = most_doubted(run, x, run.fixed[rows])
         better = found < doubt[rows]
-        canvas[rows] = torch.where(better[:, None], x, canvas[rows])
-        doubt[rows] = torch.where(better, found, doubt[rows])
-        if history is not None:
-            history.append(canvas.clone())
+        canvas[rows[better]], doubt[rows[better]] = x[better], found[better]
+        recorded(canvas, history)                                   # some may be back at an earlier version
     return canvas, nfe, history
 
 

@@ -36,7 +36,7 @@ from plumbing.text import (ANY, can_have, decode, encode, load_task, pieces, sta
                            task_canvas, until_end, usual_hole)
 
 HOLE = '▒'                  # a token that is not there yet
-COSTS = 'steps', 'temperature', 'top_k', 'top_p'         # these leave it to us which rules are used
+NO_RULES = {'steps', 'temperature', 'top_k', 'top_p'}    # who chooses these has not chosen a sampler yet
 
 
 class Sample(dict):
@@ -385,10 +385,10 @@ class Handle:
             hint = nearest(odd[0], self.fields) or f"there are {', '.join(self.fields)}"
             raise UserError(f"unknown rule '{odd[0]}'; {hint}")
         check_chosen(rules)
-        free = preset is None and not self.judge and self.can.writes and task != 'repair'
-        if free and {name for name in rules if rules[name] is not None} <= {*COSTS}:
-            best = getattr(self.task, 'PRESETS', (None, None))      # what the dataset says
-            preset = best[0] if self.can.detects else best[1]
+        free = {name for name in rules if rules[name] is not None} <= NO_RULES and preset is None
+        if free and hasattr(self.task, 'PRESETS') and self.can.writes and not self.judge and task != 'repair':
+            doubting, plain = self.task.PRESETS                     # what is best for this dataset
+            preset = doubting if self.can.detects else plain
         masked = [row == self.model.mask_token_id for row in canvas]
         # whether there is text right of a hole
         inside = task == 'repair' or any((row.cummax(0).values & ~row).any() for row in masked)

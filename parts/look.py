@@ -6,7 +6,7 @@ import torch
 
 from parts.energy import guided
 from plumbing.draw import draw, filtered, fine, forbid
-from plumbing.pieces import pieces
+from plumbing.pieces import portions
 from plumbing.rows import Ends, left_of, of_rows, places, recorded, spread
 
 
@@ -116,7 +116,7 @@ class Look:
         every = asked and how.commit not in ('confidence', 'threshold', 'priority')
         closed, at = run.closed[run.rows].flatten(), places(where)   # (R * T,), (N,)
         ids, logp, words = [], [], []
-        for some in pieces(run.model, at):
+        for some in portions(run.model, at):
             logits = run.model.logits(hidden[some], real_only=True)  # (n, V+2)
             logits = forbid(logits, run.ends.forbid, closed[some, None])
             ids.append(draw(filtered(logits, **how.filters()), run.generator))                   # (n,)

@@ -24,6 +24,8 @@ def supports(config):
                      detects=kind in ('joint', 'remasking', 'denoising'))
 
 
+SUREST = dict(commit='confidence', choice_temperature=0.0, remask='none')     # Nie et al. 2025 (LLaDA)
+
 PRESETS = dict(
     ancestral=dict(commit='random', remask='none'),
     maskgit=dict(commit='confidence', schedule='cosine', remask='none'),       # Chang et al. 2022
@@ -33,9 +35,9 @@ PRESETS = dict(
     intelligent=dict(commit='random', schedule='cosine', remask='wrong'),
     # all at once, then a share is taken back and written anew, less each time, the most doubted first
     redraft=dict(commit='random', remask='wrong', remask_schedule=(1.0, 0.0), correct_share=1.0),
-    surest=dict(commit='confidence', choice_temperature=0.0, remask='none'),   # Nie et al. 2025 (LLaDA)
-    # so; what is doubted in the end is written again by redraft until it is believed
-    solve=dict(commit='confidence', choice_temperature=0.0, remask='none', redrafts=16),
+    surest=SUREST,
+    # the surest token first; what is doubted in the end is written again by redraft until it is believed
+    solve=dict(SUREST, redrafts=16),
     # written from left to right, then read once more: what is doubted is taken back and written anew
     proofread=dict(draft=True, commit='threshold', remask='wrong', remask_threshold=0.8),
     # written so, then a share is taken back and written anew, 40 times: sharper text
@@ -218,8 +220,7 @@ def check_trained(config, lengths_given, commit, remask, ar_prefix, judge):
 # what is checked before anything is loaded, and before the loop begins
 
 # the lowest and highest number (None: no limit) of settings of sample.py
-RANGES = {(1, None): 'num_samples batch_size steps rounds length top_k block_length '
-                     'redrafts guide best_of',
+RANGES = {(1, None): 'num_samples batch_size steps rounds length top_k block_length redrafts guide best_of',
           (0, None): 'temperature ar_prefix choice_temperature remask_rate remask_patience remask_threshold '
                      'commit_threshold verify',
           (0, 1): 'top_p remask_random_ratio correct_share merge_weight'}

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from plumbing.pieces import pieces
+from plumbing.pieces import portions
 from plumbing.rows import places, random_subset, stratified_k
 from plumbing.text import modelled
 
@@ -51,7 +51,7 @@ def p_wrong(model, hidden, ids):
     the right token to [WRONG] (the two differ by 0.01 on average); one that learned the original gives it to
     other tokens.
     """
-    some = zip(pieces(model, hidden.flatten(0, -2)), pieces(model, ids.flatten()))
+    some = zip(portions(model, hidden.flatten(0, -2)), portions(model, ids.flatten()))
     kept = [model.logits(states).softmax(-1).gather(1, few[:, None])[:, 0] for states, few in some]
     return 1 - torch.cat(kept).view(ids.shape)
 

@@ -40,8 +40,8 @@ def at_once(words, most):
     return max(1, most // len(words))
 
 
-def pieces(model, x):
-    """x (N, ...) in pieces of as many positions as the model may compute all logits of at a time."""
+def portions(model, x):
+    """x (N, ...) in portions of as many positions as the model may compute all logits of at a time."""
     return x.split(at_once(model.wte.weight, model.most_logits))
 
 

@@ -5,7 +5,8 @@ CUDA_VISIBLE_DEVICES=0 python -m pytest -q tests/test_gpu.py
 
 import pytest
 import torch
-from conftest import ARITHMETIC, default_config, seeded, tiny_gpt
+from conftest import default_config, seeded, tiny_gpt
+from test_device import META, network, settings
 from test_speculate import LETTERS
 from test_train import arithmetic_rows
 
@@ -17,24 +18,13 @@ from plumbing.device import configure_compute
 from plumbing.evaluate import evaluate
 from plumbing.run import is_finite
 from sample import fill, generate
-from suites.speed import recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU, or it is hidden')
 PARTS = ['', 'level:8', 'short_conv:2,shortcuts,bigrams:64', 'graph:3,mu:4', 'previous']
-META = dict(ARITHMETIC, block_size=24)
 
 
-def on_gpu(model, dtype='float32', attention='auto', compile=False):
-    return configure_compute(model, 'cuda', dtype, attention, compile)[0]
-
-
-def settings(**changes):
-    return recipe(block_size=24, batch_size=8, **changes)
-
-
-def network(**more):
-    config = settings(**more)
-    return tiny_gpt(18, 24, parts=config['parts'], draft_head=config['draft_head']), config
+def on_gpu(model, dtype='float32', attention='auto'):
+    return configure_compute(model, 'cuda', dtype, attention)[0]
 
 
 @pytest.mark.parametrize('parts', PARTS)
@@ -43,12 +33,12 @@ def network(**more):
 @torch.no_grad()
 def test_logits_are_those_of_the_cpu(parts, attention, causal):
     rows = torch.randint(19, (5, 24), generator=seeded())
-    there = network(parts=parts)[0]
+    there = network(settings(parts=parts)).eval()
     there.plain_attention = True
     expected = there.logits(there(rows, causal=causal)).float()                        # (5, 24, 20)
     scale = expected.std()
     for dtype, error in (('float32', 1e-2), ('bfloat16', 1e-1)):       # TF32 has ten bits, bf16 seven
-        model = on_gpu(network(parts=parts)[0], dtype, attention)
+        model = on_gpu(network(settings(parts=parts)).eval(), dtype, attention)
         found = model.logits(model(rows.cuda(), causal=causal)).float().cpu()
         assert (found - expected).square().mean().sqrt() < error * scale
 
@@ -69,23 +59,22 @@ def test_samples_have_the_law_of_those_of_the_cpu(preset):
     # without places an empty canvas is alike everywhere, and rounding decides what is surest
     model = dict(V=3, T=4, n_layer=2, draft_head=True, parts='places')
     here, there = counted(tiny_gpt(**model), rules), counted(on_gpu(tiny_gpt(**model)), rules)
-    both = (here + there)[here + there > 16]
-    statistic = ((here - there).square() / (here + there))[here + there > 16].sum()
-    assert statistic < len(both) + 5 * (2 * len(both)) ** 0.5          # chi-square, five standard deviations
+    often = here + there > 16
+    statistic = ((here - there).square() / (here + there))[often].sum()
+    assert statistic < often.sum() + 5 * (2 * often.sum()) ** 0.5      # chi-square, five standard deviations
 
 
 @pytest.mark.parametrize('preset', PRESETS)
 def test_the_same_seed_writes_the_same(preset):
-    model, config = network()
-    model = on_gpu(model, 'bfloat16')
-    rules = choose_rules(config, preset=preset)
+    model = on_gpu(network(settings()).eval(), 'bfloat16')
+    rules = choose_rules(settings(), preset=preset)
     first, again = (generate(model, META, 8, seed=3, **rules) for _ in range(2))
     assert first == again and all(18 not in sample['tokens'] for sample in first)
 
 
 def test_likelihoods_are_those_of_the_cpu():
     rows, found = arithmetic_rows(200)[:, :24], []
-    for model in (network()[0], on_gpu(network()[0])):
+    for model in (network(settings()), on_gpu(network(settings()))):
         found.append(evaluate(model, rows, META, causal=True, bidirectional=True, own_errors=own_errors,
                               draws=4, seed=1))
     here, there = found
@@ -100,9 +89,8 @@ def test_likelihoods_are_those_of_the_cpu():
     dict(training_type='causal', k1_credit=True), dict(optimizer='adamw', views=2)], ids=str)
 def test_a_network_learns(changes):
     """Forty steps on the same rows, in bf16."""
-    model, config = network(**changes)
-    model, losses = on_gpu(model).train(), []
-    model.compute_dtype = torch.bfloat16
+    config, losses = settings(**changes), []
+    model = on_gpu(network(config), 'bfloat16')
     betas, rows = (config['beta1'], config['beta2']), arithmetic_rows(64)[:, :24].cuda()
     optimizers = optim.make_optimizers(model, config['optimizer'], 1e-2, 1e-2, 0.0, betas)
     noise = torch.Generator('cuda').manual_seed(2)
@@ -123,6 +111,7 @@ def test_a_run_from_its_first_step_to_its_samples(run, tmp_path):
     status, printed, err = run('train', out, '--init_from=resume', '--max_iters=20')
     assert not status and 'step 20' in printed, printed + err
     for more in ([], ['--preset=intelligent', '--steps=8', '--num_samples=2'], ['--device=cpu'],
-                 *(['--task=' + task, '--text=(+1_)=3'] for task in ('infill', 'repair', 'score'))):
+                 ['--task=infill', '--text=(+1_)=3'], ['--task=repair', '--text=(+12))=3'],
+                 ['--task=score', '--text=(+12)=3']):
         status, printed, err = run('sample', out, *more)
         assert not status and printed, err
